@@ -1,0 +1,102 @@
+"""What a diffusers checkpoint says about itself, read from its JSON files alone.
+
+Runs in the front end before anything heavy is imported; must not import torch, diffusers or vLLM. A checkpoint is a local
+folder or a hub repository id; of the latter only the small JSON files are fetched here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_cfg_plugin.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from vllm_cfg_plugin.params import DiffusionParams
+
+MODEL_INDEX = "model_index.json"
+DEFAULTS_FILE = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class PipelineInfo:
+    """What the front end must know of a model to validate a request and to count its tokens.
+
+    Attributes:
+        class_name: the pipeline class that model_index.json names.
+        size_multiple: height and width must be multiples of this many pixels.
+        pixels_per_token: side of the square of pixels that one image token covers.
+        max_text_tokens: longest text, in tokens of its sequence, that the model takes.
+        min_steps: fewest denoising steps for which the noise schedule is finite.
+        default_params: what an unset field means for this model.
+    """
+
+    class_name: str
+    size_multiple: int
+    pixels_per_token: int
+    max_text_tokens: int
+    min_steps: int
+    default_params: DiffusionParams
+
+    def image_tokens(self, height: int, width: int) -> int:
+        return (height // self.pixels_per_token) * (width // self.pixels_per_token)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A diffusers checkpoint, local or on the hub.
+
+    Attributes:
+        model: folder or repository id, as the user wrote it.
+        revision: branch, tag or commit of a repository.
+    """
+
+    model: str
+    revision: str | None = None
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in file `name` (a path inside the checkpoint), or None where there is no such file.
+
+        Raises:
+            ConfigurationError: the file is there and is not a JSON object.
+        """
+        path = self._local_path(name)
+        if path is None:
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"model {self.model!r}: {name} can't be read: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigurationError(f"model {self.model!r}: {name} must hold a JSON object")
+        return content
+
+    def class_name(self) -> str | None:
+        """The pipeline class in model_index.json; None where the model is not a diffusers checkpoint."""
+        index = self.read_json(MODEL_INDEX)
+        name = None if index is None else index.get("_class_name")
+        return name if isinstance(name, str) else None
+
+    def _local_path(self, name: str) -> Path | None:
+        folder = Path(self.model).expanduser()
+        if folder.exists():
+            path = folder / name
+            return path if path.is_file() else None
+        return self._from_hub(name)
+
+    def _from_hub(self, name: str) -> Path | None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self.model, name, revision=self.revision))
+        except LocalEntryNotFoundError as error:
+            raise ConfigurationError(
+                f"model {self.model!r} is no folder here, and the hub can't be reached to look for it there"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise ConfigurationError(f"model {self.model!r} is neither a folder nor a repository: {error}") from error

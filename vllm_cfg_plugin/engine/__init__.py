@@ -1,0 +1,1 @@
+"""The engine: step plans, the planner that makes them, and vLLM's scheduler and executor interfaces on top."""

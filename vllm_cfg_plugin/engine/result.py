@@ -1,0 +1,68 @@
+"""The one tensor in which a request's result travels from the scheduler to the front end; must not import vLLM.
+
+vLLM carries one tensor per pooling output and nothing else, so the header (metrics, size, error) leads the pixels in it:
+4 bytes of header length, the msgpack header, then the image's HWC bytes.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import torch
+
+
+class RequestMetrics(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What happened to one request; times in milliseconds.
+
+    Attributes:
+        queue_ms: from arrival in the engine until its first step was planned.
+        encode_ms, decode_ms: text encoding (slowest rank) and latents to pixels.
+        denoise_ms: from the start of its first step to the end of its last, shared with whatever ran beside it.
+        e2e_time_ms: from the call in the front end to the image; filled in there.
+        steps: denoising steps done.
+        seed: the seed used.
+        guided: whether classifier-free guidance was on, and `guidance_off`: why not, if it was asked for.
+    """
+
+    queue_ms: float = 0.0
+    encode_ms: float = 0.0
+    denoise_ms: float = 0.0
+    decode_ms: float = 0.0
+    e2e_time_ms: float = 0.0
+    steps: int = 0
+    seed: int = 0
+    guided: bool = False
+    guidance_off: str = ""
+
+
+class ResultHeader(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """`error` is None for an image of `height` x `width` pixels, else the message."""
+
+    metrics: RequestMetrics
+    height: int = 0
+    width: int = 0
+    error: str | None = None
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(ResultHeader)
+
+
+def pack_result(header: ResultHeader, pixels: bytes | memoryview = b"") -> torch.Tensor:
+    """One uint8 tensor [4 + header + height * width * 3]."""
+    head = _encoder.encode(header)
+    buffer = np.empty(4 + len(head) + len(pixels), dtype=np.uint8)
+    buffer[:4] = np.frombuffer(len(head).to_bytes(4, "little"), dtype=np.uint8)
+    buffer[4 : 4 + len(head)] = np.frombuffer(head, dtype=np.uint8)
+    buffer[4 + len(head) :] = np.frombuffer(pixels, dtype=np.uint8)
+    return torch.from_numpy(buffer)
+
+
+def unpack_result(tensor: torch.Tensor) -> tuple[ResultHeader, np.ndarray | None]:
+    """The header and, unless it holds an error, the image: uint8 [height, width, 3]."""
+    raw = tensor.numpy()
+    end = 4 + int.from_bytes(raw[:4].tobytes(), "little")
+    header = _decoder.decode(raw[4:end])
+    if header.error is not None:
+        return header, None
+    return header, raw[end:].reshape(header.height, header.width, 3)

@@ -1,0 +1,67 @@
+"""Every exception that leaves this package; must import nothing but the standard library.
+
+CfgPluginError
+├── InvalidRequestError (ValueError)   one request is wrong: HTTP 400, `ValueError` offline
+├── ModelNotFoundError  (ValueError)   the request names another model: HTTP 404
+├── ConfigurationError  (ValueError)   the server can't start as configured
+├── RequestFailedError                 the request was right and failed while running: HTTP 500, `.error` offline
+└── RankDiedError                      a cfg rank's process ended: the engine stops
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CfgPluginError",
+    "ConfigurationError",
+    "InvalidRequestError",
+    "ModelNotFoundError",
+    "RankDiedError",
+    "RequestFailedError",
+]
+
+
+class CfgPluginError(Exception):
+    """Base of all errors of this package."""
+
+
+class InvalidRequestError(CfgPluginError, ValueError):
+    """A request field has a value that can't be served.
+
+    Args:
+        param: the field's name as the user wrote it, e.g. ``"size"``; OpenAI's ``error.param``.
+        value: what was sent.
+        allowed: what would have been right, e.g. ``"an integer from 1 to 10"``.
+    """
+
+    def __init__(self, param: str, value: object, allowed: str) -> None:
+        self.param = param
+        shown = repr(value)
+        if len(shown) > 100:
+            shown = f"{shown[:100]}... ({len(shown)} characters)"
+        super().__init__(f"{param}={shown} is not valid: it must be {allowed}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Three constructor arguments became one message; pickling by message alone would fail to rebuild.
+        return (_rebuild_invalid_request, (self.param, str(self)))
+
+
+def _rebuild_invalid_request(param: str, message: str) -> InvalidRequestError:
+    error = InvalidRequestError.__new__(InvalidRequestError, message)
+    error.param = param
+    return error
+
+
+class ModelNotFoundError(CfgPluginError, ValueError):
+    """The request names a model that this server doesn't serve."""
+
+
+class ConfigurationError(CfgPluginError, ValueError):
+    """The engine can't be started with these arguments or this checkpoint."""
+
+
+class RequestFailedError(CfgPluginError):
+    """A valid request failed while it was running; other requests go on."""
+
+
+class RankDiedError(CfgPluginError, RuntimeError):
+    """The process of a cfg rank ended without being asked to."""
