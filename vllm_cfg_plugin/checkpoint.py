@@ -79,6 +79,23 @@ class Checkpoint:
         name = None if index is None else index.get("_class_name")
         return name if isinstance(name, str) else None
 
+    def check_weights(self) -> None:
+        """Check the weight files of a local checkpoint by their headers; reads a few kilobytes of each.
+
+        Raises:
+            ConfigurationError: a file is missing, truncated or not a safetensors file.
+        """
+        folder = Path(self.model).expanduser()
+        if not folder.is_dir():
+            return
+        for path in sorted(folder.glob("*/*.safetensors.index.json")):
+            shards = set((self.read_json(f"{path.parent.name}/{path.name}") or {}).get("weight_map", {}).values())
+            if missing := sorted(shard for shard in shards if not (path.parent / shard).is_file()):
+                raise ConfigurationError(f"model {self.model!r} is incomplete: {path.parent.name}/{missing[0]} is missing")
+        for path in sorted(folder.glob("*/*.safetensors")):
+            if problem := _safetensors_problem(path):
+                raise ConfigurationError(f"model {self.model!r}: {path.parent.name}/{path.name} is broken: {problem}")
+
     def _local_path(self, name: str) -> Path | None:
         folder = Path(self.model).expanduser()
         if folder.exists():
@@ -100,3 +117,19 @@ class Checkpoint:
             return None
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise ConfigurationError(f"model {self.model!r} is neither a folder nor a repository: {error}") from error
+
+
+def _safetensors_problem(path: Path) -> str:
+    """Why the file can't be a whole safetensors file; '' if it can (layout: 8 bytes of header length, JSON, tensors)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_length = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_length > size - 8:
+            return f"its {size} bytes end before its header does"
+        try:
+            header = json.loads(file.read(header_length))
+        except ValueError:
+            return "its header is not JSON"
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + header_length + max(ends, default=0)
+    return "" if size == expected else f"it has {size} bytes and should have {expected}"

@@ -5,6 +5,7 @@ CfgPluginError
 ├── ModelNotFoundError  (ValueError)   the request names another model: HTTP 404
 ├── ConfigurationError  (ValueError)   the server can't start as configured
 ├── RequestFailedError                 the request was right and failed while running: HTTP 500, `.error` offline
+├── RequestAbortedError                the engine stopped or paused before the request was done: HTTP 503, `.error` offline
 └── RankDiedError                      a cfg rank's process ended: the engine stops
 """
 
@@ -16,6 +17,7 @@ __all__ = [
     "InvalidRequestError",
     "ModelNotFoundError",
     "RankDiedError",
+    "RequestAbortedError",
     "RequestFailedError",
 ]
 
@@ -40,6 +42,10 @@ class InvalidRequestError(CfgPluginError, ValueError):
             shown = f"{shown[:100]}... ({len(shown)} characters)"
         super().__init__(f"{param}={shown} is not valid: it must be {allowed}")
 
+    def within(self, path: str) -> InvalidRequestError:
+        """The same error of a field that is inside something else, e.g. path ``"prompts[2]."``."""
+        return _rebuild_invalid_request(f"{path}{self.param}", f"{path}{self}")
+
     def __reduce__(self) -> tuple[object, ...]:
         # Three constructor arguments became one message; pickling by message alone would fail to rebuild.
         return (_rebuild_invalid_request, (self.param, str(self)))
@@ -61,6 +67,10 @@ class ConfigurationError(CfgPluginError, ValueError):
 
 class RequestFailedError(CfgPluginError):
     """A valid request failed while it was running; other requests go on."""
+
+
+class RequestAbortedError(CfgPluginError):
+    """A valid request was dropped because the engine stopped or paused; sending it again later may work."""
 
 
 class RankDiedError(CfgPluginError, RuntimeError):

@@ -84,6 +84,16 @@ def family_of(checkpoint: Checkpoint) -> PipelineFamily:
     return FAMILIES[class_name]
 
 
+def check_servable(checkpoint: Checkpoint) -> None:
+    """Everything that can be known to be wrong with a checkpoint before a process is started.
+
+    Raises:
+        ConfigurationError: unknown class, missing or unreadable component configs, missing or truncated weight files.
+    """
+    describe(checkpoint)
+    checkpoint.check_weights()
+
+
 def describe(checkpoint: Checkpoint) -> PipelineInfo:
     """What the front end must know of a checkpoint; its own `generation_config.json` overrides the family's defaults."""
     family = family_of(checkpoint)

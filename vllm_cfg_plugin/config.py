@@ -1,0 +1,104 @@
+"""Our settings: where they live in vLLM's configuration and what a diffusion model changes of vLLM's defaults.
+
+Settings travel in `VllmConfig.additional_config`, which vLLM hands to every process. Must not import torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.params import RequestLimits
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CONFIG_FORMAT = "diffusers"
+
+# What vLLM's own flags default to for a diffusion model. A text prompt never reaches vLLM, so there is no tokenizer to load.
+ENGINE_DEFAULTS: dict[str, Any] = {
+    "config_format": CONFIG_FORMAT,
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",
+    "enable_prefix_caching": False,
+    # Requests that may share a step.
+    "max_num_seqs": 32,
+    # Image and text tokens per rank and step. Two images of 1024x1024: sharing a step gains nothing once it is compute-bound
+    # and makes everybody wait for everybody, so past this budget first come is first served.
+    "max_num_batched_tokens": 8448,
+}
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything of `additional_config` that is ours.
+
+    Attributes:
+        cfg_parallel_size: ranks that share the branches of guidance.
+        max_image_pixels, max_inference_steps: what an operator allows a request.
+        cfg_progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
+    """
+
+    cfg_parallel_size: int = 1
+    max_image_pixels: int = RequestLimits().max_image_pixels
+    max_inference_steps: int = RequestLimits().max_inference_steps
+    cfg_progress_address: str = ""
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings:
+        """Read and check the settings.
+
+        Raises:
+            ConfigurationError: naming the setting, its value and what is allowed.
+        """
+        additional = vllm_config.additional_config
+        return cls.from_dict(additional if isinstance(additional, dict) else {})
+
+    @classmethod
+    def from_dict(cls, additional: dict[str, Any]) -> EngineSettings:
+        ours = {name: additional[name] for name in cls.__struct_fields__ if name in additional}
+        try:
+            settings = msgspec.convert(ours, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigurationError(f"additional_config: {error}") from error
+        for name in ("cfg_parallel_size", "max_image_pixels", "max_inference_steps"):
+            if getattr(settings, name) < 1:
+                raise ConfigurationError(f"{name}={getattr(settings, name)} is not valid: it must be an integer from 1 up")
+        return settings
+
+    @property
+    def limits(self) -> RequestLimits:
+        return RequestLimits(max_image_pixels=self.max_image_pixels, max_inference_steps=self.max_inference_steps)
+
+    @property
+    def progress_address(self) -> str:
+        return self.cfg_progress_address
+
+
+def default_dtype(on_cpu: bool) -> str:
+    """The compute dtype when the user asks for none: on a CPU fp32 is about twice as fast as bf16."""
+    return "float32" if on_cpu else "bfloat16"
+
+
+def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any) -> dict[str, Any]:
+    """Keyword arguments of vLLM's `EngineArgs` for offline use; what the caller gives wins over our defaults.
+
+    Raises:
+        ConfigurationError: the model is not one that we serve, or a setting is out of range.
+    """
+    from vllm.platforms import current_platform
+
+    from vllm_cfg_plugin.checkpoint import Checkpoint
+    from vllm_cfg_plugin.pipelines.registry import check_servable
+
+    check_servable(Checkpoint(model, engine_args.get("revision")))
+    additional = {
+        **engine_args.pop("additional_config", {}),
+        "cfg_parallel_size": cfg_parallel_size,
+        "cfg_progress_address": f"ipc://@vllm-cfg-progress-{uuid.uuid4().hex}",
+    }
+    EngineSettings.from_dict(additional)
+    dtype = {"dtype": default_dtype(current_platform.is_cpu())}
+    return {**ENGINE_DEFAULTS, **dtype, **engine_args, "model": model, "additional_config": additional}

@@ -1,0 +1,1 @@
+"""How users reach the engine: offline (`llm`) and over HTTP (`images`)."""

@@ -1,0 +1,96 @@
+"""What the offline and the HTTP entry point share: prompt and parameters -> engine requests -> images.
+
+The engine sees only what came through `FrontEnd.resolve`. Must not import FastAPI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+from vllm.logger import init_logger
+from vllm.outputs import PoolingRequestOutput
+from vllm.pooling_params import PoolingParams
+
+from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
+from vllm_cfg_plugin.config import EngineSettings
+from vllm_cfg_plugin.engine.result import RequestMetrics, unpack_result
+from vllm_cfg_plugin.errors import RequestAbortedError, RequestFailedError
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits, resolve_requests
+from vllm_cfg_plugin.pipelines.registry import describe
+from vllm_cfg_plugin.tokens import TokenCounter
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One finished request: `pixels` uint8 [height, width, 3] and what happened on the way."""
+
+    pixels: np.ndarray
+    metrics: RequestMetrics
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """Turns what users write into engine requests; one per engine.
+
+    Attributes:
+        info: the served model.
+        limits: what the operator allows.
+        count_tokens: tokens that a prompt takes in the model.
+    """
+
+    info: PipelineInfo
+    limits: RequestLimits
+    count_tokens: Callable[[str], int]
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: VllmConfig) -> FrontEnd:
+        model_config = vllm_config.model_config
+        checkpoint = Checkpoint(model_config.model, model_config.revision)
+        limits = EngineSettings.from_vllm_config(vllm_config).limits
+        return cls(describe(checkpoint), limits, TokenCounter.of(checkpoint))
+
+    def resolve(self, prompt: object, params: DiffusionParams) -> list[DiffusionRequest]:
+        """Validate; one request per image.
+
+        Raises:
+            InvalidRequestError: naming the first wrong field.
+        """
+        requests = resolve_requests(prompt, params, self.info, self.limits, self.count_tokens)
+        if requests[0].guidance_off:
+            logger.warning_once("Guidance was asked for but is inactive: %s", requests[0].guidance_off)
+        return requests
+
+
+def pooling_params(request: DiffusionRequest) -> PoolingParams:
+    """The request as vLLM carries it to the engine."""
+    return PoolingParams(task="plugin", extra_kwargs=msgspec.to_builtins(request))
+
+
+def read_output(output: PoolingRequestOutput, e2e_time_ms: float) -> GeneratedImage:
+    """The image in the engine's answer.
+
+    Args:
+        e2e_time_ms: from the call in the front end until now.
+
+    Raises:
+        RequestAbortedError: the engine was stopped or paused before the image was done.
+        RequestFailedError: the request failed while it ran.
+    """
+    data = output.outputs.data
+    if data.numel() == 0:
+        raise RequestAbortedError(
+            f"request {output.request_id} was aborted: the engine was stopped or paused before its image was done"
+        )
+    header, pixels = unpack_result(data)
+    if pixels is None:
+        raise RequestFailedError(f"request {output.request_id} failed: {header.error}")
+    return GeneratedImage(pixels, msgspec.structs.replace(header.metrics, e2e_time_ms=e2e_time_ms))

@@ -1,0 +1,74 @@
+"""What vLLM's model layer must know of a diffusers checkpoint: a config and a class; the weights never pass through it.
+
+vLLM asks its ModelRegistry what kind of model it serves (a pooling model without attention caches) and a config parser for
+the model's config. Both are answered here; the real pipeline is loaded by our worker.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedConfig
+from vllm.model_executor.models import ModelRegistry
+from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER, register_config_parser
+from vllm.transformers_utils.config_parser_base import ConfigParserBase
+
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.config import CONFIG_FORMAT
+from vllm_cfg_plugin.pipelines.registry import FAMILIES, family_of
+
+# vLLM's own prompt of a request is one placeholder token; the text travels in the request's parameters.
+PLACEHOLDER_PROMPT = {"type": "token", "prompt_token_ids": [0]}
+_MAX_PROMPT_TOKENS = 16
+
+
+class DiffusionModel(torch.nn.Module):
+    """Stands for a pipeline in vLLM's registry; never instantiated."""
+
+    is_pooling_model: ClassVar[bool] = True
+    is_attention_free: ClassVar[bool] = True
+
+    def __init__(self, vllm_config: Any, prefix: str = "") -> None:
+        raise NotImplementedError("a diffusion pipeline is loaded by vllm_cfg_plugin.worker, not by vLLM's model loader")
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class DiffusersConfigParser(ConfigParserBase):
+    """`config_format="diffusers"`: a minimal config from model_index.json."""
+
+    def parse(
+        self,
+        model: str | Path,
+        trust_remote_code: bool,
+        revision: str | None = None,
+        code_revision: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict[str, Any], PreTrainedConfig]:
+        checkpoint = Checkpoint(str(model), revision)
+        family_of(checkpoint)
+        config = PreTrainedConfig(
+            architectures=[checkpoint.class_name()],
+            max_position_embeddings=_MAX_PROMPT_TOKENS,
+            hidden_size=1,
+            num_attention_heads=1,
+            num_hidden_layers=1,
+            vocab_size=1,
+        )
+        return config.to_dict(), config
+
+
+def register_models() -> None:
+    """Register the config format and every pipeline class; safe to call again."""
+    if CONFIG_FORMAT in _CONFIG_FORMAT_TO_CONFIG_PARSER:
+        return
+    register_config_parser(CONFIG_FORMAT)(DiffusersConfigParser)
+    for class_name in FAMILIES:
+        # The class object, not a "module:Class" string: vLLM inspects lazy names in a subprocess, which costs seconds.
+        ModelRegistry.register_model(class_name, DiffusionModel)

@@ -1,0 +1,31 @@
+"""vLLM's entry points into this package: platform, models, HTTP routes.
+
+vLLM calls each of them in every one of its processes, some more than once, so they are idempotent and cheap: what is heavy is
+imported inside. Must import nothing of vLLM, torch or diffusers at module level.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_cfg_plugin.entrypoints.images import ImagesEndpointPlugin
+
+
+def platform() -> str:
+    """`vllm.platform_plugins`: the qualified name of our platform class."""
+    return "vllm_cfg_plugin.platform.CfgPlatform"
+
+
+def register() -> None:
+    """`vllm.general_plugins`: the diffusers config format and the model class of every pipeline we serve."""
+    from vllm_cfg_plugin.model import register_models
+
+    register_models()
+
+
+def endpoint() -> ImagesEndpointPlugin:
+    """`vllm.endpoint_plugins`: the OpenAI images routes."""
+    from vllm_cfg_plugin.entrypoints.images import ImagesEndpointPlugin
+
+    return ImagesEndpointPlugin()
