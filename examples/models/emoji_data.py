@@ -54,7 +54,9 @@ def fetch_package(package: str, cache: Path) -> Path:
             subprocess.run(["npm", "pack", "--silent", package], cwd=cache, check=True, stdout=subprocess.DEVNULL)
         partial = cache / f"{name}-{version}.partial"
         with tarfile.open(archive) as tar:
-            wanted = [m for m in tar.getmembers() if re.search(r"/(emoji\.json|en/data\.json|img/google/64/.*)$", m.name)]
+            wanted = [
+                m for m in tar.getmembers() if re.search(r"/(emoji\.json|en/data\.json|img/google/64/.*)$", m.name)
+            ]
             tar.extractall(partial, members=wanted, filter="data")
         partial.rename(folder)
     return folder / "package"
@@ -67,7 +69,7 @@ def normal_code(code: str) -> str:
 
 def clean_name(text: str) -> str:
     """Return a name as captions spell it: lower case letters, digits, spaces and apostrophes."""
-    text = re.sub(r"[-_/&:]", " ", text.lower().replace("’", "'"))
+    text = re.sub(r"[-_/&:]", " ", text.lower().replace("\u2019", "'"))
     return re.sub(r"\s+", " ", re.sub(r"[^a-z0-9' ]", "", text)).strip()
 
 
@@ -128,6 +130,8 @@ def draw_caption(emoji: Emoji, color: str, rng: random.Random) -> str:
     if rng.random() < 0.12:
         return UNCONDITIONAL[rng.random() < 0.15]
     name = rng.choice(emoji.aliases) if emoji.aliases and rng.random() < 0.3 else emoji.name
-    subject = rng.choices([name, with_article(name), f"{name} emoji", f"an emoji of {with_article(name)}"], [9, 9, 1, 1])[0]
+    subject = rng.choices(
+        [name, with_article(name), f"{name} emoji", f"an emoji of {with_article(name)}"], [9, 9, 1, 1]
+    )[0]
     styles = ["{}", "{} on a {} background", "{}, {} background", "{} with a {} background", "{} on {}"]
     return rng.choices(styles, [15, 55, 20, 6, 4])[0].format(subject, color)

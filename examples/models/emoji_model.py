@@ -1,5 +1,6 @@
 """The model's parts: new ones, ones read from a diffusers folder, and the folder they are exported to."""
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -39,14 +40,17 @@ class Parts:
 
 def new_text_encoder(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
     """Return an untrained text encoder; its vision tower is as small as can be, since text alone is encoded."""
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in {
-        "eos_token_id": "<|im_end|>",
-        "pad_token_id": "<|endoftext|>",
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-    }.items()}
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in {
+            "eos_token_id": "<|im_end|>",
+            "pad_token_id": "<|endoftext|>",
+            "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|vision_start|>",
+            "vision_end_token_id": "<|vision_end|>",
+        }.items()
+    }
     text = {
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
@@ -140,28 +144,16 @@ def export(parts: Parts, weights: dict[str, Tensor], names: list[dict], base: Pa
     scheduler = FlowMatchEulerDiscreteScheduler(  # a shift of 0: time steps spread evenly, as training draws them
         use_dynamic_shifting=True, base_shift=0.0, max_shift=0.0, base_image_seq_len=64, max_image_seq_len=1024
     )
-    trained = {name: parameter.data for name, parameter in parts.trained().items()}
-    modules = (parts.transformer, parts.text_encoder, parts.vae)
-    swap_in(parts, weights)
-    try:
-        for module in modules:
-            module.half()
-        QwenImagePipeline(scheduler, parts.vae, parts.text_encoder, parts.tokenizer, parts.transformer).save_pretrained(
-            folder
-        )
-    finally:
-        for module in modules:
-            module.float()
-        swap_in(parts, trained)
+    shipped = copy.deepcopy(parts)
+    for name, parameter in shipped.trained().items():
+        parameter.data = weights[name]
+    for module in (shipped.transformer, shipped.text_encoder, shipped.vae):
+        module.half()
+    pipeline = QwenImagePipeline(scheduler, shipped.vae, shipped.text_encoder, shipped.tokenizer, shipped.transformer)
+    pipeline.save_pretrained(folder)
     config = folder / "text_encoder/config.json"  # transformers would compute in the stored dtype; fp32 is meant
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
     if base.resolve() != folder.resolve():
         for name in ("vocab.json", "merges.txt"):
             shutil.copyfile(base / "tokenizer" / name, folder / "tokenizer" / name)
     (folder / "emoji.json").write_text(json.dumps(names, indent=1) + "\n")
-
-
-def swap_in(parts: Parts, weights: dict[str, Tensor]) -> None:
-    """Point the trained parameters at these tensors."""
-    for name, parameter in parts.trained().items():
-        parameter.data = weights[name]
