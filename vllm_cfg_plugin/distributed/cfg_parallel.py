@@ -1,0 +1,147 @@
+"""`CFGParallelMixin`: classifier-free guidance for a pipeline, its branches spread over the cfg ranks.
+
+A pipeline inherits from the mixin and calls two methods in its denoising loop; the same loop then runs on one rank or on
+many. Every formula and every call of the model is a method of its own, for a pipeline to override.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+
+from vllm_cfg_plugin import guidance
+from vllm_cfg_plugin.distributed import exchange
+from vllm_cfg_plugin.distributed.parallel_state import (
+    get_cfg_group,
+    get_classifier_free_guidance_rank,
+    get_classifier_free_guidance_world_size,
+)
+
+logger = logging.getLogger(__name__)
+
+Kwargs = dict[str, Any]
+
+
+class CFGParallelMixin:
+    """Adds CFG-Parallel to a pipeline that has a `transformer` and a diffusers noise `scheduler`.
+
+    With a cfg world of one rank, both branches run on it, one after the other. With more, rank 0 forwards the positive
+    branch and rank 1 the negative one; further ranks only take part in the collectives. All ranks end each step with the
+    same latents.
+    """
+
+    transformer: Any
+    scheduler: Any
+
+    def predict_noise(self, **kwargs: Any) -> torch.Tensor:
+        """One forward of the transformer; override it for another model or another call.
+
+        Args:
+            **kwargs: the transformer's arguments.
+        """
+        return self.transformer(**kwargs)[0]
+
+    def predict_noise_maybe_with_cfg(
+        self,
+        do_true_cfg: bool,
+        true_cfg_scale: float,
+        positive_kwargs: Kwargs,
+        negative_kwargs: Kwargs | None,
+        cfg_normalize: bool = True,
+        output_slice: int | None = None,
+    ) -> torch.Tensor:
+        """The prediction of one step, guided if `do_true_cfg`; the same on every rank.
+
+        Args:
+            do_true_cfg: whether this step is guided. If not, only the positive branch runs.
+            true_cfg_scale: guidance scale.
+            positive_kwargs, negative_kwargs: arguments of `predict_noise` for the two branches; the negative ones may be
+                None where the step is not guided.
+            cfg_normalize: passed on to `combine_cfg_noise`.
+            output_slice: keep only the first so many tokens, `[:, :output_slice]`: an editing pipeline's generated image.
+
+        Raises:
+            ValueError: a guided step without `negative_kwargs`.
+            RequestFailedError: another rank failed or predicted another shape; no rank is left waiting.
+        """
+        if not do_true_cfg:
+            if get_classifier_free_guidance_world_size() > 1:
+                log_once(
+                    "CFG-Parallel is idle: this generation runs without guidance, so every rank computes the same branch"
+                )
+            return self._predict_branch(positive_kwargs, output_slice)
+        if negative_kwargs is None:
+            raise ValueError(
+                "negative_kwargs=None is not valid with do_true_cfg=True: pass the negative branch's arguments"
+            )
+        branches = (positive_kwargs, negative_kwargs)
+        if get_classifier_free_guidance_world_size() > 1:
+            positive, negative = self._predict_in_parallel(branches, output_slice)
+        else:
+            positive, negative = (self._predict_branch(kwargs, output_slice) for kwargs in branches)
+        return self.combine_cfg_noise(positive, negative, true_cfg_scale, cfg_normalize)
+
+    def combine_cfg_noise(
+        self, noise_pred: torch.Tensor, neg_noise_pred: torch.Tensor, true_cfg_scale: float, cfg_normalize: bool = False
+    ) -> torch.Tensor:
+        """The guided prediction of two branches, normalised by `cfg_normalize_function` if `cfg_normalize`.
+
+        Args:
+            noise_pred, neg_noise_pred: the positive and the negative prediction, [batch, tokens, channels].
+        """
+        combined = guidance.classifier_free_guidance(noise_pred, neg_noise_pred, true_cfg_scale)
+        return self.cfg_normalize_function(noise_pred, combined) if cfg_normalize else combined
+
+    def cfg_normalize_function(self, noise_pred: torch.Tensor, comb_pred: torch.Tensor) -> torch.Tensor:
+        """Bring the combined prediction to the positive one's norm, token by token; override for another rule."""
+        return guidance.rescale_to_norm(noise_pred, comb_pred)
+
+    def scheduler_step(self, noise_pred: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The latents after one step of the noise scheduler; override for another call of it."""
+        return self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+
+    def scheduler_step_maybe_with_cfg(
+        self, noise_pred: torch.Tensor, t: torch.Tensor, latents: torch.Tensor, do_true_cfg: bool
+    ) -> torch.Tensor:
+        """The latents after one step, the same on every rank: rank 0 steps and the others receive its result.
+
+        Args:
+            do_true_cfg: whether the step was guided. Latents are synchronised either way: only rank 0's noise scheduler
+                advances, so a pipeline may switch guidance on and off between steps.
+
+        Raises:
+            RequestFailedError: rank 0 could not step.
+        """
+        if get_classifier_free_guidance_world_size() == 1:
+            return self.scheduler_step(noise_pred, t, latents)
+        stepped, error = None, None
+        if get_classifier_free_guidance_rank() == 0:
+            try:
+                stepped = self.scheduler_step(noise_pred, t, latents)
+            except Exception as caught:
+                error = caught
+        return exchange.broadcast_first(get_cfg_group(), stepped, error, latents.device)
+
+    def _predict_branch(self, kwargs: Kwargs, output_slice: int | None) -> torch.Tensor:
+        prediction = self.predict_noise(**kwargs)
+        return prediction if output_slice is None else prediction[:, :output_slice]
+
+    def _predict_in_parallel(self, branches: tuple[Kwargs, ...], output_slice: int | None) -> list[torch.Tensor]:
+        """Forward this rank's branch, if it has one, and return the predictions of all branches."""
+        rank = get_classifier_free_guidance_rank()
+        prediction, error = None, None
+        if rank < len(branches):
+            try:
+                prediction = self._predict_branch(branches[rank], output_slice)
+            except Exception as caught:  # the other ranks are waiting: tell them before raising
+                error = caught
+        return exchange.gather_first(get_cfg_group(), len(branches), prediction, error)
+
+
+@cache
+def log_once(message: str) -> None:
+    """Log a message the first time it comes up in this process."""
+    logger.warning(message)

@@ -1,0 +1,158 @@
+"""The cfg group: which ranks share a request's branches; vLLM and torch.distributed are imported only when it is built.
+
+Ranks are laid out with tensor parallelism innermost, like vLLM's own groups. With 4 ranks, cfg 2 and tensor parallel 2:
+tensor parallel groups [[0, 1], [2, 3]], cfg groups [[0, 2], [1, 3]].
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_cfg_plugin.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from vllm.distributed.parallel_state import GroupCoordinator
+
+__all__ = [
+    "cfg_group_ranks",
+    "destroy_model_parallel",
+    "get_cfg_group",
+    "get_classifier_free_guidance_rank",
+    "get_classifier_free_guidance_world_size",
+    "initialize_model_parallel",
+]
+
+
+@dataclass(frozen=True)
+class _ParallelState:
+    """What `initialize_model_parallel` built.
+
+    Attributes:
+        group: vLLM's coordinator of this rank's cfg group.
+        sizes: (cfg_parallel_size, tensor_parallel_size) it was built with.
+        owns_environment: the torch.distributed world was started here, so it ends here too.
+    """
+
+    group: GroupCoordinator
+    sizes: tuple[int, int]
+    owns_environment: bool
+
+
+_state: _ParallelState | None = None
+
+
+def cfg_group_ranks(world_size: int, cfg_parallel_size: int, tensor_parallel_size: int) -> list[list[int]]:
+    """The global ranks of every cfg group.
+
+    Raises:
+        ConfigurationError: a size below 1, or a world size other than the product of the two.
+    """
+    for name, size in (("cfg_parallel_size", cfg_parallel_size), ("tensor_parallel_size", tensor_parallel_size)):
+        if size < 1:
+            raise ConfigurationError(f"{name}={size} is not valid: it must be an integer from 1 up")
+    needed = cfg_parallel_size * tensor_parallel_size
+    if needed != world_size:
+        raise ConfigurationError(
+            f"cfg_parallel_size={cfg_parallel_size} x tensor_parallel_size={tensor_parallel_size} = {needed} processes, but "
+            f"the world has {world_size}: start as many as the product, e.g. `torchrun --nproc-per-node {needed}`"
+        )
+    return [list(range(first, world_size, tensor_parallel_size)) for first in range(tensor_parallel_size)]
+
+
+def initialize_model_parallel(
+    cfg_parallel_size: int = 1, tensor_parallel_size: int = 1, backend: str | None = None
+) -> None:
+    """Build the cfg group; every rank of the world must call this.
+
+    Inside a vLLM worker the group is carved out of vLLM's world. Elsewhere, under `torchrun` or in a single plain process,
+    vLLM's distributed environment is started from the environment variables first. A second call with the same sizes does
+    nothing.
+
+    Args:
+        cfg_parallel_size: ranks that share one request's branches.
+        tensor_parallel_size: ranks that share one branch's forward.
+        backend: torch.distributed backend; by default the world's own, or for a new world nccl with CUDA and else gloo.
+
+    Raises:
+        ConfigurationError: sizes that don't fit the world, or another call came first with other sizes.
+    """
+    global _state
+    sizes = (cfg_parallel_size, tensor_parallel_size)
+    if _state is not None:
+        if _state.sizes != sizes:
+            raise ConfigurationError(
+                f"(cfg_parallel_size, tensor_parallel_size)={sizes}, but the groups exist with {_state.sizes}: "
+                "call destroy_model_parallel() first"
+            )
+        return
+    import torch.distributed as dist
+    from vllm.distributed import parallel_state as vllm_state
+
+    owns_environment = not dist.is_initialized()
+    # Read before a world is started: the processes of a wrong launch must fail, not wait for each other.
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if owns_environment else dist.get_world_size()
+    groups = cfg_group_ranks(world_size, cfg_parallel_size, tensor_parallel_size)
+    _start_vllm_world(backend)
+    world = vllm_state.get_world_group()
+    group = vllm_state.init_model_parallel_group(
+        groups, world.local_rank, backend or dist.get_backend(world.device_group), group_name="cfg"
+    )
+    _state = _ParallelState(group, sizes, owns_environment)
+
+
+def destroy_model_parallel() -> None:
+    """Undo `initialize_model_parallel`; nothing happens where there is nothing to undo."""
+    global _state
+    if _state is None:
+        return
+    from vllm.distributed import parallel_state as vllm_state
+
+    _state.group.destroy()
+    if _state.owns_environment:
+        vllm_state.destroy_distributed_environment()
+    _state = None
+
+
+def get_cfg_group() -> GroupCoordinator:
+    """vLLM's coordinator of this rank's cfg group.
+
+    Raises:
+        ConfigurationError: `initialize_model_parallel` was not called.
+    """
+    if _state is None:
+        raise ConfigurationError(
+            "there is no cfg group yet: call initialize_model_parallel(cfg_parallel_size=...) first"
+        )
+    return _state.group
+
+
+def get_classifier_free_guidance_world_size() -> int:
+    """Ranks that share a request's branches; 1, i.e. sequential, before `initialize_model_parallel`."""
+    return 1 if _state is None else _state.group.world_size
+
+
+def get_classifier_free_guidance_rank() -> int:
+    """This rank's place in its cfg group; 0 before `initialize_model_parallel`."""
+    return 0 if _state is None else _state.group.rank_in_group
+
+
+def _start_vllm_world(backend: str | None) -> None:
+    """Start torch.distributed where it is not running, and vLLM's world group where vLLM has none."""
+    import torch
+    import torch.distributed as dist
+    from vllm.distributed import parallel_state as vllm_state
+
+    if vllm_state._WORLD is not None:
+        return
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if not dist.is_initialized() and "RANK" not in os.environ:
+        # A single plain process meets nobody: it needs neither an address nor a port.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    vllm_state.init_distributed_environment(
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        backend=backend,
+    )
