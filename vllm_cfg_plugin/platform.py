@@ -147,11 +147,9 @@ def _check_device_count(platform: type[Platform], vllm_config: VllmConfig) -> No
     """vLLM's own check ran before the cfg ranks were added to the world size."""
     if platform.device_type != "cuda":
         return
-    from vllm.utils.torch_utils import cuda_device_count_stateless
-
     parallel = vllm_config.parallel_config
     needed = parallel.world_size * (parallel.data_parallel_size_local or 1)
-    available = cuda_device_count_stateless()
+    available = platform.device_count()
     if needed > available:
         raise ConfigurationError(
             f"cfg_parallel_size={parallel.world_size} (with data_parallel_size_local={parallel.data_parallel_size_local}) needs "

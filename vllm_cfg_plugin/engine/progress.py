@@ -1,0 +1,59 @@
+"""Denoising progress on a side channel: PUB in the engine, SUB in the caller; a lost message costs a tick of a progress bar.
+
+Must not import vLLM or torch. Messages are msgpack `(progress_key, steps done, steps in all)`. The subscriber binds, so that
+several engines (data parallel) can publish to one caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+
+import msgspec
+import zmq
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(tuple[str, int, int]).decode
+
+
+class ProgressPublisher:
+    """Publishes to the caller that bound `address`; never blocks the engine."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PUB)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(address)
+
+    def publish(self, progress_key: str, done: int, steps: int) -> None:
+        self._socket.send(_encode((progress_key, done, steps)), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+class ProgressSubscriber:
+    """Receives progress; use from one thread."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._socket.bind(address)
+
+    def poll(self, timeout_ms: int) -> Iterator[tuple[str, int, int]]:
+        """Yield what has arrived, waiting at most `timeout_ms` for the first message."""
+        while self._socket.poll(timeout_ms):
+            yield _decode(self._socket.recv(zmq.NOBLOCK))
+            timeout_ms = 0
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+    def __enter__(self) -> ProgressSubscriber:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

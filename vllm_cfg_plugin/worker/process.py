@@ -1,0 +1,103 @@
+"""The main loop of a worker process: start, take plans in order, answer each with a report, stop.
+
+Runs in the child; the executor in the engine's process is the other end of the socket.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import zmq
+
+from vllm_cfg_plugin.engine import plan as wire
+from vllm_cfg_plugin.worker import channel
+from vllm_cfg_plugin.worker.lifeline import die_with_parent
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+logger = logging.getLogger(__name__)
+
+
+def run_worker(vllm_config: VllmConfig, rank: int, address: str, init_method: str) -> None:
+    """Entry point of the process of `rank`; returns when told to stop."""
+    from vllm_cfg_plugin.compat import release_inherited_listeners
+
+    die_with_parent()
+    # Ctrl-C reaches the whole process group; the engine decides when the ranks stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    release_inherited_listeners()
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, channel.identity(rank))
+    socket.connect(address)
+    try:
+        worker = _start(vllm_config, rank, init_method)
+    except Exception as error:
+        traceback.print_exc()
+        socket.send_multipart([channel.FAILED, _one_line(error).encode()])
+        context.destroy(linger=1000)
+        return
+    socket.send_multipart([channel.READY, b""])
+    _serve(worker, rank, socket)
+    worker.shutdown()
+    context.destroy(linger=0)
+
+
+def _start(vllm_config: VllmConfig, rank: int, init_method: str) -> WorkerWrapperBase:
+    """Create the worker class that the configuration names, with its device and model."""
+    from vllm.utils.system_utils import decorate_logs, set_process_title
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    name = f"CfgRank{rank}"
+    set_process_title(name)
+    decorate_logs(name)
+    if vllm_config.device_config.device_type == "cpu":
+        os.environ["OMP_NUM_THREADS"] = "1"
+    wrapper = WorkerWrapperBase(rpc_rank=rank, global_rank=rank)
+    kwargs = {
+        "vllm_config": vllm_config,
+        "local_rank": rank,
+        "rank": rank,
+        "distributed_init_method": init_method,
+        "is_driver_worker": rank == 0,
+    }
+    wrapper.init_worker([kwargs] * (rank + 1))
+    wrapper.init_device()
+    wrapper.load_model()
+    return wrapper
+
+
+def _serve(worker: WorkerWrapperBase, rank: int, socket: zmq.Socket[bytes]) -> None:
+    while True:
+        kind, payload = socket.recv_multipart()
+        if kind == channel.PLAN:
+            report, pixels = worker.run_plan(wire.decode_plan(payload))
+            socket.send_multipart([channel.REPORT, wire.encode(report), *pixels], copy=False)
+        elif kind == channel.CALL:
+            socket.send_multipart([channel.ANSWER, cloudpickle.dumps(_call(worker, payload))])
+        elif kind == channel.STOP:
+            logger.debug("cfg rank %d stops", rank)
+            return
+
+
+def _call(worker: WorkerWrapperBase, payload: bytes) -> tuple[int, bool, Any]:
+    number, method, args, kwargs = cloudpickle.loads(payload)
+    try:
+        function = getattr(worker, method) if isinstance(method, str) else method
+        value = function(*args, **kwargs) if isinstance(method, str) else function(worker.worker, *args, **kwargs)
+    except Exception as error:
+        traceback.print_exc()
+        return number, False, _one_line(error)
+    return number, True, value
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")

@@ -1,0 +1,64 @@
+"""What a rank remembers of one running request, and the cache of text embeddings. Must not import vLLM or torch.distributed.
+
+All ranks hold the same latents and noise-scheduler state of every request; a rank holds the embeddings only of the branches
+that it owns.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_cfg_plugin.params import DiffusionRequest
+
+
+@dataclass
+class RequestState:
+    """One request on this rank.
+
+    Attributes:
+        latents: [1, image_tokens, channels].
+        noise_scheduler: diffusers' noise scheduler of this request alone, its timesteps set.
+        prompt_embeds: branch -> [text_tokens, dim], of the branches this rank owns.
+        error: why it can't go on; '' while it can. Later steps skip it until the engine retires it.
+    """
+
+    request: DiffusionRequest
+    latents: torch.Tensor | None = None
+    noise_scheduler: Any = None
+    prompt_embeds: dict[int, torch.Tensor] = field(default_factory=dict)
+    error: str = ""
+
+
+class EmbeddingCache:
+    """Least recently used text embeddings, bounded by their bytes; the empty negative prompt stays in it for good."""
+
+    def __init__(self, encode: Callable[[str], torch.Tensor], capacity_bytes: int) -> None:
+        self._encode = encode
+        self._capacity_bytes = capacity_bytes
+        self._bytes = 0
+        self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def get(self, prompt: str) -> torch.Tensor:
+        """The prompt's embedding [text_tokens, dim], encoded if it is not here."""
+        if (embeds := self._entries.get(prompt)) is not None:
+            self._entries.move_to_end(prompt)
+            return embeds
+        embeds = self._encode(prompt)
+        self._entries[prompt] = embeds
+        self._bytes += embeds.nbytes
+        while self._bytes > self._capacity_bytes and len(self._entries) > 1:
+            _, evicted = self._entries.popitem(last=False)
+            self._bytes -= evicted.nbytes
+        return embeds
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self._bytes = 0
+
+    def __contains__(self, prompt: str) -> bool:
+        return prompt in self._entries

@@ -1,0 +1,84 @@
+"""vLLM's worker interface over the step runner: device, process groups, pipeline."""
+
+from __future__ import annotations
+
+import torch
+from vllm.distributed import init_distributed_environment
+from vllm.logger import init_logger
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.config import EngineSettings
+from vllm_cfg_plugin.distributed import parallel_state
+from vllm_cfg_plugin.engine.plan import StepPlan, StepReport
+from vllm_cfg_plugin.pipelines.registry import family_of
+from vllm_cfg_plugin.worker.runner import StepRunner
+
+logger = init_logger(__name__)
+
+
+class DiffusionWorker(WorkerBase):
+    """One cfg rank."""
+
+    runner: StepRunner
+
+    def init_device(self) -> None:
+        """Choose the device and join the process groups."""
+        if self.current_platform.device_type == "cpu":
+            self.device = torch.device("cpu")
+            # A rank is one core's work, and with more threads a row's result depends on the batch that it is in.
+            torch.set_num_threads(1)
+        else:
+            self.device = torch.device(self.current_platform.device_type, self._visible_device())
+            torch.accelerator.set_device_index(self.device)
+        settings = EngineSettings.from_vllm_config(self.vllm_config)
+        init_distributed_environment(
+            world_size=self.parallel_config.world_size,
+            rank=self.rank,
+            distributed_init_method=self.distributed_init_method,
+            local_rank=self.local_rank,
+            backend=self.current_platform.dist_backend,
+        )
+        parallel_state.initialize_model_parallel(settings.cfg_parallel_size, self.parallel_config.tensor_parallel_size)
+
+    def _visible_device(self) -> int:
+        """This rank's accelerator: replicas of one machine take consecutive blocks, unless vLLM assigned devices itself."""
+        parallel = self.parallel_config
+        if parallel.assigned_physical_gpu_ids is not None:
+            return self.current_platform.logical_device_id_to_visible_device_id(self.local_rank)
+        return self.local_rank + (parallel.data_parallel_rank_local or 0) * parallel.world_size
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load the checkpoint's pipeline; every rank holds all of it, because any rank may own any branch."""
+        checkpoint = Checkpoint(self.model_config.model, self.model_config.revision)
+        module, _, name = family_of(checkpoint).implementation.partition(":")
+        pipeline_class = resolve_obj_by_qualname(f"{module}.{name}")
+        pipeline = pipeline_class.load(
+            checkpoint.model, dtype=self.model_config.dtype, device=self.device, revision=checkpoint.revision
+        )
+        self.runner = StepRunner(
+            pipeline,
+            parallel_state.get_classifier_free_guidance_rank(),
+            parallel_state.get_classifier_free_guidance_world_size(),
+            _all_gather,
+        )
+
+    def get_model(self) -> torch.nn.Module:
+        return self.runner.pipeline.transformer
+
+    def run_plan(self, plan: StepPlan) -> tuple[StepReport, list[memoryview]]:
+        return self.runner.run(plan)
+
+    def reset_encoder_cache(self) -> None:
+        """Forget text embeddings, as vLLM asks after weights were changed."""
+        self.runner.embeddings.clear()
+
+    def shutdown(self) -> None:
+        parallel_state.destroy_model_parallel()
+
+
+def _all_gather(row: torch.Tensor) -> torch.Tensor:
+    if parallel_state.get_classifier_free_guidance_world_size() == 1:
+        return row.unsqueeze(0)
+    return parallel_state.get_cfg_group().all_gather(row.unsqueeze(0), dim=0)
