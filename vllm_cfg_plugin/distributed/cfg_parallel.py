@@ -141,6 +141,13 @@ class CFGParallelMixin:
         return exchange.gather_first(get_cfg_group(), len(branches), prediction, error)
 
 
+def same_on_all_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's tensor on every rank of the cfg group: noise drawn without a seed differs between ranks."""
+    if get_classifier_free_guidance_world_size() == 1:
+        return tensor
+    return get_cfg_group().broadcast(tensor.contiguous(), src=0)
+
+
 @cache
 def log_once(message: str) -> None:
     """Log a message the first time it comes up in this process."""
