@@ -1,4 +1,4 @@
-"""How many tokens a prompt takes in the model's sequence, by the checkpoint's own tokenizer; must not import torch or vLLM."""
+"""How many tokens a prompt takes in the model, by the checkpoint's own tokenizer; must not import torch or vLLM."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ class TokenCounter:
                 checkpoint.model, subfolder="tokenizer", revision=checkpoint.revision
             )
         except (OSError, ValueError) as error:
-            raise ConfigurationError(
-                f"model {checkpoint.model!r}: its tokenizer/ can't be loaded: {error}"
-            ) from error
+            raise ConfigurationError(f"model {checkpoint.model!r}: its tokenizer/ can't be loaded: {error}") from error
         return cls(tokenizer, family_of(checkpoint))
 
     def __call__(self, prompt: str) -> int:

@@ -1,0 +1,35 @@
+"""A small model's description and the answers that its engine would give; shared by the front-end tests."""
+
+import numpy as np
+import torch
+
+from vllm_cfg_plugin.checkpoint import PipelineInfo
+from vllm_cfg_plugin.engine.result import RequestMetrics, ResultHeader, pack_result
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits
+
+INFO = PipelineInfo(
+    class_name="QwenImagePipeline",
+    size_multiple=8,
+    pixels_per_token=8,
+    max_text_tokens=20,
+    min_steps=2,
+    default_params=DiffusionParams(
+        height=64, width=64, num_inference_steps=20, true_cfg_scale=4.0, negative_prompt=None
+    ),
+)
+LIMITS = RequestLimits(max_image_pixels=256 * 256, max_inference_steps=50)
+
+
+def fake_pixels(request: DiffusionRequest) -> np.ndarray:
+    """An image that shows its seed."""
+    generator = np.random.default_rng(request.seed)
+    return generator.integers(0, 256, (request.height, request.width, 3), dtype=np.uint8)
+
+
+def answer(request: DiffusionRequest) -> torch.Tensor:
+    """What the engine returns for a finished request."""
+    metrics = RequestMetrics(
+        queue_ms=1.0, denoise_ms=10.0, steps=request.num_inference_steps, seed=request.seed, guided=request.guided
+    )
+    header = ResultHeader(metrics=metrics, height=request.height, width=request.width)
+    return pack_result(header, fake_pixels(request).tobytes())

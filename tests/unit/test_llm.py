@@ -1,0 +1,182 @@
+"""The offline entry point on a fake LLMEngine: argument forms, order, failures, interruption. No processes."""
+
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from tests.unit.fakes import INFO, LIMITS, answer, fake_pixels
+from vllm_cfg_plugin.engine.result import RequestMetrics, ResultHeader, pack_result
+from vllm_cfg_plugin.entrypoints import llm as llm_module
+from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
+from vllm_cfg_plugin.entrypoints.llm import DiffusionLLM
+from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+
+
+class FakeEngine:
+    """`LLMEngine` as far as DiffusionLLM uses it; finishes the newest request first, one a step."""
+
+    def __init__(self) -> None:
+        self.vllm_config = SimpleNamespace(additional_config={})
+        self.waiting: dict[str, DiffusionRequest] = {}
+        self.aborted: list[str] = []
+        self.shutdowns = 0
+        self.behave = answer
+        self.engine_core = SimpleNamespace(shutdown=self._shutdown)
+        self.renderer = SimpleNamespace(shutdown=lambda: None)
+
+    def _shutdown(self) -> None:
+        self.shutdowns += 1
+
+    def add_request(self, request_id, prompt, params):
+        self.waiting[request_id] = msgspec.convert(params.extra_kwargs, DiffusionRequest)
+
+    def step(self):
+        request_id, request = self.waiting.popitem()
+        data = self.behave(request)
+        return [SimpleNamespace(request_id=request_id, finished=True, outputs=SimpleNamespace(data=data))]
+
+    def abort_request(self, request_ids):
+        self.aborted += request_ids
+        self.waiting.clear()
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    engine = FakeEngine()
+    monkeypatch.setattr(llm_module, "diffusion_engine_args", lambda model, size, **kwargs: {})
+    monkeypatch.setattr(llm_module, "EngineArgs", lambda **kwargs: None)
+    monkeypatch.setattr(llm_module.LLMEngine, "from_engine_args", lambda args: engine)
+    monkeypatch.setattr(FrontEnd, "from_vllm_config", lambda config: FrontEnd(INFO, LIMITS, len))
+    return engine
+
+
+@pytest.fixture
+def llm(engine):
+    with DiffusionLLM("model") as llm:
+        yield llm
+
+
+def seeds(outputs) -> list[int]:
+    return [output.metrics.seed for output in outputs]
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm):
+    prompts = ["a", {"prompt": "b", "negative_prompt": " "}, {"prompt": "c"}]
+    outputs = llm.generate(prompts, [DiffusionParams(seed=i) for i in range(3)], use_tqdm=False)
+    assert [output.prompt for output in outputs] == ["a", "b", "c"]
+    assert seeds(outputs) == [0, 1, 2]
+    assert [output.metrics.guided for output in outputs] == [False, True, False]
+    assert len({output.request_id for output in outputs}) == 3
+    assert all(output.error is None and len(output.images) == 1 for output in outputs)
+
+
+def test_one_text_is_a_list_of_one(llm):
+    (output,) = llm.generate("a", DiffusionParams(seed=4, height=128))
+    assert output.images[0].size == (64, 128)
+    request = DiffusionRequest(
+        prompts=["a"],
+        text_tokens=[1],
+        image_tokens=0,
+        height=128,
+        width=64,
+        num_inference_steps=1,
+        true_cfg_scale=1,
+        seed=4,
+    )
+    assert np.array_equal(np.asarray(output.images[0]), fake_pixels(request))
+    assert output.metrics.e2e_time_ms > 0
+
+
+def test_no_prompts_no_outputs(llm):
+    assert llm.generate([], use_tqdm=False) == []
+
+
+def test_n_images_in_seed_order(llm):
+    (output,) = llm.generate("a", DiffusionParams(seed=4, n=3), use_tqdm=False)
+    assert [metrics.seed for metrics in output.image_metrics] == [4, 5, 6]
+    assert len(output.images) == 3
+    assert output.metrics.e2e_time_ms == max(metrics.e2e_time_ms for metrics in output.image_metrics)
+
+
+def test_a_prompts_own_negative_prompt_wins(llm, engine):
+    seen = []
+    engine.behave = lambda request: seen.append(request.prompts) or answer(request)
+    llm.generate({"prompt": "a", "negative_prompt": "mine"}, DiffusionParams(negative_prompt="other"), use_tqdm=False)
+    llm.generate({"prompt": "a", "negative_prompt": None}, DiffusionParams(negative_prompt="other"), use_tqdm=False)
+    assert seen == [["a", "mine"], ["a"]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "param"),
+    [
+        ("", None, "prompt"),
+        (None, None, "prompt"),
+        ({"text": "a"}, None, "prompt"),
+        ({"prompt": "a", "negative": "b"}, None, "prompt"),
+        (["a", ""], None, "prompts[1].prompt"),
+        (["a", 3], None, "prompts[1].prompt"),
+        (["a", "b"], [DiffusionParams()], "params"),
+        ("a", "fast", "params"),
+        ("a", [None], "params"),
+        (["a", "b"], [DiffusionParams(), DiffusionParams(n=0)], "prompts[1].n"),
+        ("a", DiffusionParams(height=65), "height"),
+    ],
+)
+def test_bad_arguments_raise_before_anything_runs(llm, engine, prompts, params, param):
+    with pytest.raises(InvalidRequestError) as refused:
+        llm.generate(prompts, params, use_tqdm=False)
+    assert refused.value.param == param
+    assert isinstance(refused.value, ValueError)
+    assert engine.waiting == {}
+    assert llm.generate("a", use_tqdm=False)[0].error is None
+
+
+def test_a_failed_request_loses_no_other(llm, engine):
+    failure = pack_result(ResultHeader(metrics=RequestMetrics(), error="out of memory"))
+    instead = {1: failure, 2: torch.empty(0, dtype=torch.uint8)}
+    engine.behave = lambda request: instead[request.seed] if request.seed in instead else answer(request)
+    outputs = llm.generate(["a"] * 4, [DiffusionParams(seed=i) for i in range(4)], use_tqdm=False)
+    assert [len(output.images) for output in outputs] == [1, 0, 0, 1]
+    assert "out of memory" in outputs[1].error
+    assert "aborted" in outputs[2].error
+    assert seeds(outputs) == [0, 1, 2, 3]
+
+
+def test_ctrl_c_aborts_what_is_left_and_the_engine_goes_on(llm, engine):
+    def interrupt(request):
+        raise KeyboardInterrupt
+
+    engine.behave = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"])
+    assert len(engine.aborted) == 2
+    engine.behave = answer
+    assert llm.generate("a", use_tqdm=False)[0].error is None
+
+
+def test_after_the_engines_death_what_was_done_is_kept(llm, engine):
+    def die_at_the_first(request):
+        if request.seed == 0:
+            raise EngineDeadError
+        return answer(request)
+
+    engine.behave = die_at_the_first
+    outputs = llm.generate(["a", "b"], [DiffusionParams(seed=0), DiffusionParams(seed=1)], use_tqdm=False)
+    assert "died" in outputs[0].error
+    assert outputs[1].error is None
+    with pytest.raises(CfgPluginError, match="died"):
+        llm.generate("a")
+
+
+def test_close_is_idempotent(engine):
+    llm = DiffusionLLM("model")
+    llm.close()
+    llm.close()
+    assert engine.shutdowns == 1
+    with pytest.raises(CfgPluginError, match="closed"):
+        llm.generate("a")

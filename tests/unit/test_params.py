@@ -1,0 +1,126 @@
+"""Validation and defaults of one generation."""
+
+import math
+import pickle
+
+import pytest
+
+from tests.unit.fakes import INFO, LIMITS
+from vllm_cfg_plugin.checkpoint import PipelineInfo
+from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.params import MAX_SEED, MIN_SEED, DiffusionParams, resolve_requests
+
+
+def resolve(prompt="a cat", info=INFO, **fields):
+    return resolve_requests(prompt, DiffusionParams(**fields), info, LIMITS, count_tokens=len)
+
+
+def test_unset_fields_take_the_models_defaults():
+    (request,) = resolve()
+    assert (request.height, request.width, request.num_inference_steps) == (64, 64, 20)
+    assert request.prompts == ["a cat"]
+    assert request.text_tokens == [5]
+    assert request.image_tokens == 64
+    assert not request.guided
+    assert request.guidance_off == ""  # nobody asked for it
+
+
+def test_guided_requests_have_two_branches():
+    (request,) = resolve(negative_prompt="", true_cfg_scale=3)
+    assert request.prompts == ["a cat", ""]
+    assert request.text_tokens == [5, 0]
+    assert request.guided
+    assert request.true_cfg_scale == 3.0
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 1])
+def test_small_scales_are_respected_and_switch_guidance_off(scale):
+    (request,) = resolve(negative_prompt="bad", true_cfg_scale=scale)
+    assert request.true_cfg_scale == scale
+    assert not request.guided
+    assert "not above 1" in request.guidance_off
+
+
+def test_a_scale_without_negative_prompt_says_why_guidance_is_off():
+    (request,) = resolve(true_cfg_scale=4.0)
+    assert "no negative prompt" in request.guidance_off
+
+
+def test_null_negative_prompt_overrides_a_models_default():
+    guided_by_default = PipelineInfo(
+        **{
+            **vars(INFO),
+            "default_params": DiffusionParams(
+                height=64, width=64, num_inference_steps=4, true_cfg_scale=4.0, negative_prompt=" "
+            ),
+        }
+    )
+    assert resolve(info=guided_by_default)[0].guided
+    assert not resolve(info=guided_by_default, negative_prompt=None)[0].guided
+
+
+def test_guidance_scale_replaces_the_default_of_true_cfg_scale():
+    assert resolve(guidance_scale=2.0, negative_prompt="")[0].true_cfg_scale == 2.0
+    assert resolve(guidance_scale=2.0, true_cfg_scale=3.0, negative_prompt="")[0].true_cfg_scale == 3.0
+
+
+def test_n_images_have_consecutive_seeds():
+    assert [request.seed for request in resolve(n=3, seed=7)] == [7, 8, 9]
+    assert [request.seed for request in resolve(n=2, seed=MAX_SEED - 1)] == [MAX_SEED - 1, MAX_SEED]
+    assert resolve(seed=MIN_SEED)[0].seed == MIN_SEED
+    assert resolve(seed=0)[0].seed == 0
+
+
+def test_an_unset_seed_is_drawn():
+    assert resolve(seed=None)[0].seed != resolve()[0].seed
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "  \n"}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": "x" * 21}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"negative_prompt": 3}, "negative_prompt"),
+        ({"negative_prompt": "x" * 21}, "negative_prompt"),
+        ({"height": 0}, "height"),
+        ({"width": -64}, "width"),
+        ({"width": 65}, "width"),
+        ({"height": 64.0}, "height"),
+        ({"height": True}, "height"),
+        ({"height": 512, "width": 512}, "size"),
+        ({"n": 0}, "n"),
+        ({"n": 11}, "n"),
+        ({"n": True}, "n"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_inference_steps": 1}, "num_inference_steps"),  # below this model's min_steps
+        ({"num_inference_steps": 51}, "num_inference_steps"),
+        ({"true_cfg_scale": math.nan}, "true_cfg_scale"),
+        ({"true_cfg_scale": math.inf}, "true_cfg_scale"),
+        ({"true_cfg_scale": -1.0}, "true_cfg_scale"),
+        ({"guidance_scale": "4"}, "guidance_scale"),
+        ({"guidance_scale": -math.inf, "true_cfg_scale": 4.0}, "guidance_scale"),
+        ({"seed": MAX_SEED + 1}, "seed"),
+        ({"seed": MIN_SEED - 1}, "seed"),
+        ({"seed": MAX_SEED, "n": 2}, "seed"),
+        ({"seed": 1.0}, "seed"),
+    ],
+)
+def test_bad_values_name_field_and_value(fields, param):
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve(**fields)
+    assert refused.value.param == param
+    assert str(refused.value).startswith(f"{param}=")
+    assert "it must be" in str(refused.value)
+
+
+def test_errors_survive_pickling_and_can_be_placed():
+    error = InvalidRequestError("n", 0, "an integer from 1 to 10")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.param, str(copy)) == (error.param, str(error))
+    placed = error.within("prompts[2].")
+    assert placed.param == "prompts[2].n"
+    assert str(placed).startswith("prompts[2].n=0 is not valid")

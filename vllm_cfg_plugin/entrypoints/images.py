@@ -1,0 +1,102 @@
+"""HTTP: `POST /v1/images/generations` in vLLM's OpenAI server, and how our errors look on the wire.
+
+Routes are thin: `protocol` knows the fields, `serving` does the work. Errors are OpenAI error objects with `param`.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.datastructures import State
+from starlette.exceptions import HTTPException
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
+from vllm.utils import random_uuid
+
+from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
+from vllm_cfg_plugin.entrypoints.protocol import ImagesRequest, ImagesResponse, schema_error
+from vllm_cfg_plugin.entrypoints.serving import ImagesService
+from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, ModelNotFoundError, RequestAbortedError
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+    from vllm.tasks import SupportedTask
+
+
+class OpenAIErrorRoute(APIRoute):
+    """A route whose wrong bodies and failed requests are answered with OpenAI's error object.
+
+    FastAPI's own answer to a wrong body names fields as "body.n" and dumps pydantic's list; other errors stay vLLM's.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_with_errors(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as errors:
+                return error_response(schema_error(errors.errors()[0]))
+            except HTTPException:  # what FastAPI makes of bytes that are not text or of a number too long to parse
+                return error_response(InvalidRequestError("body", None, "valid JSON"))
+            except CfgPluginError as error:
+                return error_response(error)
+
+        return handle_with_errors
+
+
+router = APIRouter(route_class=OpenAIErrorRoute)
+
+
+@router.post("/v1/images/generations", responses={HTTPStatus.OK.value: {"model": ImagesResponse}})
+@with_cancellation
+@load_aware_call
+async def generate_images(body: ImagesRequest, raw_request: Request) -> JSONResponse:
+    """Text to image: the fields of OpenAI's images API, and those of diffusion (`ImagesRequest`)."""
+    request_id = raw_request.headers.get("X-Request-Id") or random_uuid()
+    response = await raw_request.app.state.images_service.generate(body, f"img-{request_id}")
+    return JSONResponse(response.model_dump())
+
+
+def error_response(error: CfgPluginError) -> JSONResponse:
+    """Status and OpenAI error object of one of our errors."""
+    param = None
+    if isinstance(error, InvalidRequestError):
+        status, kind, param = HTTPStatus.BAD_REQUEST, "BadRequestError", error.param
+    elif isinstance(error, ModelNotFoundError):
+        status, kind, param = HTTPStatus.NOT_FOUND, "NotFoundError", "model"
+    elif isinstance(error, RequestAbortedError):
+        status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
+    else:
+        status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"
+    content = create_error_response(str(error), kind, status, param)
+    return JSONResponse(content.model_dump(), status_code=status)
+
+
+class ImagesEndpointPlugin:
+    """vLLM's endpoint plugin contract (vllm/plugins/endpoint_plugins/interface.py)."""
+
+    name = "vllm_cfg_plugin"
+    required_tasks: tuple[SupportedTask, ...] | None = ("plugin",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.include_router(router)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        if engine_client is None:  # vLLM's render server, which `required_tasks` keeps us out of
+            return
+        names = args.served_model_name or [args.model]
+        front_end = FrontEnd.from_vllm_config(engine_client.vllm_config)
+        state.images_service = ImagesService(engine_client, front_end, names, lambda: _is_stopping(state))
+
+
+def _is_stopping(state: State) -> bool:
+    server = getattr(state, "server", None)  # set by vLLM once uvicorn runs
+    return server is not None and server.should_exit

@@ -1,0 +1,258 @@
+"""Offline use: `DiffusionLLM(model).generate(prompts)`, on vLLM's own LLMEngine."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import msgspec
+from PIL import Image
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import PoolingRequestOutput
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from vllm_cfg_plugin.config import EngineSettings, diffusion_engine_args
+from vllm_cfg_plugin.engine.result import RequestMetrics
+from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output
+from vllm_cfg_plugin.entrypoints.progress_bar import StepBar
+from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError
+from vllm_cfg_plugin.model import PLACEHOLDER_PROMPT
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+
+Prompt = str | Mapping[str, Any]
+
+_PROMPT_KEYS = ("prompt", "negative_prompt")
+_ENGINE_DIED = "the engine has died, see its log above; close this DiffusionLLM and make a new one"
+
+
+@dataclass
+class DiffusionOutput:
+    """What became of one prompt.
+
+    Attributes:
+        request_id: as it appears in the engine's log.
+        prompt: the text.
+        images: the finished images, in seed order; all `n` of them unless `error` says otherwise.
+        error: why images are missing, or None.
+        image_metrics: one per image that was asked for.
+    """
+
+    request_id: str
+    prompt: str
+    images: list[Image.Image] = field(default_factory=list)
+    error: str | None = None
+    image_metrics: list[RequestMetrics] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        """Of the whole prompt: each time is the longest of its images; seed, steps and guidance are the first image's."""
+        times = ("queue_ms", "encode_ms", "denoise_ms", "decode_ms", "e2e_time_ms")
+        longest = {name: max(getattr(metrics, name) for metrics in self.image_metrics) for name in times}
+        return msgspec.structs.replace(self.image_metrics[0], **longest)
+
+
+@dataclass
+class _Running:
+    """One image's request between the engine's queue and its output."""
+
+    request: DiffusionRequest
+    started: float
+    image: Image.Image | None = None
+    error: str | None = None
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+
+class DiffusionLLM:
+    """A diffusion model with its engine; a context manager. Not to be shared by threads.
+
+    Args:
+        model: diffusers folder or hub repository id.
+        cfg_parallel_size: ranks (GPUs) that share the branches of guidance; 1 runs them one after the other.
+        engine_args: anything that vLLM's `EngineArgs` takes.
+
+    Raises:
+        ConfigurationError: the model can't be served, or not with these arguments.
+    """
+
+    def __init__(self, model: str, cfg_parallel_size: int = 2, **engine_args: Any) -> None:
+        self._engine: LLMEngine | None = None
+        self._died = False
+        self._ids = itertools.count()
+        args = EngineArgs(**diffusion_engine_args(model, cfg_parallel_size, **engine_args))
+        with _children_ignore_ctrl_c():
+            self._engine = LLMEngine.from_engine_args(args)
+        try:
+            config = self._engine.vllm_config
+            self._front_end = FrontEnd.from_vllm_config(config)
+            self._progress_address = EngineSettings.from_vllm_config(config).progress_address
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: DiffusionParams | Sequence[DiffusionParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[DiffusionOutput]:
+        """Generate images; one output per prompt, in order.
+
+        Args:
+            prompts: a text, a mapping with "prompt" and "negative_prompt" (which wins over that of `params`), or a
+                sequence of those.
+            params: of all prompts, or one each.
+            use_tqdm: show a progress bar over the denoising steps.
+
+        Raises:
+            InvalidRequestError (a ValueError): an argument is wrong; nothing has run.
+            CfgPluginError: closed, or the engine died earlier. If it dies during the call, what was done is returned
+                and the rest has `.error` set, as has every other request that failed while it ran.
+        """
+        engine = self._usable_engine()
+        texts, resolved = self._resolve(prompts, params)
+        prefixes = [f"diffusion-{next(self._ids)}" for _ in texts]
+        running = {
+            f"{prefix}-{index}": _Running(request, time.perf_counter())
+            for prefix, requests in zip(prefixes, resolved, strict=True)
+            for index, request in enumerate(requests)
+        }
+        steps = {request_id: entry.request.num_inference_steps for request_id, entry in running.items()}
+        with StepBar(self._progress_address, steps) if use_tqdm else nullcontext() as bar:
+            self._run(engine, running, bar)
+        by_id = iter(running.values())
+        return [
+            _output(prefix, text, [next(by_id) for _ in requests])
+            for prefix, text, requests in zip(prefixes, texts, resolved, strict=True)
+        ]
+
+    def _resolve(
+        self, prompts: Prompt | Sequence[Prompt], params: DiffusionParams | Sequence[DiffusionParams] | None
+    ) -> tuple[list[str], list[list[DiffusionRequest]]]:
+        """The texts and each one's requests."""
+        several = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+        prompt_list = list(prompts) if several else [prompts]
+        texts, resolved = [], []
+        for index, (prompt, prompt_params) in enumerate(
+            zip(prompt_list, _spread(params, len(prompt_list)), strict=True)
+        ):
+            try:
+                text, prompt_params = _unpack(prompt, prompt_params)
+                resolved.append(self._front_end.resolve(text, prompt_params))
+                texts.append(text)
+            except InvalidRequestError as error:
+                raise (error.within(f"prompts[{index}].") if several else error) from None
+        return texts, resolved
+
+    def _run(self, engine: LLMEngine, running: dict[str, _Running], bar: StepBar | None) -> None:
+        """Run all requests to their end; on Ctrl-C or any other error abort those that are left."""
+        left = set(running)
+        try:
+            for request_id, entry in running.items():
+                key = request_id if bar else ""
+                request = msgspec.structs.replace(entry.request, progress_key=key)
+                engine.add_request(request_id, PLACEHOLDER_PROMPT, pooling_params(request))
+            while left:
+                for output in engine.step():
+                    if output.finished and output.request_id in left:
+                        left.remove(output.request_id)
+                        _finish(running[output.request_id], output)
+                        if bar:
+                            bar.finish(output.request_id)
+        except EngineDeadError:
+            self._died = True
+            for request_id in left:
+                running[request_id].error = _ENGINE_DIED
+        except BaseException:
+            with suppress(EngineDeadError):
+                engine.abort_request(sorted(left))
+            raise
+
+    def _usable_engine(self) -> LLMEngine:
+        if self._engine is None:
+            raise CfgPluginError("this DiffusionLLM is closed")
+        if self._died:
+            raise CfgPluginError(_ENGINE_DIED)
+        return self._engine
+
+    def close(self) -> None:
+        """Stop the engine and its processes; may be called again."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.renderer.shutdown()
+            engine.engine_core.shutdown()
+
+    def __enter__(self) -> DiffusionLLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _spread(params: DiffusionParams | Sequence[DiffusionParams] | None, count: int) -> list[DiffusionParams]:
+    """One `DiffusionParams` per prompt."""
+    if params is None:
+        params = DiffusionParams()
+    if isinstance(params, DiffusionParams):
+        return [params] * count
+    if not isinstance(params, Sequence) or not all(isinstance(item, DiffusionParams) for item in params):
+        raise InvalidRequestError("params", params, "a DiffusionParams or a sequence of them")
+    if len(params) != count:
+        raise InvalidRequestError("params", params, f"one DiffusionParams, or as many as there are prompts ({count})")
+    return list(params)
+
+
+def _unpack(prompt: Any, params: DiffusionParams) -> tuple[Any, DiffusionParams]:
+    """The text of a prompt, and the parameters with its negative prompt."""
+    if not isinstance(prompt, Mapping):
+        return prompt, params
+    if "prompt" not in prompt or not set(prompt) <= set(_PROMPT_KEYS):
+        raise InvalidRequestError("prompt", dict(prompt), 'a text, or {"prompt": ..., "negative_prompt": ...}')
+    if "negative_prompt" in prompt:
+        params = msgspec.structs.replace(params, negative_prompt=prompt["negative_prompt"])
+    return prompt["prompt"], params
+
+
+def _finish(entry: _Running, output: PoolingRequestOutput) -> None:
+    try:
+        done = read_output(output, 1000 * (time.perf_counter() - entry.started))
+    except CfgPluginError as error:
+        entry.error = str(error)
+    else:
+        entry.image, entry.metrics = Image.fromarray(done.pixels), done.metrics
+
+
+def _output(request_id: str, text: str, entries: list[_Running]) -> DiffusionOutput:
+    for entry in entries:
+        if entry.image is None:  # what is known without the engine
+            request = entry.request
+            entry.metrics = RequestMetrics(seed=request.seed, guided=request.guided, guidance_off=request.guidance_off)
+    return DiffusionOutput(
+        request_id=request_id,
+        prompt=text,
+        images=[entry.image for entry in entries if entry.image is not None],
+        error="; ".join(entry.error for entry in entries if entry.error) or None,
+        image_metrics=[entry.metrics for entry in entries],
+    )
+
+
+@contextmanager
+def _children_ignore_ctrl_c() -> Iterator[None]:
+    """Processes started inside inherit a blocked SIGINT.
+
+    A terminal sends Ctrl-C to the whole process group; an engine that got it too would stop, where only the running
+    `generate` should. Ours is delivered when the block ends.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
