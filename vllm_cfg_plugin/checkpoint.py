@@ -1,7 +1,7 @@
 """What a diffusers checkpoint says about itself, read from its JSON files alone.
 
-Runs in the front end before anything heavy is imported; must not import torch, diffusers or vLLM. A checkpoint is a local
-folder or a hub repository id; of the latter only the small JSON files are fetched here.
+Runs in the front end before anything heavy is imported; must not import torch, diffusers or vLLM. A checkpoint is a
+local folder or a hub repository id; of the latter only the small JSON files are fetched here.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class Checkpoint:
         for path in sorted(folder.glob("*/*.safetensors.index.json")):
             shards = set((self.read_json(f"{path.parent.name}/{path.name}") or {}).get("weight_map", {}).values())
             if missing := sorted(shard for shard in shards if not (path.parent / shard).is_file()):
-                raise ConfigurationError(f"model {self.model!r} is incomplete: {path.parent.name}/{missing[0]} is missing")
+                raise ConfigurationError(
+                    f"model {self.model!r} is incomplete: {path.parent.name}/{missing[0]} is missing"
+                )
         for path in sorted(folder.glob("*/*.safetensors")):
             if problem := _safetensors_problem(path):
                 raise ConfigurationError(f"model {self.model!r}: {path.parent.name}/{path.name} is broken: {problem}")
@@ -105,7 +107,12 @@ class Checkpoint:
 
     def _from_hub(self, name: str) -> Path | None:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
 
         try:
             return Path(hf_hub_download(self.model, name, revision=self.revision))
@@ -120,7 +127,7 @@ class Checkpoint:
 
 
 def _safetensors_problem(path: Path) -> str:
-    """Why the file can't be a whole safetensors file; '' if it can (layout: 8 bytes of header length, JSON, tensors)."""
+    """Why the file can't be whole; '' if it can (safetensors: 8 bytes of header length, a JSON header, tensors)."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_length = int.from_bytes(file.read(8), "little")

@@ -1,7 +1,8 @@
-"""Our flags on vLLM's own command line, and what MODEL being a diffusers checkpoint changes of the other flags' defaults.
+"""Our flags on vLLM's own command line, and what MODEL being a diffusers checkpoint changes of the other flags'
+defaults.
 
-vLLM copies only its declared fields from the parsed namespace, so our flags are written into `additional_config`, which it
-declares. All checks here end in argparse's one-line error and exit code 2, before any process is started.
+vLLM copies only its declared fields from the parsed namespace, so our flags are written into `additional_config`, which
+it declares. All checks here end in argparse's one-line error and exit code 2, before any process is started.
 """
 
 from __future__ import annotations
@@ -75,7 +76,11 @@ class _SettingAction(argparse.Action):
     """Writes the flag into a copy of `additional_config`."""
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
     ) -> None:
         namespace.additional_config = {**(namespace.additional_config or {}), self.dest: values}
         _check_model(parser, namespace)
@@ -85,7 +90,11 @@ class _MergeConfig(argparse.Action):
     """`--additional-config JSON` beside our flags: merges instead of replacing."""
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
     ) -> None:
         namespace.additional_config = {**(namespace.additional_config or {}), **values}
         try:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 CONFIG_FORMAT = "diffusers"
 
-# What vLLM's own flags default to for a diffusion model. A text prompt never reaches vLLM, so there is no tokenizer to load.
+# What vLLM's own flags default to for a diffusion model. A text prompt never reaches vLLM, so there is no tokenizer to
+# load.
 ENGINE_DEFAULTS: dict[str, Any] = {
     "config_format": CONFIG_FORMAT,
     "skip_tokenizer_init": True,
@@ -26,8 +27,8 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     "enable_prefix_caching": False,
     # Requests that may share a step.
     "max_num_seqs": 32,
-    # Image and text tokens per rank and step. Two images of 1024x1024: sharing a step gains nothing once it is compute-bound
-    # and makes everybody wait for everybody, so past this budget first come is first served.
+    # Image and text tokens per rank and step. Two images of 1024x1024: sharing a step gains nothing once it is
+    # compute-bound and makes everybody wait for everybody, so past this budget first come is first served.
     "max_num_batched_tokens": 8448,
 }
 
@@ -65,7 +66,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(f"additional_config: {error}") from error
         for name in ("cfg_parallel_size", "max_image_pixels", "max_inference_steps"):
             if getattr(settings, name) < 1:
-                raise ConfigurationError(f"{name}={getattr(settings, name)} is not valid: it must be an integer from 1 up")
+                raise ConfigurationError(
+                    f"{name}={getattr(settings, name)} is not valid: it must be an integer from 1 up"
+                )
         return settings
 
     @property

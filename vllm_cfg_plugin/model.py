@@ -1,7 +1,7 @@
 """What vLLM's model layer must know of a diffusers checkpoint: a config and a class; the weights never pass through it.
 
-vLLM asks its ModelRegistry what kind of model it serves (a pooling model without attention caches) and a config parser for
-the model's config. Both are answered here; the real pipeline is loaded by our worker.
+vLLM asks its ModelRegistry what kind of model it serves (a pooling model without attention caches) and a config parser
+for the model's config. Both are answered here; the real pipeline is loaded by our worker.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm_cfg_plugin.config import CONFIG_FORMAT
 from vllm_cfg_plugin.pipelines.registry import FAMILIES, family_of
 
 # vLLM's own prompt of a request is one placeholder token; the text travels in the request's parameters.
-PLACEHOLDER_PROMPT = {"type": "token", "prompt_token_ids": [0]}
+PLACEHOLDER_PROMPT: Any = {"type": "token", "prompt_token_ids": [0]}
 _MAX_PROMPT_TOKENS = 16
 
 
@@ -31,7 +31,9 @@ class DiffusionModel(torch.nn.Module):
     is_attention_free: ClassVar[bool] = True
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
-        raise NotImplementedError("a diffusion pipeline is loaded by vllm_cfg_plugin.worker, not by vLLM's model loader")
+        raise NotImplementedError(
+            "a diffusion pipeline is loaded by vllm_cfg_plugin.worker, not by vLLM's model loader"
+        )
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -53,13 +55,10 @@ class DiffusersConfigParser(ConfigParserBase):
     ) -> tuple[dict[str, Any], PreTrainedConfig]:
         checkpoint = Checkpoint(str(model), revision)
         family_of(checkpoint)
-        config = PreTrainedConfig(
-            architectures=[checkpoint.class_name()],
-            max_position_embeddings=_MAX_PROMPT_TOKENS,
-            hidden_size=1,
-            num_attention_heads=1,
-            num_hidden_layers=1,
-            vocab_size=1,
+        # Sizes that vLLM reads of every model; they describe the placeholder prompt, nothing of the pipeline.
+        sizes = {"hidden_size": 1, "num_attention_heads": 1, "num_hidden_layers": 1, "vocab_size": 1}
+        config = PreTrainedConfig.from_dict(
+            {"architectures": [checkpoint.class_name()], "max_position_embeddings": _MAX_PROMPT_TOKENS, **sizes}
         )
         return config.to_dict(), config
 

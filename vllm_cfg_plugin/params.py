@@ -1,7 +1,8 @@
 """What a user may ask of one image, and how it becomes the exact request that the engine runs.
 
-`DiffusionParams` is what users write; unset fields take the model's defaults. `resolve_requests` validates everything once,
-in the front end, and returns one `DiffusionRequest` per image: nothing invalid goes further. Must not import torch or vLLM.
+`DiffusionParams` is what users write; unset fields take the model's defaults. `resolve_requests` validates everything
+once, in the front end, and returns one `DiffusionRequest` per image: nothing invalid goes further. Must not import
+torch or vLLM.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         n: images, with seeds seed, seed + 1, ...
     """
 
-    negative_prompt: str | None | UnsetType = UNSET
+    negative_prompt: str | UnsetType | None = UNSET
     height: int | UnsetType = UNSET
     width: int | UnsetType = UNSET
     num_inference_steps: int | UnsetType = UNSET
     true_cfg_scale: float | UnsetType = UNSET
     guidance_scale: float | UnsetType = UNSET
-    seed: int | None | UnsetType = UNSET
+    seed: int | UnsetType | None = UNSET
     n: int = 1
 
 

@@ -1,13 +1,13 @@
 """Our vLLM platform: the machine's own platform plus the wiring of a diffusion model.
 
-The class derives from whatever platform stock vLLM finds (CUDA on a GPU machine), so that ordinary models are served exactly
-as without this plugin; every hook below first asks whether the model is a diffusion pipeline.
+The class derives from whatever platform stock vLLM finds (CUDA on a GPU machine), so that ordinary models are served
+exactly as without this plugin; every hook below first asks whether the model is a diffusion pipeline.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm.platforms import builtin_platform_plugins
@@ -62,8 +62,9 @@ class HostPlatform(Platform):
         model_config = vllm_config.model_config
         if model_config is not None and not is_diffusion(vllm_config):
             raise ConfigurationError(
-                f"model {model_config.model!r} is not a diffusion pipeline ({', '.join(sorted(FAMILIES))}); on a machine without "
-                "an accelerator this build of vLLM serves only those. Install vLLM's CPU build to serve other models here."
+                f"model {model_config.model!r} is not a diffusion pipeline ({', '.join(sorted(FAMILIES))}); on a machine
+                without " "an accelerator this build of vLLM serves only those. Install vLLM's CPU build to serve other
+                models here."
             )
 
 
@@ -124,8 +125,8 @@ def _wire_parallelism(vllm_config: VllmConfig, settings: EngineSettings) -> None
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name) != 1:
             raise ConfigurationError(
-                f"{name}={getattr(parallel, name)} is not valid with a diffusion pipeline: it must be 1 (cfg_parallel_size sets "
-                "the number of ranks, data_parallel_size the number of replicas)"
+                f"{name}={getattr(parallel, name)} is not valid with a diffusion pipeline: it must be 1
+                (cfg_parallel_size sets " "the number of ranks, data_parallel_size the number of replicas)"
             )
     parallel.world_size = settings.cfg_parallel_size * parallel.tensor_parallel_size
     parallel.worker_cls = "vllm_cfg_plugin.worker.worker.DiffusionWorker"
@@ -149,9 +150,10 @@ def _check_device_count(platform: type[Platform], vllm_config: VllmConfig) -> No
         return
     parallel = vllm_config.parallel_config
     needed = parallel.world_size * (parallel.data_parallel_size_local or 1)
-    available = platform.device_count()
+    available = cast(Any, platform).device_count()  # CudaPlatform and RocmPlatform have it
     if needed > available:
         raise ConfigurationError(
-            f"cfg_parallel_size={parallel.world_size} (with data_parallel_size_local={parallel.data_parallel_size_local}) needs "
-            f"{needed} GPUs and this machine has {available}: lower it, or make more GPUs visible"
+            f"cfg_parallel_size={parallel.world_size} (with
+            data_parallel_size_local={parallel.data_parallel_size_local}) needs " f"{needed} GPUs and this machine has
+            {available}: lower it, or make more GPUs visible"
         )

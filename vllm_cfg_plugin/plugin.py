@@ -1,7 +1,7 @@
 """vLLM's entry points into this package: platform, models, HTTP routes.
 
-vLLM calls each of them in every one of its processes, some more than once, so they are idempotent and cheap: what is heavy is
-imported inside. Must import nothing of vLLM, torch or diffusers at module level.
+vLLM calls each of them in every one of its processes, some more than once, so they are idempotent and cheap: what is
+    heavy is imported inside. Must import nothing of vLLM, torch or diffusers at module level.
 """
 
 from __future__ import annotations

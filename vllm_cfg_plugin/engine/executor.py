@@ -1,7 +1,8 @@
 """vLLM's executor interface: one process per cfg rank, driven by step plans over ZMQ.
 
-A ROUTER socket here, a DEALER in every rank. Plans are sent as soon as they are made and ranks take them in order, so a rank
-finds the next one waiting. The engine's thread is the only one that touches the socket: a future's `result()` pumps it.
+A ROUTER socket here, a DEALER in every rank. Plans are sent as soon as they are made and ranks take them in order, so a
+rank finds the next one waiting. The engine's thread is the only one that touches the socket: a future's `result()`
+pumps it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ class CfgExecutor(Executor):
             self.shutdown()
             raise
         threading.Thread(
-            target=_watch, args=(weakref.ref(self), list(self._processes), self._closing), daemon=True, name="cfg-rank-monitor"
+            target=_watch,
+            args=(weakref.ref(self), list(self._processes), self._closing),
+            daemon=True,
+            name="cfg-rank-monitor",
         ).start()
 
     def _start_workers(self, address: str) -> None:
@@ -91,7 +95,7 @@ class CfgExecutor(Executor):
                 raise ConfigurationError(f"cfg rank {rank} could not start: {bytes(payload).decode()}")
             waiting.discard(rank)
 
-    # ---- steps ---------------------------------------------------------------------------------------------------------
+    # ---- steps ----
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         """Send the plan to every rank; the future's result is the merged `StepResult`."""
@@ -104,7 +108,7 @@ class CfgExecutor(Executor):
             future = self._send_to_all(channel.PLAN, plan.step, payload, _merge_step)
         return future if non_block else future.result()
 
-    # ---- calls of worker methods ---------------------------------------------------------------------------------------
+    # ---- calls of worker methods ----
 
     def collective_rpc(
         self,
@@ -121,7 +125,7 @@ class CfgExecutor(Executor):
         future = self._send_to_all(channel.CALL, self._rpc_ids, payload, _merge_call)
         return future if non_block else future.result(timeout)
 
-    # ---- transport -----------------------------------------------------------------------------------------------------
+    # ---- transport ----
 
     def _send_to_all(self, kind: bytes, number: int, payload: bytes, merge: Callable[[list[Any]], Any]) -> _Pending:
         pending = _Pending(self, len(self._processes), merge)
@@ -155,7 +159,7 @@ class CfgExecutor(Executor):
             TimeoutError: nothing came within `timeout` seconds.
         """
         while True:
-            events = dict(self._poller.poll(None if timeout is None else timeout * 1000))
+            events = dict(self._poller.poll(None if timeout is None else int(timeout * 1000)))
             if self._socket in events:
                 sender, kind, payload, *frames = self._socket.recv_multipart(copy=False)
                 return channel.rank_of(sender.bytes), [kind.bytes, payload.buffer, *(frame.buffer for frame in frames)]
@@ -164,13 +168,15 @@ class CfgExecutor(Executor):
             elif timeout is not None:
                 raise TimeoutError(f"no answer from the cfg ranks within {timeout} s")
 
-    # ---- health and end ------------------------------------------------------------------------------------------------
+    # ---- health and end ----
 
     def check_health(self) -> None:
         """Raises RankDiedError if the process of a rank has ended."""
         for rank, process in enumerate(self._processes):
             if process.exitcode is not None:
-                raise RankDiedError(f"the process of cfg rank {rank} (pid {process.pid}) ended with code {process.exitcode}")
+                raise RankDiedError(
+                    f"the process of cfg rank {rank} (pid {process.pid}) ended with code {process.exitcode}"
+                )
 
     def register_failure_callback(self, callback: FailureCallback) -> None:
         self._failure_callback = callback
@@ -193,7 +199,7 @@ class CfgExecutor(Executor):
         _close(self._closing, self._processes)
         self._context.destroy(linger=0)
 
-    # ---- what EngineCore asks of executors of language models ----------------------------------------------------------
+    # ---- what EngineCore asks of executors of language models ----
 
     @classmethod
     def supports_async_scheduling(cls) -> bool:

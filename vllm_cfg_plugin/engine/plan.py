@@ -1,7 +1,7 @@
 """The messages between the engine and its ranks: one step plan out, one step report per rank back.
 
-Ids and integers only: a prompt travels once, in the plan that admits its request; tensors never travel towards a rank, and
-decoded pixels follow a report as raw frames. Must not import torch or vLLM.
+Ids and integers only: a prompt travels once, in the plan that admits its request; tensors never travel towards a rank,
+    and decoded pixels follow a report as raw frames. Must not import torch or vLLM.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Admission(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Forward(msgspec.Struct, array_like=True, frozen=True):
-    """Denoising step `index` of request `id`; branch b is computed by cfg rank `owners[b]`, which encodes its prompt too."""
+    """Denoising step `index` of request `id`; cfg rank `owners[b]` computes branch b and encodes its prompt."""
 
     id: int
     index: int
@@ -59,7 +59,8 @@ class StepReport(msgspec.Struct, array_like=True, frozen=True):
     """What one rank did in one step.
 
     Attributes:
-        began, denoised: this rank's `time.monotonic()` at the start of the step and after its last noise-scheduler step.
+        began, denoised: this rank's `time.monotonic()` at the start of the step and after its last noise-scheduler
+            step.
         encoded: (request id, milliseconds) of the texts encoded.
         failed: (request id, message) of requests that can't go on.
     """

@@ -1,8 +1,9 @@
 """Work items to ranks: pure functions, no vLLM, no torch.
 
-Every branch of a request is forwarded by one rank per step. When the branches divide evenly over the ranks each rank takes
-its fixed share (with two ranks: positive on 0, negative on 1); what is left over, such as the single branch of a request
-without guidance, goes to the rank with the fewest tokens, so no rank idles and none computes what another one does.
+Every branch of a request is forwarded by one rank per step. When the branches divide evenly over the ranks each rank
+takes its fixed share (with two ranks: positive on 0, negative on 1); what is left over, such as the single branch of a
+request without guidance, goes to the rank with the fewest tokens, so no rank idles and none computes what another one
+does.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def assign_owners(tokens: Sequence[int], loads: Sequence[int]) -> tuple[int, ...
 def rebalance(requests: Sequence[BranchLoad], ranks: int) -> dict[int, tuple[int, ...]]:
     """New owners of requests that should move because others left; empty when no move lowers the heaviest rank's load.
 
-    A move costs the new owner one text encoding (none if its cache holds the prompt), so only leftover branches move, and only
-    for a strictly lighter heaviest rank.
+    A move costs the new owner one text encoding (none if its cache holds the prompt), so only leftover branches move,
+    and only for a strictly lighter heaviest rank.
     """
     owners = {request.id: request.owners for request in requests}
     loads = rank_loads(requests, ranks)

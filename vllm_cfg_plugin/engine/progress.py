@@ -1,7 +1,8 @@
-"""Denoising progress on a side channel: PUB in the engine, SUB in the caller; a lost message costs a tick of a progress bar.
+"""Denoising progress on a side channel: PUB in the engine, SUB in the caller; a lost message costs a tick of a progress
+bar.
 
-Must not import vLLM or torch. Messages are msgpack `(progress_key, steps done, steps in all)`. The subscriber binds, so that
-several engines (data parallel) can publish to one caller.
+Must not import vLLM or torch. Messages are msgpack `(progress_key, steps done, steps in all)`. The subscriber binds, so
+that several engines (data parallel) can publish to one caller.
 """
 
 from __future__ import annotations

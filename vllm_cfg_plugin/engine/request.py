@@ -1,4 +1,4 @@
-"""One request inside the scheduler: what is known of it, how far it is planned, how far it is done. Must not import torch."""
+"""One request inside the scheduler: what is asked, how far it is planned, how far it is done; must not import torch."""
 
 from __future__ import annotations
 

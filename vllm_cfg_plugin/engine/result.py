@@ -1,7 +1,7 @@
 """The one tensor in which a request's result travels from the scheduler to the front end; must not import vLLM.
 
-vLLM carries one tensor per pooling output and nothing else, so the header (metrics, size, error) leads the pixels in it:
-4 bytes of header length, the msgpack header, then the image's HWC bytes.
+vLLM carries one tensor per pooling output and nothing else, so the header (metrics, size, error) leads the pixels in
+it: 4 bytes of header length, the msgpack header, then the image's HWC bytes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def unpack_result(tensor: torch.Tensor) -> tuple[ResultHeader, np.ndarray | None
     """The header and, unless it holds an error, the image: uint8 [height, width, 3]."""
     raw = tensor.numpy()
     end = 4 + int.from_bytes(raw[:4].tobytes(), "little")
-    header = _decoder.decode(raw[4:end])
+    header = _decoder.decode(raw[4:end].data)
     if header.error is not None:
         return header, None
     return header, raw[end:].reshape(header.height, header.width, 3)

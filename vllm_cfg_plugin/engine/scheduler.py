@@ -1,14 +1,16 @@
-"""vLLM's scheduler interface for denoising steps: who runs in the next step, on which ranks, and what came of the last one.
+"""vLLM's scheduler interface for denoising steps: who runs in the next step, on which ranks, and what came of the last
+one.
 
-A request joins at any engine step and leaves after its last; admission is first come first served under `max_num_seqs` and
-`max_num_batched_tokens` (tokens per rank and step). Steps are known ahead, so the next plan is made before this one's report.
+A request joins at any engine step and leaves after its last; admission is first come first served under `max_num_seqs`
+and `max_num_batched_tokens` (tokens per rank and step). Steps are known ahead, so the next plan is made before this
+one's report.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
-@dataclass
+@dataclasses.dataclass
 class StepSchedulerOutput(SchedulerOutput):
     """vLLM's scheduler output with our plan riding along; it never leaves the engine's process."""
 
@@ -80,7 +82,7 @@ class StepScheduler(SchedulerInterface):
         self._decodes = [0] * self._ranks
         self._last_counts = (0, 0)
 
-    # ---- requests come and go ------------------------------------------------------------------------------------------
+    # ---- requests come and go ----
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Never raises for a bad one: that would stop the engine for everybody."""
@@ -97,13 +99,11 @@ class StepScheduler(SchedulerInterface):
         self._waiting.append(scheduled)
         self._by_name[request.request_id] = scheduled
 
-    def finish_requests(
-        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
-    ) -> list[Request]:
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         """Take requests out of all queues; every rank forgets them with the next plan.
 
-        For None (all of them: pause, shutdown) the aborted outputs come from our next update, because those that vLLM would
-        send for the returned list have no pooling output, which stops its server.
+        For None (all of them: pause, shutdown) the aborted outputs come from our next update, because those that vLLM
+        would send for the returned list have no pooling output, which stops its server.
         """
         if request_ids is None:
             names = list(self._by_name)
@@ -114,9 +114,10 @@ class StepScheduler(SchedulerInterface):
         else:
             names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         for name in names:
-            if (request := self._by_name.get(name)) is not None:
-                self._forget(request)
-                self._retired.append(request.id)
+            gone = self._by_name.get(name)
+            if gone is not None:
+                self._forget(gone)
+                self._retired.append(gone.id)
         return []
 
     def _forget(self, request: ScheduledRequest) -> None:
@@ -124,7 +125,7 @@ class StepScheduler(SchedulerInterface):
         if self._running.pop(request.id, None) is None and self._draining.pop(request.id, None) is None:
             self._waiting.remove(request)
 
-    # ---- the next plan -------------------------------------------------------------------------------------------------
+    # ---- the next plan ----
 
     def schedule(self, throttle_prefills: bool = False) -> StepSchedulerOutput:
         """The next step's plan; empty when everything is planned already or the engine is paused."""
@@ -140,11 +141,7 @@ class StepScheduler(SchedulerInterface):
             decodes=self._plan_decodes(loads),
         )
         self._retired = []
-        output = StepSchedulerOutput.make_empty()
-        output.plan = plan
-        output.num_scheduled_tokens = {request.request_id: sum(request.branch_tokens) for request in active}
-        output.total_num_scheduled_tokens = sum(loads)
-        return output
+        return _with_plan(plan, {request.request_id: sum(request.branch_tokens) for request in active})
 
     def _admit(self) -> list[ScheduledRequest]:
         """Requests that join now, in order of arrival; a request too large for the token budget runs alone."""
@@ -189,17 +186,19 @@ class StepScheduler(SchedulerInterface):
             self._draining[request.id] = self._running.pop(request.id)
         return decodes
 
-    # ---- what came of it -----------------------------------------------------------------------------------------------
+    # ---- what came of it ----
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> dict[int, EngineCoreOutputs]:
-        """Turn the ranks' reports of one step into outputs per client; ranks agree on latents, so rank 0's times count."""
+        """Turn the ranks' merged reports of one step into outputs per client."""
         outputs, self._ready = self._ready, []
         plan = scheduler_output.plan if isinstance(scheduler_output, StepSchedulerOutput) else None
         if plan is not None and isinstance(model_runner_output, StepResult):
             self._note_progress(plan, model_runner_output)
-            outputs += [self._failed(id, message) for id, message in model_runner_output.failed.items() if self._active(id)]
+            outputs += [
+                self._failed(id, message) for id, message in model_runner_output.failed.items() if self._active(id)
+            ]
             outputs += [
                 self._finished(image, pixels) for image, pixels in model_runner_output.images if self._active(image.id)
             ]
@@ -252,10 +251,12 @@ class StepScheduler(SchedulerInterface):
         if outputs or self._last_counts != self.get_request_counts():
             stats = self.make_stats()
             if stats is not None:
-                (next(iter(by_client.values()), None) or by_client.setdefault(0, EngineCoreOutputs())).scheduler_stats = stats
+                (
+                    next(iter(by_client.values()), None) or by_client.setdefault(0, EngineCoreOutputs())
+                ).scheduler_stats = stats
         return by_client
 
-    # ---- what else EngineCore asks -------------------------------------------------------------------------------------
+    # ---- what else EngineCore asks ----
 
     def get_num_unfinished_requests(self) -> int:
         """Requests that a step can serve; PAUSED_NEW leaves waiting ones out so that a drain can end."""
@@ -300,6 +301,14 @@ class StepScheduler(SchedulerInterface):
     def shutdown(self) -> None:
         if self._progress is not None:
             self._progress.close()
+
+
+def _with_plan(plan: StepPlan, tokens: dict[str, int]) -> StepSchedulerOutput:
+    empty = SchedulerOutput.make_empty()
+    fields = {field.name: getattr(empty, field.name) for field in dataclasses.fields(empty)}
+    return StepSchedulerOutput(
+        **{**fields, "num_scheduled_tokens": tokens, "total_num_scheduled_tokens": sum(tokens.values())}, plan=plan
+    )
 
 
 def _error_output(request_id: str, message: str, request: ScheduledRequest | None = None) -> EngineCoreOutput:

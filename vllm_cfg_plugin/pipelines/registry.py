@@ -55,8 +55,8 @@ FAMILIES: dict[str, PipelineFamily] = {
     "QwenImagePipeline": PipelineFamily(
         implementation="vllm_cfg_plugin.pipelines.qwen_image:QwenImagePipeline",
         prompt_template=(
-            "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-            "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+            "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+            "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
             "<|im_start|>assistant\n"
         ),
         template_prefix_tokens=34,
@@ -75,7 +75,8 @@ def family_of(checkpoint: Checkpoint) -> PipelineFamily:
     known = ", ".join(sorted(FAMILIES))
     if class_name is None:
         raise ConfigurationError(
-            f"model {checkpoint.model!r} is not a diffusers checkpoint: it has no {MODEL_INDEX} that names a pipeline class"
+            f"model {checkpoint.model!r} is not a diffusers checkpoint: it has no {MODEL_INDEX} that names a pipeline "
+            "class"
         )
     if class_name not in FAMILIES:
         raise ConfigurationError(
@@ -95,7 +96,7 @@ def check_servable(checkpoint: Checkpoint) -> None:
 
 
 def describe(checkpoint: Checkpoint) -> PipelineInfo:
-    """What the front end must know of a checkpoint; its own `generation_config.json` overrides the family's defaults."""
+    """What the front end must know of a checkpoint; its `generation_config.json` overrides the family's defaults."""
     family = family_of(checkpoint)
     raw = checkpoint.read_json(DEFAULTS_FILE) or {}
     try:

@@ -1,6 +1,7 @@
 """The message kinds between executor and workers, and how a rank is named on the socket. Must import nothing.
 
-Every message is `[kind, payload, frames...]`. To a worker: PLAN (msgpack `StepPlan`), CALL (cloudpickled method call), STOP.
+Every message is `[kind, payload, frames...]`. To a worker: PLAN (msgpack `StepPlan`), CALL (cloudpickled method call),
+STOP.
 From a worker: READY, FAILED (UTF-8 text) while it starts, then REPORT (msgpack `StepReport` and one frame of pixels per
 decoded image) and ANSWER (cloudpickled).
 """

@@ -1,7 +1,9 @@
-"""The one collective of a step: every rank's predictions and failure flags to all ranks, in a layout all know from the plan.
+"""The one collective of a step: every rank's predictions and failure flags to all ranks, in a layout all know from the
+plan.
 
-Each rank sends one flat row: its predictions end to end in plan order, zeros to the longest rank's length, then one flag per
-request of the plan. A rank that computed nothing still sends its row, so no rank ever waits for one that failed.
+Each rank sends one flat row: its predictions end to end in plan order, zeros to the longest rank's length, then one
+    flag per request of the plan. A rank that computed nothing still sends its row, so no rank ever waits for one that
+    failed.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def exchange_predictions(
     """Exchange this rank's predictions.
 
     Args:
-        mine: (request index, branch) -> prediction [1, image_tokens, channels] of this rank's slots; a missing one is zeros.
+        mine: (request index, branch) -> prediction [1, image_tokens, channels] of this rank's slots; a missing one is
+            zeros.
         failed: per request, whether this rank can't go on with it.
         shapes: (image_tokens, channels) per request.
         like: any tensor of the predictions' dtype and device.

@@ -1,7 +1,7 @@
 """Ends this process when its parent is gone, however the parent went; must not import vLLM or torch.
 
-A watching thread and not `prctl(PR_SET_PDEATHSIG)`: that signal comes when the parent's *thread* ends, so an engine made in a
-short-lived thread of a live program would be killed.
+A watching thread and not `prctl(PR_SET_PDEATHSIG)`: that signal comes when the parent's *thread* ends, so an engine
+made in a short-lived thread of a live program would be killed.
 """
 
 from __future__ import annotations

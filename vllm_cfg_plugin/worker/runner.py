@@ -1,8 +1,8 @@
 """One engine step on one rank: forget, admit, encode, forward, exchange, advance, decode.
 
-Every rank carries out the same plan; what differs is which branches it owns and which images it decodes. A failure is noted
-in the request's state and never leaves a verb: the rank always joins the step's exchange, where all ranks learn of it.
-Must not import vLLM or torch.distributed: the collective comes in as a function.
+Every rank carries out the same plan; what differs is which branches it owns and which images it decodes. A failure is
+noted in the request's state and never leaves a verb: the rank always joins the step's exchange, where all ranks learn
+of it. Must not import vLLM or torch.distributed: the collective comes in as a function.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class StepRunner:
         inputs: list[BranchInput] = []
         for index, forward in enumerate(forwards):
             state = self.states.get(forward.id)
-            if state is None or state.error or state.latents is None:
+            if state is None or state.error:
                 continue
             for branch, owner in enumerate(forward.owners):
                 if owner == self.rank:
@@ -138,7 +138,7 @@ class StepRunner:
             mine,
             [state is None or bool(state.error) for state in states],
             shapes,
-            self.pipeline.exchange_like,
+            next(self.pipeline.transformer.parameters()),
             self._all_gather,
         )
         for forward, state, predictions, has_failed in zip(forwards, states, gathered, failed, strict=True):
@@ -171,7 +171,7 @@ class StepRunner:
         images, pixels = [], []
         for decode in decodes:
             state = self.states.get(decode.id)
-            if decode.rank != self.rank or state is None or state.error or state.latents is None:
+            if decode.rank != self.rank or state is None or state.error:
                 continue
             began = time.monotonic()
             try:
@@ -183,7 +183,7 @@ class StepRunner:
                 continue
             height, width, _ = image.shape
             images.append(DecodedImage(decode.id, height, width, 1e3 * (time.monotonic() - began)))
-            pixels.append(memoryview(image.numpy()).cast("B"))
+            pixels.append(image.numpy().data.cast("B"))
         return images, pixels
 
     def _failures(self, plan: StepPlan) -> list[tuple[int, str]]:

@@ -1,7 +1,8 @@
-"""What a rank remembers of one running request, and the cache of text embeddings. Must not import vLLM or torch.distributed.
+"""What a rank remembers of one running request, and the cache of text embeddings. Must not import vLLM or
+torch.distributed.
 
-All ranks hold the same latents and noise-scheduler state of every request; a rank holds the embeddings only of the branches
-that it owns.
+All ranks hold the same latents and noise-scheduler state of every request; a rank holds the embeddings only of the
+branches that it owns.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class RequestState:
     """
 
     request: DiffusionRequest
-    latents: torch.Tensor | None = None
+    latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     noise_scheduler: Any = None
     prompt_embeds: dict[int, torch.Tensor] = field(default_factory=dict)
     error: str = ""

@@ -31,7 +31,7 @@ class DiffusionWorker(WorkerBase):
             torch.set_num_threads(1)
         else:
             self.device = torch.device(self.current_platform.device_type, self._visible_device())
-            torch.accelerator.set_device_index(self.device)
+            self.current_platform.set_device(self.device)
         settings = EngineSettings.from_vllm_config(self.vllm_config)
         init_distributed_environment(
             world_size=self.parallel_config.world_size,

@@ -1,0 +1,47 @@
+# `make demo` and `make test` work on a machine with nothing but Python 3.11+, make and a C compiler.
+# To take packages from elsewhere, or a CPU build of torch on a machine without a GPU, set pip's own variables
+# (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -c 3)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: install demo test unit check format clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py requirements/cpu.txt requirements/dev.txt
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(GPU),GPU)
+	$(PIP) -r requirements/dev.txt --editable .
+else
+	@echo "No GPU found: installing for the CPU"
+	$(PIP) -r requirements/cpu.txt -r requirements/dev.txt
+	$(PIP) --no-deps vllm==0.32.0
+	$(PIP) --no-deps --no-build-isolation --editable .
+endif
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest tests/unit
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache
