@@ -21,7 +21,7 @@ from vllm_cfg_plugin.pipelines.registry import FAMILIES, family_of
 
 # vLLM's own prompt of a request is one placeholder token; the text travels in the request's parameters.
 PLACEHOLDER_PROMPT: Any = {"type": "token", "prompt_token_ids": [0]}
-_MAX_PROMPT_TOKENS = 16
+_MAX_PROMPT_TOKENS = 512
 
 
 class DiffusionModel(torch.nn.Module):

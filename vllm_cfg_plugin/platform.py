@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class HostPlatform(Platform):
-    """A machine without an accelerator under vLLM's accelerator build: enough of a platform for diffusion on the CPU."""
+    """A machine without an accelerator under vLLM's accelerator build: enough of a platform for diffusion."""
 
     # Not OOT: vLLM's shutdown would then call torch.accelerator.empty_cache(), which fails without an accelerator.
     _enum = PlatformEnum.CPU
@@ -62,9 +62,9 @@ class HostPlatform(Platform):
         model_config = vllm_config.model_config
         if model_config is not None and not is_diffusion(vllm_config):
             raise ConfigurationError(
-                f"model {model_config.model!r} is not a diffusion pipeline ({', '.join(sorted(FAMILIES))}); on a machine
-                without " "an accelerator this build of vLLM serves only those. Install vLLM's CPU build to serve other
-                models here."
+                f"model {model_config.model!r} is not a diffusion pipeline ({', '.join(sorted(FAMILIES))}); on a "
+                "machine without an accelerator this build of vLLM serves only those. Install vLLM's CPU build to "
+                "serve other models here."
             )
 
 
@@ -125,8 +125,8 @@ def _wire_parallelism(vllm_config: VllmConfig, settings: EngineSettings) -> None
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name) != 1:
             raise ConfigurationError(
-                f"{name}={getattr(parallel, name)} is not valid with a diffusion pipeline: it must be 1
-                (cfg_parallel_size sets " "the number of ranks, data_parallel_size the number of replicas)"
+                f"{name}={getattr(parallel, name)} is not valid with a diffusion pipeline: it must be 1 "
+                "(cfg_parallel_size sets the number of ranks, data_parallel_size the number of replicas)"
             )
     parallel.world_size = settings.cfg_parallel_size * parallel.tensor_parallel_size
     parallel.worker_cls = "vllm_cfg_plugin.worker.worker.DiffusionWorker"
@@ -153,7 +153,7 @@ def _check_device_count(platform: type[Platform], vllm_config: VllmConfig) -> No
     available = cast(Any, platform).device_count()  # CudaPlatform and RocmPlatform have it
     if needed > available:
         raise ConfigurationError(
-            f"cfg_parallel_size={parallel.world_size} (with
-            data_parallel_size_local={parallel.data_parallel_size_local}) needs " f"{needed} GPUs and this machine has
-            {available}: lower it, or make more GPUs visible"
+            f"cfg_parallel_size={parallel.world_size} with "
+            f"data_parallel_size_local={parallel.data_parallel_size_local} needs {needed} GPUs and this machine has "
+            f"{available}: lower it, or make more GPUs visible"
         )
