@@ -1,0 +1,156 @@
+"""`make demo`: serve the bundled model with CFG-Parallel and send it a dozen different requests at once.
+
+Everything is the real thing: the stock `vllm serve`, and the official `openai` client. Writes to demo_output/.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from contact_sheet import Tile, draw_contact_sheet
+from openai import AsyncOpenAI
+from PIL import Image
+from tqdm import tqdm
+from vllm_server import ServerError, VllmServer
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE / "models" / "emoji"
+OUTPUT = HERE.parent / "demo_output"
+CFG_PARALLEL_SIZE = 2
+START_TIMEOUT_S = 180
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request; `scale` 1 is without guidance."""
+
+    prompt: str
+    seed: int
+    scale: float
+    size: str = "64x64"
+    steps: int = 20
+
+    @property
+    def guided(self) -> bool:
+        return self.scale > 1
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished request: the picture and the server's own measurements."""
+
+    job: Job
+    picture: Image.Image
+    metrics: dict[str, Any]
+
+
+def pair(prompt: str, seed: int, scale: float, size: str = "64x64", steps: int = 20) -> list[Job]:
+    """The same picture without and with guidance."""
+    return [Job(prompt, seed, 1.0, size, steps), Job(prompt, seed, scale, size, steps)]
+
+
+JOBS = [
+    *pair("a rocket on a black background", seed=1, scale=4.0),
+    *pair("a pizza on a yellow background", seed=2, scale=3.0, steps=24),
+    *pair("a panda on a green background", seed=3, scale=4.0),
+    *pair("a grinning face on a blue background", seed=4, scale=3.5, steps=16),
+    *pair("a soccer ball on a white background", seed=5, scale=3.0, steps=28),
+    *pair("a red heart on a pink background", seed=6, scale=4.0, size="96x96"),
+]
+
+
+async def run_all(url: str) -> list[Done]:
+    """Send every job at once; results in the order of JOBS."""
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=300) as client:
+        with tqdm(total=len(JOBS), desc="Images", unit="image") as bar:
+
+            async def run(job: Job) -> Done:
+                done = await generate(client, job)
+                bar.update()
+                return done
+
+            return await asyncio.gather(*(run(job) for job in JOBS))
+
+
+async def generate(client: AsyncOpenAI, job: Job) -> Done:
+    """One request through the official client; what OpenAI's API lacks goes into `extra_body`."""
+    response = await client.images.generate(
+        prompt=job.prompt,
+        size=job.size,
+        extra_body={
+            "seed": job.seed,
+            "num_inference_steps": job.steps,
+            "true_cfg_scale": job.scale,
+            "negative_prompt": " " if job.guided else None,
+        },
+    )
+    image = response.data[0]
+    picture = Image.open(io.BytesIO(base64.b64decode(image.b64_json)))
+    return Done(job, picture, image.metrics)
+
+
+def write_pictures(results: list[Done]) -> None:
+    """The PNGs and the contact sheet."""
+    OUTPUT.mkdir(exist_ok=True)
+    for number, done in enumerate(results, 1):
+        done.picture.save(OUTPUT / f"{number:02d}.png")
+    tiles = [
+        Tile(done.picture, [done.job.prompt, f"seed {done.job.seed}, scale {done.job.scale:g}, {done.job.size}"])
+        for done in results
+    ]
+    draw_contact_sheet(tiles, columns=4).save(OUTPUT / "contact_sheet.png")
+
+
+def print_table(results: list[Done], total_ms: float) -> None:
+    print(
+        f"{'#':>2}  {'prompt':<38} {'size':>7} {'steps':>5} {'scale':>5} {'guided':>6} {'queue':>7} {'e2e_time_ms':>11}"
+    )
+    for number, done in enumerate(results, 1):
+        job, metrics = done.job, done.metrics
+        print(
+            f"{number:>2}  {job.prompt:<38} {job.size:>7} {job.steps:>5} {job.scale:>5g} "
+            f"{'yes' if metrics['guided'] else 'no':>6} {metrics['queue_ms']:>7.0f} {metrics['e2e_time_ms']:>11.0f}"
+        )
+    print(f"total: {len(results)} images in {total_ms:.0f} ms, {1000 * len(results) / total_ms:.1f} images/s")
+
+
+def start(server: VllmServer) -> None:
+    """Wait for the server, showing that something happens."""
+    with tqdm(desc=f"Starting vllm serve {MODEL.name}", bar_format="{desc}: {elapsed}") as clock:
+        server.wait_ready(START_TIMEOUT_S, on_wait=clock.refresh)
+
+
+def main() -> int:
+    OUTPUT.mkdir(exist_ok=True)
+    options = ["--cfg-parallel-size", str(CFG_PARALLEL_SIZE)]
+    try:
+        with VllmServer(MODEL, options, OUTPUT / "server.log") as server:
+            start(server)
+            started = time.perf_counter()
+            try:
+                results = asyncio.run(run_all(server.url))
+            except Exception:
+                print(f"A request failed. The end of the server's log:\n{server.log_tail()}", file=sys.stderr)
+                raise
+            total_ms = 1000 * (time.perf_counter() - started)
+    except ServerError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; the server has been stopped.", file=sys.stderr)
+        return 130
+    write_pictures(results)
+    print_table(results, total_ms)
+    print(f"Pictures and contact sheet: {OUTPUT}/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
