@@ -1,0 +1,76 @@
+"""`DiffusionLLM` on the real engine."""
+
+import signal
+import threading
+
+import numpy as np
+import psutil
+import pytest
+
+from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
+
+pytestmark = pytest.mark.e2e
+
+FAST = DiffusionParams(height=64, width=64, num_inference_steps=4, true_cfg_scale=3.0, negative_prompt="", seed=5)
+SLOW = DiffusionParams(height=512, width=512, num_inference_steps=200, true_cfg_scale=3.0, negative_prompt="", seed=5)
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    with DiffusionLLM(str(model), cfg_parallel_size=2) as llm:
+        yield llm
+
+
+def test_outputs_are_in_order_with_images_and_metrics(llm, capsys):
+    prompts = ["a house", {"prompt": "a cat", "negative_prompt": "a dog"}, {"prompt": "fog", "negative_prompt": None}]
+    outputs = llm.generate(prompts, FAST)
+    assert [output.prompt for output in outputs] == ["a house", "a cat", "fog"]
+    assert [output.metrics.guided for output in outputs] == [True, True, False]
+    for output in outputs:
+        assert output.error is None
+        assert output.images[0].size == (64, 64)
+        assert output.metrics.seed == 5
+        assert output.metrics.steps == 4
+        assert output.metrics.e2e_time_ms >= output.metrics.denoise_ms > 0
+    assert "12/12" in capsys.readouterr().err  # the progress bar counts denoising steps
+
+
+def test_an_image_is_the_same_in_any_company_and_at_any_cfg_size(llm, model):
+    (alone,) = llm.generate("a house", FAST, use_tqdm=False)
+    several = llm.generate(["a house", "a long prompt " * 20, "fog"], FAST, use_tqdm=False)
+    assert np.array_equal(np.asarray(alone.images[0]), np.asarray(several[0].images[0]))
+    with DiffusionLLM(str(model), cfg_parallel_size=1) as sequential:
+        (other,) = sequential.generate("a house", FAST, use_tqdm=False)
+    assert np.array_equal(np.asarray(alone.images[0]), np.asarray(other.images[0]))
+
+
+def test_bad_arguments_leave_the_engine_usable(llm):
+    with pytest.raises(ValueError, match="height=63"):
+        llm.generate("a house", DiffusionParams(height=63))
+    assert llm.generate("a house", FAST, use_tqdm=False)[0].error is None
+
+
+def test_ctrl_c_ends_the_call_and_not_the_engine(llm):
+    def press_ctrl_c():  # a terminal signals the whole process group
+        for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
+            process.send_signal(signal.SIGINT)
+
+    timer = threading.Timer(1.5, press_ctrl_c)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a house"] * 3, SLOW, use_tqdm=False)
+    timer.join()
+    outputs = llm.generate(["a house"] * 2, FAST, use_tqdm=False)
+    assert [output.error for output in outputs] == [None, None]
+
+
+def test_engine_death_is_said_and_close_still_works(model):
+    with DiffusionLLM(str(model), cfg_parallel_size=2) as llm:
+        children = psutil.Process().children(recursive=True)
+        core = next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
+        threading.Timer(1, core.kill).start()
+        (output,) = llm.generate("a house", SLOW, use_tqdm=False)
+        assert "died" in output.error
+        with pytest.raises(Exception, match="died"):
+            llm.generate("a house", FAST)
+    assert not psutil.pid_exists(core.pid) or psutil.Process(core.pid).status() == psutil.STATUS_ZOMBIE

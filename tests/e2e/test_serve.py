@@ -1,0 +1,162 @@
+"""`vllm serve --cfg-parallel-size 2` through the official openai client."""
+
+import base64
+import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import requests
+from PIL import Image
+
+from tests.e2e.server import gauge, wait_for_running
+
+pytestmark = pytest.mark.e2e
+
+# Long enough to be found running by a client that then does something else.
+SLOW = {"size": "512x512", "num_inference_steps": 200, "true_cfg_scale": 4.0, "negative_prompt": "", "n": 2}
+
+MIXED = [
+    {"prompt": "a red house", "size": "64x64", "num_inference_steps": 8, "true_cfg_scale": 4.0, "negative_prompt": " "},
+    {"prompt": "a", "size": "128x64", "num_inference_steps": 3, "negative_prompt": None},
+    {"prompt": "many words of a long prompt " * 10, "size": "64x96", "num_inference_steps": 12, "true_cfg_scale": 2.0},
+    {"prompt": "two cats", "size": "128x128", "num_inference_steps": 5, "true_cfg_scale": 0, "negative_prompt": "dogs"},
+    {"prompt": "a blue car", "size": "64x64", "num_inference_steps": 20, "guidance_scale": 7.5, "negative_prompt": ""},
+    {
+        "prompt": "fog",
+        "size": "96x96",
+        "num_inference_steps": 7,
+        "true_cfg_scale": 3.0,
+        "negative_prompt": "a sunny day",
+    },
+    {"prompt": "snow", "size": "64x64", "num_inference_steps": 9, "true_cfg_scale": 1.5, "negative_prompt": "", "n": 2},
+]
+
+
+def generate(client, prompt="a house", size="64x64", n=1, output_format="png", **extra):
+    return client.images.generate(
+        model="tiny", prompt=prompt, size=size, n=n, output_format=output_format, extra_body={"seed": 11, **extra}
+    )
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image.b64_json))))
+
+
+def test_a_mixed_batch_at_once(client):
+    with ThreadPoolExecutor(len(MIXED)) as pool:
+        responses = list(pool.map(lambda fields: generate(client, **fields), MIXED))
+    for fields, response in zip(MIXED, responses, strict=True):
+        width, height = map(int, fields["size"].split("x"))
+        assert response.size == fields["size"]
+        assert len(response.data) == fields.get("n", 1)
+        for index, image in enumerate(response.data):
+            assert pixels(image).shape == (height, width, 3)
+            assert image.seed == image.metrics["seed"] == 11 + index
+            assert image.metrics["steps"] == fields["num_inference_steps"]
+            assert image.metrics["e2e_time_ms"] >= image.metrics["denoise_ms"] > 0
+    guided = [response.data[0].metrics["guided"] for response in responses]
+    assert guided == [True, False, False, False, True, True, True]
+    assert "no negative prompt" in responses[2].data[0].metrics["guidance_off"]
+    assert "not above 1" in responses[3].data[0].metrics["guidance_off"]
+
+
+def test_an_image_depends_on_its_request_alone(client):
+    alone = [[pixels(image) for image in generate(client, **fields).data] for fields in MIXED]
+    with ThreadPoolExecutor(len(MIXED)) as pool:
+        together = list(pool.map(lambda fields: generate(client, **fields), reversed(MIXED)))
+    for images, response in zip(alone, reversed(together), strict=True):
+        for image, other in zip(images, response.data, strict=True):
+            assert np.array_equal(image, pixels(other))
+
+
+def test_n_images_are_the_images_of_their_seeds(client):
+    several = generate(client, n=3, num_inference_steps=4)
+    for index, image in enumerate(several.data):
+        single = generate(client, num_inference_steps=4, seed=11 + index)
+        assert np.array_equal(pixels(image), pixels(single.data[0]))
+
+
+def test_an_unset_seed_is_drawn_and_can_be_used_again(client):
+    first, second = (generate(client, seed=None, num_inference_steps=4).data[0] for _ in range(2))
+    assert first.seed != second.seed
+    assert np.array_equal(pixels(first), pixels(generate(client, seed=first.seed, num_inference_steps=4).data[0]))
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_output_formats(client, output_format):
+    response = generate(client, output_format=output_format, num_inference_steps=2)
+    image = Image.open(io.BytesIO(base64.b64decode(response.data[0].b64_json)))
+    assert image.format == output_format.upper()
+    assert response.output_format == output_format
+
+
+def test_models_health_and_metrics(server, client):
+    assert {model.id for model in client.models.list()} == {"tiny", "alias"}
+    assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
+    before = gauge(server, "vllm:request_success_total")
+    generate(client, num_inference_steps=2)
+    assert gauge(server, "vllm:request_success_total") == before + 1
+    assert gauge(server, "vllm:num_requests_running") == 0
+    assert gauge(server, "vllm:num_requests_waiting") == 0
+
+
+BAD = [
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": 7}, "prompt"),
+    ({"prompt": "word " * 3000}, "prompt"),
+    ({"negative_prompt": "word " * 3000}, "negative_prompt"),
+    ({"size": "big"}, "size"),
+    ({"size": "0x64"}, "size"),
+    ({"size": "-64x64"}, "size"),
+    ({"size": "63x64"}, "size"),
+    ({"size": "100000x100000"}, "size"),
+    ({"n": 0}, "n"),
+    ({"n": 11}, "n"),
+    ({"num_inference_steps": 0}, "num_inference_steps"),
+    ({"num_inference_steps": 201}, "num_inference_steps"),
+    ({"true_cfg_scale": -1}, "true_cfg_scale"),
+    ({"true_cfg_scale": float("nan")}, "true_cfg_scale"),
+    ({"guidance_scale": float("inf")}, "guidance_scale"),
+    ({"seed": 2**63}, "seed"),
+    ({"output_format": "bmp"}, "output_format"),
+    ({"response_format": "url"}, "response_format"),
+    ({"stream": True}, "stream"),
+    ({"cfg_scale": 3}, "cfg_scale"),
+]
+
+
+def test_bad_input_is_refused_while_others_run(server, client):
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(generate, client, **{**SLOW, "num_inference_steps": 60})
+        wait_for_running(server, 2, timeout_s=20)
+        for change, param in BAD:
+            with pytest.raises(openai.BadRequestError) as refused:
+                client.post("/images/generations", body={"prompt": "a", **change}, cast_to=httpx.Response)
+            assert refused.value.status_code == 400
+            assert refused.value.param == param, change
+            assert "it must be" in refused.value.message
+        with pytest.raises(openai.NotFoundError) as missing:
+            client.images.generate(model="gpt-image-2", prompt="a")
+        assert missing.value.param == "model"
+        assert len(running.result().data) == 2
+
+
+def test_a_disconnect_takes_the_request_out_of_the_batch(server, client):
+    def send_and_give_up():
+        with pytest.raises(requests.Timeout):
+            requests.post(f"{server.url}/v1/images/generations", json={"prompt": "a", **SLOW}, timeout=1.5)
+
+    thread = threading.Thread(target=send_and_give_up)
+    thread.start()
+    wait_for_running(server, 2, timeout_s=20)
+    thread.join()
+    started = time.monotonic()
+    wait_for_running(server, 0, timeout_s=5)
+    assert time.monotonic() - started < 3
+    assert gauge(server, "vllm:num_requests_waiting") == 0
+    assert len(generate(client, num_inference_steps=2).data) == 1
