@@ -1,7 +1,7 @@
 """Pure formulas that combine the predictions of a request's branches; must import nothing but torch.
 
-Every formula is written in the order of operations of the serial pipeline it comes from, so that the result is bitwise the
-same wherever its inputs were computed.
+Every formula is written in the order of operations of the serial pipeline it comes from, so that the result is
+bitwise the same wherever its inputs were computed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def classifier_free_guidance(positive: torch.Tensor, negative: torch.Tensor, sca
 def rescale_to_norm(positive: torch.Tensor, combined: torch.Tensor) -> torch.Tensor:
     """`combined * (|positive| / |combined|)`, with one norm per token, over its channels.
 
-    Keeps the guided prediction as long as the positive one, against the over-saturation of large scales. The idea is that
-    of Lin et al. 2023, section 3.4, https://arxiv.org/abs/2305.08891; the form is that of diffusers'
+    Keeps the guided prediction as long as the positive one, against the over-saturation of large scales. The idea is
+    that of Lin et al. 2023, section 3.4, https://arxiv.org/abs/2305.08891; the form is that of diffusers'
     `pipeline_qwenimage.py`.
 
     Args:

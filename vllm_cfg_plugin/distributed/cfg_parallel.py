@@ -1,7 +1,7 @@
 """`CFGParallelMixin`: classifier-free guidance for a pipeline, its branches spread over the cfg ranks.
 
-A pipeline inherits from the mixin and calls two methods in its denoising loop; the same loop then runs on one rank or on
-many. Every formula and every call of the model is a method of its own, for a pipeline to override.
+A pipeline inherits from the mixin and calls two methods in its denoising loop; the same loop then runs on one rank or
+on many. Every formula and every call of the model is a method of its own, for a pipeline to override.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class CFGParallelMixin:
     """Adds CFG-Parallel to a pipeline that has a `transformer` and a diffusers noise `scheduler`.
 
     With a cfg world of one rank, both branches run on it, one after the other. With more, rank 0 forwards the positive
-    branch and rank 1 the negative one; further ranks only take part in the collectives. All ranks end each step with the
-    same latents.
+    branch and rank 1 the negative one; further ranks only take part in the collectives. All ranks end each step with
+    the same latents.
     """
 
     transformer: Any
@@ -58,10 +58,11 @@ class CFGParallelMixin:
         Args:
             do_true_cfg: whether this step is guided. If not, only the positive branch runs.
             true_cfg_scale: guidance scale.
-            positive_kwargs, negative_kwargs: arguments of `predict_noise` for the two branches; the negative ones may be
-                None where the step is not guided.
+            positive_kwargs, negative_kwargs: arguments of `predict_noise` for the two branches; the negative ones may
+                be None where the step is not guided.
             cfg_normalize: passed on to `combine_cfg_noise`.
-            output_slice: keep only the first so many tokens, `[:, :output_slice]`: an editing pipeline's generated image.
+            output_slice: keep only the first so many tokens, `[:, :output_slice]`: an editing pipeline's generated
+                image.
 
         Raises:
             ValueError: a guided step without `negative_kwargs`.
@@ -70,7 +71,7 @@ class CFGParallelMixin:
         if not do_true_cfg:
             if get_classifier_free_guidance_world_size() > 1:
                 log_once(
-                    "CFG-Parallel is idle: this generation runs without guidance, so every rank computes the same branch"
+                    "CFG-Parallel is idle: these steps run without guidance, so every rank computes the same branch"
                 )
             return self._predict_branch(positive_kwargs, output_slice)
         if negative_kwargs is None:

@@ -1,7 +1,7 @@
 """Collectives that survive a rank's failure: every rank joins, says whether it has a tensor, and only then sends it.
 
-A rank whose forward raised can't know the shape the others are about to send, so a small header goes first, over the CPU
-group; if any header reports a failure all ranks raise instead of waiting for a tensor that never comes.
+A rank whose forward raised can't know the shape the others are about to send, so a small header goes first, over the
+CPU group; if any header reports a failure all ranks raise instead of waiting for a tensor that never comes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def gather_first(
         error: why this rank has no tensor.
 
     Raises:
-        RequestFailedError: some rank failed, or the shapes differ; raised on every rank. The failing rank raises its own
-            error.
+        RequestFailedError: some rank failed, or the shapes differ; raised on every rank. The failing rank raises its
+            own error.
     """
     header = torch.tensor(_header(mine, error), dtype=torch.int64)
     headers = [torch.empty_like(header) for _ in range(group.world_size)]

@@ -55,8 +55,8 @@ def cfg_group_ranks(world_size: int, cfg_parallel_size: int, tensor_parallel_siz
     needed = cfg_parallel_size * tensor_parallel_size
     if needed != world_size:
         raise ConfigurationError(
-            f"cfg_parallel_size={cfg_parallel_size} x tensor_parallel_size={tensor_parallel_size} = {needed} processes, but "
-            f"the world has {world_size}: start as many as the product, e.g. `torchrun --nproc-per-node {needed}`"
+            f"cfg_parallel_size={cfg_parallel_size} x tensor_parallel_size={tensor_parallel_size} = {needed} processes, "
+            f"but the world has {world_size}: start as many as the product, e.g. `torchrun --nproc-per-node {needed}`"
         )
     return [list(range(first, world_size, tensor_parallel_size)) for first in range(tensor_parallel_size)]
 
@@ -66,9 +66,9 @@ def initialize_model_parallel(
 ) -> None:
     """Build the cfg group; every rank of the world must call this.
 
-    Inside a vLLM worker the group is carved out of vLLM's world. Elsewhere, under `torchrun` or in a single plain process,
-    vLLM's distributed environment is started from the environment variables first. A second call with the same sizes does
-    nothing.
+    Inside a vLLM worker the group is carved out of vLLM's world. Elsewhere, under `torchrun` or in a single plain
+    process, vLLM's distributed environment is started from the environment variables first. A second call with the
+    same sizes does nothing.
 
     Args:
         cfg_parallel_size: ranks that share one request's branches.

@@ -37,8 +37,9 @@ class BranchInput:
 class EnginePipeline(CFGParallelMixin, ABC):
     """A pipeline that the engine can run: many requests' branches in one forward, everything else request by request.
 
-    The engine makes one `predict_noise(**pack_branches(...))` call a step, then, request by request, `combine_cfg_noise` and
-    `scheduler_step`: the mixin's hooks, so an override of any of them acts in the engine as in `diffuse()`.
+    The engine makes one `predict_noise(**pack_branches(...))` call a step, then, request by request,
+    `combine_cfg_noise` and `scheduler_step`: the mixin's hooks, so an override of any of them acts in the engine as
+    in `diffuse()`.
 
     Attributes:
         cfg_normalize: what the engine passes to `combine_cfg_noise`.

@@ -48,7 +48,8 @@ class QwenImageCFGParallelMixin(CFGParallelMixin):
         """Denoise a batch through all timesteps; every rank returns the same latents.
 
         Args:
-            prompt_embeds, negative_prompt_embeds: [batch, text tokens, dim]; the negative ones only where `do_true_cfg`.
+            prompt_embeds, negative_prompt_embeds: [batch, text tokens, dim]; the negative ones only where
+                `do_true_cfg`.
             prompt_embeds_mask, negative_prompt_embeds_mask: [batch, text tokens], ones then zeros; None for all ones.
             latents: [batch, image tokens, channels].
             img_shapes: (frames, height, width) in tokens of each batch element's images.

@@ -1,8 +1,8 @@
 """Qwen-Image's transformer over packed sequences, on diffusers' own weights; must not import vLLM.
 
-Same network as diffusers' `transformer_qwenimage.py`, but n sequences lie end to end in one stream: each has its own image
-size, text length and timestep, attends to itself alone, and none is padded to another's length. See `worker/packing.py` for
-why a sequence's result is bitwise the same in any company.
+Same network as diffusers' `transformer_qwenimage.py`, but n sequences lie end to end in one stream: each has its own
+image size, text length and timestep, attends to itself alone, and none is padded to another's length. See
+`worker/packing.py` for why a sequence's result is bitwise the same in any company.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers.utils import apply_lora_scale
 
@@ -37,14 +38,12 @@ class JointLayout:
         text, image: the two streams.
         joint: the stream of attention: text then image of sequence 0, of sequence 1, ...
         rotation: complex rotary factors of the joint stream, [rows, 1, head_dim / 2].
-        boundaries: of the joint stream, for varlen kernels.
     """
 
     text: PackedRows
     image: PackedRows
     joint: PackedRows
     rotation: torch.Tensor
-    boundaries: torch.Tensor
 
 
 class PackedQwenImageTransformer(QwenImageTransformer2DModel):
@@ -54,7 +53,8 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
 
     @classmethod
     def adopt(cls, transformer: QwenImageTransformer2DModel) -> Self:
-        """The packed model over a loaded transformer's modules: no weight is copied, and a change to one is seen by both.
+        """The packed model over a loaded transformer's modules: no weight is copied, and a change to one is seen by
+        both.
 
         Raises:
             ConfigurationError: the checkpoint asks for a conditioning that the packed forward lacks.
@@ -115,11 +115,12 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
     ) -> torch.Tensor:
         """[image tokens, channels] of all sequences from latents and prompt embeddings, both [tokens, ...]."""
         image = self.img_in(pad_rows(latents))
-        text = self.txt_in(self.txt_norm(pad_rows(prompts)))
+        text = self.txt_in(_rms_norm(self.txt_norm, pad_rows(prompts)))
         embedded = self.time_text_embed(pad_rows(timestep.to(image.dtype)), image)  # [>= n, dim]
         time = F.silu(embedded)
         for block in self.transformer_blocks:
-            image, text = _forward_block(block, image, text, time, layout)
+            is_last = block is self.transformer_blocks[-1]
+            image, text = _forward_block(block, image, text, time, layout, is_last)
         scale, shift = self.norm_out.linear(time).chunk(2, dim=1)
         image = layout.image.scale_(self.norm_out.norm(image), 1 + scale, shift)
         return self.proj_out(image)[: layout.image.total]
@@ -147,15 +148,14 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         text_lengths: tuple[int, ...],
         device: torch.device,
     ) -> JointLayout:
-        joint = PackedRows(tuple(t + i for t, i in zip(text_lengths, image_lengths, strict=True)))
+        text, image = PackedRows(text_lengths, device), PackedRows(image_lengths, device)
+        joint = PackedRows(tuple(t + i for t, i in zip(text_lengths, image_lengths, strict=True)), device)
         rotations = []
         for shape, text_length in zip(shapes, text_lengths, strict=True):
             image_rotation, text_rotation = self.pos_embed([list(shape)], max_txt_seq_len=text_length, device=device)
             rotations += [text_rotation, image_rotation]
-        text, image = PackedRows(text_lengths), PackedRows(image_lengths)
-        rotation = torch.cat(rotations)
-        rotation = F.pad(rotation, [0, 0, 0, text.sizes[-1] + image.sizes[-1]])
-        return JointLayout(text, image, joint, rotation[:, None], joint.boundaries(device))
+        rotation = F.pad(torch.cat(rotations), [0, 0, 0, text.sizes[-1] + image.sizes[-1]])
+        return JointLayout(text, image, joint, rotation[:, None])
 
 
 def _forward_block(
@@ -164,8 +164,12 @@ def _forward_block(
     text: torch.Tensor,
     time: torch.Tensor,
     layout: JointLayout,
+    is_last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One dual-stream block on image [rows, dim] and text [rows, dim], both changed in place; time is [>= n, dim]."""
+    """One dual-stream block on image [rows, dim] and text [rows, dim], both changed in place; time is [>= n, dim].
+
+    Nothing reads the last block's text, so it is left as it was after attention.
+    """
     image_mod = block.img_mod[1](time).chunk(6, dim=-1)  # shift, scale, gate of attention, then of the MLP
     text_mod = block.txt_mod[1](time).chunk(6, dim=-1)
     image_out, text_out = _attend(
@@ -175,9 +179,11 @@ def _forward_block(
         layout,
     )
     image += layout.image.scale_(image_out, image_mod[2])
-    text += layout.text.scale_(text_out, text_mod[2])
     image_in = layout.image.scale_(block.img_norm2(image), 1 + image_mod[4], image_mod[3])
     image += layout.image.scale_(block.img_mlp(image_in), image_mod[5])
+    if is_last:
+        return image, text
+    text += layout.text.scale_(text_out, text_mod[2])
     text_in = layout.text.scale_(block.txt_norm2(text), 1 + text_mod[4], text_mod[3])
     text += layout.text.scale_(block.txt_mlp(text_in), text_mod[5])
     if image.dtype == torch.float16:  # like upstream: keep an overflow finite
@@ -194,10 +200,10 @@ def _attend(
         layout.text,
         layout.image,
         (
-            attn.norm_added_q(attn.add_q_proj(text).unflatten(-1, heads)),
-            attn.norm_q(attn.to_q(image).unflatten(-1, heads)),
-            attn.norm_added_k(attn.add_k_proj(text).unflatten(-1, heads)),
-            attn.norm_k(attn.to_k(image).unflatten(-1, heads)),
+            _rms_norm(attn.norm_added_q, attn.add_q_proj(text).unflatten(-1, heads)),
+            _rms_norm(attn.norm_q, attn.to_q(image).unflatten(-1, heads)),
+            _rms_norm(attn.norm_added_k, attn.add_k_proj(text).unflatten(-1, heads)),
+            _rms_norm(attn.norm_k, attn.to_k(image).unflatten(-1, heads)),
         ),
     )
     value = interleave(layout.text, layout.image, (attn.add_v_proj(text), attn.to_v(image)))[0].unflatten(-1, heads)
@@ -210,6 +216,11 @@ def _attend(
     return attn.to_out[0](layout.image.join(images)), attn.to_add_out(layout.text.join(texts))
 
 
+def _rms_norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """diffusers' RMSNorm as the one operation that torch has for it; the same numbers in float32."""
+    return F.rms_norm(x, norm.dim, norm.weight, norm.eps)
+
+
 def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding of [..., rows, heads, head_dim], neighbours paired as complex numbers."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -219,14 +230,14 @@ def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 def _attend_sequences(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: JointLayout, processor: Any
 ) -> list[torch.Tensor]:
-    """Attention of each sequence to itself; inputs [rows, heads, head_dim], one [length, heads * head_dim] per sequence."""
+    """Each sequence's attention to itself, [length, heads * head_dim]; inputs are [rows, heads, head_dim]."""
     joint = layout.joint
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and processor._attention_backend is None:
         from torch.nn.attention.varlen import varlen_attn
 
         longest = max(joint.lengths)
         streams = (stream[: joint.total] for stream in (query, key, value))
-        return joint.split(varlen_attn(*streams, layout.boundaries, layout.boundaries, longest, longest).flatten(1))
+        return joint.split(varlen_attn(*streams, joint.boundaries, joint.boundaries, longest, longest).flatten(1))
     attended: list[torch.Tensor] = []
     for run in joint.runs:
         blocks = (run.block(stream) for stream in (query, key, value))
@@ -265,7 +276,7 @@ def _text_lengths(
 
 
 def _text_rows(embeds: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-    """[all text tokens, dim] of packed [1, all text tokens, dim] or of a batch [n, text tokens, dim], without padding."""
+    """[all text tokens, dim] of packed [1, all text tokens, dim] or a batch [n, text tokens, dim], without padding."""
     if embeds.shape[0] == len(lengths) and len(lengths) > 1:
         return torch.cat([rows[:length] for rows, length in zip(embeds, lengths, strict=True)])
     if len(lengths) == 1:

@@ -1,9 +1,10 @@
 """Sequences laid end to end: lengths, boundaries and row arithmetic; must import nothing but torch.
 
-A packed stream holds the rows of n sequences one after the other, then padding rows that belong to none, up to a multiple
-of `ROW_MULTIPLE`. On a CPU with one thread per rank, this is what makes a sequence's numbers independent of its neighbours:
-a matrix product gives a row the same bits for every row count from 16 up (measured with torch 2.13, float32), and an
-elementwise loop over whole vectors never falls into the scalar tail whose `exp` or `tanh` may round otherwise.
+A packed stream holds the rows of n sequences one after the other, then padding rows that belong to none, up to a
+multiple of `ROW_MULTIPLE`. On a CPU with one thread per rank, this is what makes a sequence's numbers independent of
+its neighbours: a matrix product gives a row the same bits for every row count from 16 up (measured with torch 2.13,
+float32), and an elementwise loop over whole vectors never falls into the scalar tail whose `exp` or `tanh` may round
+otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import torch
 import torch.nn.functional as F
 
 ROW_MULTIPLE = 16
+
+# Below so many numbers per run, gathering every row's factors costs less than one operation per run (measured, CPU).
+_GATHER_BELOW = 1 << 15
 
 
 def padding_rows(rows: int) -> int:
@@ -56,9 +60,11 @@ class PackedRows:
 
     Attributes:
         lengths: rows of each sequence, in order.
+        device: where the index tensors live.
     """
 
     lengths: tuple[int, ...]
+    device: torch.device
 
     @cached_property
     def total(self) -> int:
@@ -82,9 +88,18 @@ class PackedRows:
             sequence, row = sequence + count, end
         return runs
 
-    def boundaries(self, device: torch.device) -> torch.Tensor:
+    @cached_property
+    def boundaries(self) -> torch.Tensor:
         """First row of each sequence and the end of the last: int32 [n + 1], as varlen attention kernels take it."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=device)
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def sequence_of_row(self) -> torch.Tensor:
+        """For every row its sequence, for padding the last one: [rows]."""
+        rows = torch.tensor(self.sizes, device=self.device)
+        return (
+            torch.arange(len(self.sizes), device=self.device).repeat_interleave(rows).clamp_(max=len(self.lengths) - 1)
+        )
 
     def split(self, stream: torch.Tensor) -> list[torch.Tensor]:
         """Views of the sequences in a stream [rows, ...], without the padding."""
@@ -100,12 +115,15 @@ class PackedRows:
     def scale_(self, stream: torch.Tensor, factors: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply every row of each sequence by its own factors, then add its own offsets, in place.
 
-        Two roundings, like the two operations it stands for: the result does not depend on how sequences group into runs.
+        Two roundings, like the two operations it stands for: the result does not depend on the way it is computed.
 
         Args:
-            stream: [rows, channels]; padding rows stay as they are.
+            stream: [rows, channels]; what becomes of padding rows is undefined.
             factors, offsets: one row per sequence, [>= n, channels].
         """
+        if len(self.runs) > 1 and stream.numel() < len(self.runs) * _GATHER_BELOW:
+            stream.mul_(factors.index_select(0, self.sequence_of_row))
+            return stream if offsets is None else stream.add_(offsets.index_select(0, self.sequence_of_row))
         for run in self.runs:
             block = run.block(stream)
             block.mul_(factors[run.sequences, None])
@@ -120,7 +138,8 @@ def interleave(first: PackedRows, second: PackedRows, streams: Sequence[torch.Te
     The padding rows of both come last.
 
     Args:
-        streams: pairs of a stream laid out as `first` and one laid out as `second`, flat; every pair has rows of one shape.
+        streams: pairs of a stream laid out as `first` and one laid out as `second`, flat; every pair has rows of one
+            shape.
 
     Returns:
         [pairs, rows, ...]
