@@ -1,0 +1,53 @@
+"""The exchange's layout: every rank reads the same predictions and the same failures out of all ranks' rows."""
+
+import torch
+
+from vllm_cfg_plugin.engine.plan import Forward
+from vllm_cfg_plugin.worker.exchange import ExchangeLayout, exchange_predictions
+
+SHAPES = [(4, 2), (3, 2), (5, 2)]
+FORWARDS = [Forward(10, 0, (0, 1)), Forward(11, 3, (1,)), Forward(12, 1, (0, 1))]
+
+
+def run(ranks, predictions, failed_by_rank):
+    """Every rank's view, with the collective played by computing all rows first."""
+    layout = ExchangeLayout.of(FORWARDS, [tokens * channels for tokens, channels in SHAPES], ranks)
+    rows: list[torch.Tensor] = []
+    views = []
+    for gather in (lambda row: rows.append(row) or torch.zeros(ranks, len(row)), lambda row: torch.stack(rows)):
+        views = [
+            exchange_predictions(
+                layout,
+                rank,
+                {slot: p for slot, p in predictions.items() if FORWARDS[slot[0]].owners[slot[1]] == rank},
+                failed_by_rank[rank],
+                SHAPES,
+                torch.empty(0),
+                gather,
+            )
+            for rank in range(ranks)
+        ]
+    return views
+
+
+def make_predictions():
+    return {(i, b): torch.randn(1, *SHAPES[i]) for i, f in enumerate(FORWARDS) for b in range(len(f.owners))}
+
+
+def test_every_rank_sees_every_prediction():
+    predictions = make_predictions()
+    for gathered, failed in run(2, predictions, [[False] * 3] * 2):
+        assert failed == [False] * 3
+        for index, forward in enumerate(FORWARDS):
+            assert len(gathered[index]) == len(forward.owners)
+            for branch, prediction in enumerate(gathered[index]):
+                assert torch.equal(prediction, predictions[index, branch])
+
+
+def test_a_failure_on_one_rank_is_known_on_all_and_touches_nobody_else():
+    predictions = make_predictions()
+    del predictions[0, 1]
+    for gathered, failed in run(2, predictions, [[False] * 3, [True, False, False]]):
+        assert failed == [True, False, False]
+        assert torch.equal(gathered[0][1], torch.zeros(1, *SHAPES[0]))
+        assert torch.equal(gathered[2][1], predictions[2, 1])
