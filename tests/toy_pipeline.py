@@ -1,0 +1,90 @@
+"""A pipeline of a few lines behind the engine's contract, for tests of the step loop that need no model."""
+
+from types import SimpleNamespace
+
+import torch
+
+from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import EnginePipeline
+
+CHANNELS = 4
+
+
+class ToyTransformer(torch.nn.Module):
+    """Predicts noise as latents * timestep + the mean of the text, sequence by sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.fail = lambda sequences: None
+
+    def forward(self, sequences):
+        self.fail(sequences)
+        return (torch.cat([s.latents * s.timestep + s.prompt_embeds.mean() for s in sequences], dim=1),)
+
+
+class ToyNoiseScheduler:
+    def __init__(self, steps):
+        self.timesteps = torch.linspace(1, 1 / steps, steps)
+
+    def step(self, noise, t, latents, return_dict=False):
+        return (latents - 0.1 * t * noise,)
+
+
+class ToyPipeline(EnginePipeline):
+    cfg_normalize = False
+
+    def __init__(self):
+        self.transformer = ToyTransformer()
+        self.scheduler = ToyNoiseScheduler(1)
+        self.encoded = []
+
+    @classmethod
+    def load(cls, model, *, dtype, device, revision=None):
+        return cls()
+
+    def encode_branch(self, prompt):
+        self.encoded.append(prompt)
+        if prompt == "unencodable":
+            raise RuntimeError("no such words")
+        return torch.full((max(len(prompt), 1), 3), float(len(prompt)))
+
+    def draw_noise(self, request):
+        generator = torch.Generator().manual_seed(request.seed)
+        return torch.randn(1, request.image_tokens, CHANNELS, generator=generator)
+
+    def make_noise_scheduler(self, request):
+        return ToyNoiseScheduler(request.num_inference_steps)
+
+    def pack_branches(self, branches):
+        return {"sequences": branches}
+
+    def unpack_predictions(self, prediction, branches):
+        return list(prediction.split([b.latents.shape[1] for b in branches], dim=1))
+
+    def decode(self, latents, request):
+        return torch.full((request.height, request.width, 3), 7, dtype=torch.uint8)
+
+    def exchange_shape(self, request):
+        return request.image_tokens, CHANNELS
+
+
+def toy_request(prompt="a cat", negative="", steps=3, seed=0, image_tokens=4, scale=4.0):
+    prompts = [prompt] if negative is None else [prompt, negative]
+    return DiffusionRequest(
+        prompts=prompts,
+        text_tokens=[len(p) for p in prompts],
+        image_tokens=image_tokens,
+        height=2,
+        width=2,
+        num_inference_steps=steps,
+        true_cfg_scale=scale,
+        seed=seed,
+    )
+
+
+def toy_vllm_config(ranks=2, max_num_seqs=4, max_num_batched_tokens=1000):
+    return SimpleNamespace(
+        additional_config={"cfg_parallel_size": ranks},
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+    )
