@@ -123,7 +123,9 @@ def print_table(results: list[Done], total_ms: float) -> None:
 
 def start(server: VllmServer) -> None:
     """Wait for the server, showing that something happens."""
-    with tqdm(desc=f"Starting vllm serve {MODEL.name}", bar_format="{desc}: {elapsed}") as clock:
+    hidden = None if sys.stderr.isatty() else True  # a log file needs no clock
+    print(f"Starting vllm serve {MODEL.name} --cfg-parallel-size {CFG_PARALLEL_SIZE} (log: {OUTPUT}/server.log)")
+    with tqdm(desc="Starting", bar_format="{desc}: {elapsed}", disable=hidden) as clock:
         server.wait_ready(START_TIMEOUT_S, on_wait=clock.refresh)
 
 
