@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm_cfg_plugin import guidance
-from vllm_cfg_plugin.distributed import exchange
+from vllm_cfg_plugin.distributed import collectives
 from vllm_cfg_plugin.distributed.parallel_state import (
     get_cfg_group,
     get_classifier_free_guidance_rank,
@@ -124,7 +124,7 @@ class CFGParallelMixin:
                 stepped = self.scheduler_step(noise_pred, t, latents)
             except Exception as caught:
                 error = caught
-        return exchange.broadcast_first(get_cfg_group(), stepped, error, latents.device)
+        return collectives.broadcast_first(get_cfg_group(), stepped, error, latents.device)
 
     def _predict_branch(self, kwargs: Kwargs, output_slice: int | None) -> torch.Tensor:
         prediction = self.predict_noise(**kwargs)
@@ -139,7 +139,7 @@ class CFGParallelMixin:
                 prediction = self._predict_branch(branches[rank], output_slice)
             except Exception as caught:  # the other ranks are waiting: tell them before raising
                 error = caught
-        return exchange.gather_first(get_cfg_group(), len(branches), prediction, error)
+        return collectives.gather_first(get_cfg_group(), len(branches), prediction, error)
 
 
 def same_on_all_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,74 @@
+"""Packed rows: layout, padding, and the arithmetic that gives every sequence its own factors."""
+
+import pytest
+import torch
+
+from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE, PackedRows, interleave, pad_rows, padding_rows
+
+CPU = torch.device("cpu")
+MIXES = [(5,), (1,), (16,), (4, 4, 4), (1, 7, 7, 2), (16, 16), (3, 200, 200, 200, 1, 1)]
+
+
+@pytest.mark.parametrize(("rows", "padding"), [(1, 15), (15, 1), (16, 0), (17, 15), (32, 0), (0, 16)])
+def test_padding_rows(rows, padding):
+    assert padding_rows(rows) == padding
+
+
+def test_pad_rows_keeps_rows_and_adds_zeros():
+    rows = torch.randn(5, 3)
+    padded = pad_rows(rows)
+    assert padded.shape == (ROW_MULTIPLE, 3)
+    assert torch.equal(padded[:5], rows)
+    assert not padded[5:].any()
+
+
+def test_pad_rows_of_a_vector():
+    assert pad_rows(torch.ones(3)).tolist() == [1] * 3 + [0] * 13
+
+
+def test_boundaries_and_runs():
+    packed = PackedRows((4, 7, 7, 2), CPU)
+    assert packed.boundaries.tolist() == [0, 4, 11, 18, 20]
+    assert packed.boundaries.dtype == torch.int32
+    assert [(run.count, run.length) for run in packed.runs] == [(1, 4), (2, 7), (1, 2)]
+    assert [(run.rows.start, run.rows.stop) for run in packed.runs] == [(0, 4), (4, 18), (18, 20)]
+
+
+@pytest.mark.parametrize("lengths", MIXES)
+def test_join_then_split_is_identity(lengths):
+    packed = PackedRows(lengths, CPU)
+    sequences = [torch.randn(length, 3) for length in lengths]
+    stream = packed.join(sequences)
+    assert stream.shape[0] % ROW_MULTIPLE == 0
+    assert stream.shape[0] == sum(packed.sizes)
+    for piece, sequence in zip(packed.split(stream), sequences, strict=True):
+        assert torch.equal(piece, sequence)
+
+
+@pytest.mark.parametrize("lengths", MIXES)
+@pytest.mark.parametrize("channels", [20, 1000])  # a narrow stream gathers its factors, a wide one goes run by run
+def test_scale_gives_each_sequence_its_own_factors(lengths, channels):
+    packed = PackedRows(lengths, CPU)
+    factors, offsets = torch.randn(2, len(lengths) + 3, channels)
+    stream = packed.join([torch.randn(length, channels) for length in lengths])
+    sequences = [rows.clone() for rows in packed.split(stream)]
+    result = packed.split(packed.scale_(stream, factors, offsets))
+    for i, rows in enumerate(sequences):
+        assert torch.equal(result[i], rows * factors[i] + offsets[i])
+
+
+def test_scale_without_offsets():
+    packed = PackedRows((2, 3), CPU)
+    stream = packed.scale_(packed.join([torch.ones(2, 4), torch.ones(3, 4)]), torch.tensor([[2.0] * 4, [3.0] * 4]))
+    assert [rows.unique().tolist() for rows in packed.split(stream)] == [[2.0], [3.0]]
+
+
+def test_interleave_puts_the_two_rows_of_a_sequence_together():
+    text, image = PackedRows((1, 2), CPU), PackedRows((3, 1), CPU)
+    texts = text.join([torch.full((1, 1), 10.0), torch.full((2, 1), 11.0)])
+    images = image.join([torch.full((3, 1), 20.0), torch.full((1, 1), 21.0)])
+    joint = interleave(text, image, (texts, images, -texts, -images))
+    assert joint.shape == (2, 32, 1)
+    assert joint[0, :7, 0].tolist() == [10, 20, 20, 20, 11, 11, 21]
+    assert not joint[:, 7:].any()
+    assert torch.equal(joint[1], -joint[0])

@@ -1,0 +1,230 @@
+"""The packed transformer: like diffusers' own, and a sequence's bits are the same in any company."""
+
+import copy
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+from tests.models import SIZES, transformer
+from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.qwen_image_packed import PackedQwenImageTransformer
+
+CHANNELS = 16
+GRIDS = [(1, 1), (2, 3), (4, 4), (8, 8), (5, 7), (12, 12)]  # image tokens: 1 to 144
+TEXT_LENGTHS = [1, 1, 3, 5, 16, 17, 40]
+
+
+@dataclass
+class Sequence:
+    latents: torch.Tensor
+    prompt: torch.Tensor
+    timestep: torch.Tensor
+    shape: tuple[int, int, int]
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def models(request):
+    """(diffusers' transformer, ours over the same weights)"""
+    torch.manual_seed(0)
+    reference = transformer(SIZES[request.param])
+    return reference, PackedQwenImageTransformer.adopt(reference)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return PackedQwenImageTransformer.adopt(transformer(SIZES["tiny"]))
+
+
+def draw_sequences(count, seed=0):
+    torch.manual_seed(seed)
+    choose = random.Random(seed)
+    sequences = []
+    for _ in range(count):
+        height, width = choose.choice(GRIDS)
+        text = choose.choice(TEXT_LENGTHS)
+        sequences.append(
+            Sequence(
+                torch.randn(1, height * width, CHANNELS), torch.randn(1, text, 48), torch.rand(()), (1, height, width)
+            )
+        )
+    return sequences
+
+
+def forward_packed(model, sequences):
+    prediction = model(
+        hidden_states=torch.cat([s.latents for s in sequences], dim=1),
+        encoder_hidden_states=torch.cat([s.prompt for s in sequences], dim=1),
+        timestep=torch.stack([s.timestep for s in sequences]),
+        img_shapes=[[s.shape] for s in sequences],
+        txt_seq_lens=[s.prompt.shape[1] for s in sequences],
+    )[0]
+    return prediction.split([s.latents.shape[1] for s in sequences], dim=1)
+
+
+def forward_alone(model, sequence):
+    return model(
+        hidden_states=sequence.latents,
+        encoder_hidden_states=sequence.prompt,
+        timestep=sequence.timestep[None],
+        img_shapes=[[sequence.shape]],
+    )[0]
+
+
+@torch.inference_mode()
+def test_like_diffusers(models):
+    reference, packed = models
+    sequences = draw_sequences(20)
+    for sequence, prediction in zip(sequences, forward_packed(packed, sequences), strict=True):
+        expected = forward_alone(reference, sequence)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_bits_do_not_depend_on_company(models):
+    _, packed = models
+    pool = draw_sequences(24, seed=1)
+    alone = [forward_packed(packed, [sequence])[0] for sequence in pool]
+    choose = random.Random(2)
+    for _ in range(25):
+        members = choose.sample(range(len(pool)), choose.choice([2, 3, 5, 8, 17]))
+        together = forward_packed(packed, [pool[i] for i in members])
+        assert all(torch.equal(together[k], alone[i]) for k, i in enumerate(members)), members
+
+
+@torch.inference_mode()
+def test_bits_do_not_depend_on_equal_neighbours(models):
+    """Runs of equal lengths take one attention call; it must give the bits of many."""
+    _, packed = models
+    for height, width, text in [(8, 8, 5), (4, 4, 1), (5, 7, 16)]:
+        torch.manual_seed(height)
+        run = [
+            Sequence(
+                torch.randn(1, height * width, CHANNELS), torch.randn(1, text, 48), torch.rand(()), (1, height, width)
+            )
+            for _ in range(8)
+        ]
+        together = forward_packed(packed, run)
+        for sequence, prediction in zip(run, together, strict=True):
+            assert torch.equal(prediction, forward_packed(packed, [sequence])[0])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("field", ["latents", "prompt", "timestep"])
+def test_a_changed_neighbour_changes_nothing_else(tiny, field):
+    """Sequences that leaked into each other would show here, where every input of a neighbour is replaced."""
+    before = draw_sequences(5, seed=3)
+    after = copy.copy(before)
+    after[2] = copy.copy(before[2])
+    setattr(after[2], field, torch.randn_like(getattr(before[2], field)))
+    pairs = list(zip(forward_packed(tiny, before), forward_packed(tiny, after), strict=True))
+    assert [torch.equal(old, new) for old, new in pairs] == [True, True, False, True, True]
+
+
+@torch.inference_mode()
+def test_ordinary_batch_with_mask_like_diffusers(models):
+    reference, packed = models
+    torch.manual_seed(4)
+    latents, timestep = torch.randn(3, 24, CHANNELS), torch.rand(3)
+    lengths = [7, 1, 4]
+    prompts = torch.randn(3, 7, 48)
+    mask = torch.tensor([[1] * n + [0] * (7 - n) for n in lengths])
+    arguments = {"timestep": timestep, "img_shapes": [[(1, 4, 6)]] * 3}
+    expected = reference(latents, prompts, mask, **arguments)[0]
+    prediction = packed(latents, prompts, mask, **arguments, txt_seq_lens=lengths, guidance=None)[0]
+    torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
+    for i, length in enumerate(lengths):
+        sequence = Sequence(latents[i : i + 1], prompts[i : i + 1, :length], timestep[i], (1, 4, 6))
+        assert torch.equal(prediction[i : i + 1], forward_packed(packed, [sequence])[0])
+
+
+@torch.inference_mode()
+def test_several_images_per_sequence_like_diffusers(models):
+    """An editing model's sequence: the generated image, then a condition image of another size."""
+    reference, packed = models
+    torch.manual_seed(5)
+    latents, prompt, timestep = torch.randn(1, 16 + 6, CHANNELS), torch.randn(1, 5, 48), torch.rand(1)
+    arguments = {"timestep": timestep, "img_shapes": [[(1, 4, 4), (1, 2, 3)]]}
+    expected = reference(latents, prompt, **arguments)[0]
+    torch.testing.assert_close(packed(latents, prompt, **arguments)[0], expected, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_like_diffusers(dtype):
+    torch.manual_seed(0)
+    reference = transformer(SIZES["tiny"]).to(dtype)
+    packed = PackedQwenImageTransformer.adopt(reference)
+    for sequence in draw_sequences(5, seed=6):
+        sequence.latents, sequence.prompt = sequence.latents.to(dtype), sequence.prompt.to(dtype)
+        sequence.timestep = sequence.timestep.to(dtype)
+        expected = forward_alone(reference, sequence)
+        torch.testing.assert_close(forward_alone(packed, sequence), expected, rtol=0, atol=0.05)
+
+
+@torch.inference_mode()
+def test_layouts_are_remembered_but_not_for_ever(tiny):
+    tiny._layouts.clear()
+    sequences = draw_sequences(40, seed=7)
+    for first in range(39):
+        forward_packed(tiny, sequences[first : first + 2])
+    assert 1 < len(tiny._layouts) <= 32
+    kept = next(reversed(tiny._layouts.values()))
+    forward_packed(tiny, sequences[38:40])
+    assert next(reversed(tiny._layouts.values())) is kept
+
+
+def test_adopting_shares_every_weight():
+    reference = transformer(SIZES["tiny"])
+    packed = PackedQwenImageTransformer.adopt(reference)
+    assert packed.img_in.weight is reference.img_in.weight
+    assert packed.config == reference.config
+
+
+def test_rows_that_do_not_fit_are_refused(tiny):
+    sequence = draw_sequences(1)[0]
+    arguments = {
+        "hidden_states": torch.randn(1, 5, CHANNELS),
+        "encoder_hidden_states": sequence.prompt,
+        "timestep": torch.rand(1),
+        "img_shapes": [[(1, 2, 2)]],
+    }
+    with pytest.raises(ValueError, match=r"hidden_states has 5 rows.*\[4\] have 4"):
+        tiny(**arguments)
+    with pytest.raises(ValueError, match="img_shapes has 2 entries for 1"):
+        tiny(**arguments | {"img_shapes": [[(1, 2, 2)]] * 2})
+    with pytest.raises(ValueError, match="ones followed by zeros"):
+        tiny(
+            **arguments
+            | {
+                "hidden_states": torch.randn(1, 4, CHANNELS),
+                "encoder_hidden_states": torch.randn(1, 3, 48),
+                "encoder_hidden_states_mask": torch.tensor([[0, 1, 1]]),
+            }
+        )
+    with pytest.raises(ValueError, match="encoder_hidden_states has 6 rows"):
+        tiny(
+            hidden_states=torch.randn(1, 8, CHANNELS),
+            encoder_hidden_states=torch.randn(1, 6, 48),
+            timestep=torch.rand(2),
+            img_shapes=[[(1, 2, 2)]] * 2,
+            txt_seq_lens=[3, 4],
+        )
+
+
+@pytest.mark.parametrize("field", ["zero_cond_t", "use_additional_t_cond"])
+def test_conditioning_that_is_not_packed_is_refused(field):
+    model = QwenImageTransformer2DModel(
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=1,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        **{field: True},
+    )
+    with pytest.raises(ConfigurationError, match=f"{field}=true"):
+        PackedQwenImageTransformer.adopt(model)
