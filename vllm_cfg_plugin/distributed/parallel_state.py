@@ -55,7 +55,7 @@ def cfg_group_ranks(world_size: int, cfg_parallel_size: int, tensor_parallel_siz
     needed = cfg_parallel_size * tensor_parallel_size
     if needed != world_size:
         raise ConfigurationError(
-            f"cfg_parallel_size={cfg_parallel_size} x tensor_parallel_size={tensor_parallel_size} = {needed} processes, "
+            f"cfg_parallel_size={cfg_parallel_size} x tensor_parallel_size={tensor_parallel_size} = {needed} ranks, "
             f"but the world has {world_size}: start as many as the product, e.g. `torchrun --nproc-per-node {needed}`"
         )
     return [list(range(first, world_size, tensor_parallel_size)) for first in range(tensor_parallel_size)]

@@ -1,0 +1,244 @@
+"""Our Qwen-Image pipeline against diffusers' own, called directly and through the engine's contract."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImagePipeline as DiffusersQwenImagePipeline
+
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.distributed import cfg_parallel
+from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
+from vllm_cfg_plugin.params import DiffusionParams, RequestLimits, resolve_requests
+from vllm_cfg_plugin.pipelines.base import BranchInput
+from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
+from vllm_cfg_plugin.pipelines.registry import describe
+
+CPU = torch.device("cpu")
+CASES = [
+    {"prompt": "a red apple", "negative_prompt": "", "true_cfg_scale": 4.0, "height": 64, "width": 64},
+    {"prompt": "a", "negative_prompt": "ugly, unclear", "true_cfg_scale": 1.5, "height": 32, "width": 96},
+    {"prompt": "a lighthouse in the rain, oil painting " * 8, "height": 48, "width": 80},
+    {"prompt": ["a cat", "a dog in a hat"], "negative_prompt": ["", "blurry"], "true_cfg_scale": 7.0},
+]
+
+
+@pytest.fixture(scope="module", params=["tiny", "odd"])
+def folder(request, qwen_image_folders):
+    return str(qwen_image_folders[request.param])
+
+
+@pytest.fixture(scope="module")
+def pipelines(folder):
+    """(diffusers' pipeline, ours)"""
+    reference = DiffusersQwenImagePipeline.from_pretrained(folder, dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    return reference, QwenImagePipeline.load(folder, dtype=torch.float32, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(qwen_image_folders):
+    return str(qwen_image_folders["tiny"])
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    return QwenImagePipeline.load(tiny_folder, dtype=torch.float32, device=CPU)
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_logged():
+    cfg_parallel.log_once.cache_clear()
+
+
+def run(pipeline, **kwargs):
+    """Images of one short generation with a fixed seed."""
+    defaults = {"num_inference_steps": 4, "height": 64, "width": 64, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(42)
+    return pipeline(**defaults | kwargs, generator=generator, return_dict=False)[0]
+
+
+def make_request(folder, prompt="a red apple", **params):
+    """A request as the front end would resolve it; token counts don't matter here."""
+    params = DiffusionParams(**{"height": 64, "width": 48, "num_inference_steps": 4, "seed": 42} | params)
+    return resolve_requests(prompt, params, describe(Checkpoint(folder)), RequestLimits(), lambda text: 1)[0]
+
+
+def generate(pipeline, request):
+    """What the engine does for one request on one rank; returns final latents."""
+    latents, scheduler = pipeline.draw_noise(request), pipeline.make_noise_scheduler(request)
+    embeds = [pipeline.encode_branch(prompt) for prompt in request.prompts]
+    pipeline.scheduler, own = scheduler, pipeline.scheduler
+    for t in scheduler.timesteps:
+        branches = [BranchInput(latents, embed, t, request.height, request.width) for embed in embeds]
+        with torch.no_grad():
+            packed = pipeline.predict_noise(**pipeline.pack_branches(branches))
+        noise, *negative = pipeline.unpack_predictions(packed, branches)
+        if negative:
+            noise = pipeline.combine_cfg_noise(noise, *negative, request.true_cfg_scale, pipeline.cfg_normalize)
+        latents = pipeline.scheduler_step(noise, t, latents)
+    pipeline.scheduler = own
+    return latents
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_latents_like_diffusers(pipelines, case):
+    reference, ours = pipelines
+    expected = run(reference, **case)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(run(ours, **case), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_like_diffusers(pipelines, case):
+    reference, ours = pipelines
+    for expected, image in zip(
+        run(reference, **case, output_type="pil"), run(ours, **case, output_type="pil"), strict=True
+    ):
+        expected, image = np.asarray(expected, np.int16), np.asarray(image, np.int16)
+        assert expected.std() > 20
+        assert np.abs(expected - image).max() <= 1
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "", "ugly"])
+def test_engine_contract_like_diffusers(pipelines, folder, negative_prompt):
+    reference, ours = pipelines
+    request = make_request(folder, negative_prompt=negative_prompt, true_cfg_scale=3.0)
+    case = {"prompt": "a red apple", "height": 64, "width": 48, "true_cfg_scale": 3.0}
+    latents = generate(ours, request)
+    expected = run(reference, **case, negative_prompt=negative_prompt)
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
+    assert ours.exchange_shape(request) == tuple(latents.shape[1:])
+    pixels = ours.decode(latents, request)
+    assert (pixels.dtype, pixels.shape, pixels.device) == (torch.uint8, (64, 48, 3), CPU)
+    picture = run(reference, **case, negative_prompt=negative_prompt, output_type="pil")[0]
+    assert np.abs(pixels.numpy().astype(np.int16) - np.asarray(picture, np.int16)).max() <= 1
+
+
+def test_engine_and_direct_call_are_bitwise_equal(tiny, tiny_folder):
+    request = make_request(tiny_folder, negative_prompt="", true_cfg_scale=3.0)
+    called = run(tiny, prompt="a red apple", negative_prompt="", true_cfg_scale=3.0, width=48)
+    assert torch.equal(generate(tiny, request), called)
+
+
+@pytest.mark.parametrize("seed", [0, 42, 2**63 - 1, -5])
+def test_noise_is_that_of_diffusers_with_a_cpu_generator(tiny, tiny_folder, seed):
+    request = make_request(tiny_folder, seed=seed)
+    expected = DiffusersQwenImagePipeline.prepare_latents(
+        tiny, 1, 4, 64, 48, torch.float32, CPU, torch.Generator().manual_seed(seed)
+    )
+    assert torch.equal(tiny.draw_noise(request), expected)
+
+
+def test_noise_schedulers_are_independent(tiny, tiny_folder):
+    four, two = (make_request(tiny_folder, num_inference_steps=steps) for steps in (4, 2))
+    first, second = tiny.make_noise_scheduler(four), tiny.make_noise_scheduler(two)
+    assert (len(first.timesteps), len(second.timesteps)) == (4, 2)
+    sample = torch.zeros(1, 12, 16)
+    first.step(sample, first.timesteps[0], sample)
+    assert (first.step_index, second.step_index, second.begin_index) == (1, None, 0)
+    assert first is not tiny.scheduler
+
+
+def test_text_is_encoded_alike_every_time(tiny):
+    texts = ["a red apple", "", "a lighthouse " * 40]
+    first = [tiny.encode_branch(text) for text in texts]
+    assert all(torch.equal(tiny.encode_branch(text), embeds) for text, embeds in zip(texts, first, strict=True))
+    assert [embeds.dim() for embeds in first] == [2, 2, 2]
+
+
+class ScaledNoise(QwenImagePipeline):
+    def predict_noise(self, current_model=None, **kwargs):
+        return 0.5 * (current_model or self.transformer)(**kwargs)[0]
+
+
+class ClampedNorm(QwenImagePipeline):
+    def cfg_normalize_function(self, noise_pred, comb_pred, cfg_renorm_min=0.0):
+        scale = (noise_pred.norm(dim=-1, keepdim=True) / (comb_pred.norm(dim=-1, keepdim=True) + 1e-8)).clamp(
+            min=cfg_renorm_min, max=1.0
+        )
+        return comb_pred * scale * 0.9
+
+
+class PositiveOnly(QwenImagePipeline):
+    def combine_cfg_noise(self, noise_pred, neg_noise_pred, true_cfg_scale, cfg_normalize=False):
+        return noise_pred
+
+
+class HalfStep(QwenImagePipeline):
+    def scheduler_step(self, noise_pred, t, latents):
+        return (latents + super().scheduler_step(noise_pred, t, latents)) / 2
+
+
+@pytest.mark.parametrize("override", [ScaledNoise, ClampedNorm, PositiveOnly, HalfStep])
+def test_an_override_acts_in_the_direct_call_and_in_the_engine(tiny, tiny_folder, override):
+    pipeline = override(**tiny.components)
+    case = {"prompt": "a red apple", "negative_prompt": "", "true_cfg_scale": 3.0, "width": 48}
+    called = run(pipeline, **case)
+    assert (called - run(tiny, **case)).abs().max() > 1e-2
+    request = make_request(tiny_folder, negative_prompt="", true_cfg_scale=3.0)
+    assert torch.equal(generate(pipeline, request), called)
+
+
+def test_output_slice_keeps_the_first_tokens(tiny):
+    class Predicts(cfg_parallel.CFGParallelMixin):
+        def predict_noise(self, value):
+            return torch.full((1, 6, 2), value) * torch.arange(6.0)[:, None]
+
+    noise = Predicts().predict_noise_maybe_with_cfg(True, 2.0, {"value": 3.0}, {"value": 1.0}, False, output_slice=4)
+    assert noise[0, :, 0].tolist() == [0, 5, 10, 15]
+    unguided = Predicts().predict_noise_maybe_with_cfg(False, 2.0, {"value": 3.0}, None, output_slice=4)
+    assert unguided[0, :, 0].tolist() == [0, 3, 6, 9]
+
+
+def test_a_guided_step_needs_the_negative_branch(tiny):
+    with pytest.raises(ValueError, match="negative_kwargs=None"):
+        tiny.predict_noise_maybe_with_cfg(True, 4.0, {}, None)
+
+
+def test_scale_names_and_default(tiny):
+    guided = {"prompt": "a cat", "negative_prompt": ""}
+    assert torch.equal(run(tiny, **guided), run(tiny, **guided, true_cfg_scale=4.0))
+    assert torch.equal(run(tiny, **guided, guidance_scale=2.0), run(tiny, **guided, true_cfg_scale=2.0))
+    both = run(tiny, **guided, guidance_scale=9.0, true_cfg_scale=2.0)
+    assert torch.equal(both, run(tiny, **guided, true_cfg_scale=2.0))
+    explicit_zero = run(tiny, **guided, true_cfg_scale=0.0)
+    assert torch.equal(explicit_zero, run(tiny, prompt="a cat"))
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({"negative_prompt": "", "true_cfg_scale": 1.0}, "the guidance scale 1 is not above 1"),
+        ({"guidance_scale": 3.5}, "the scale is 3.5, but there is no negative prompt"),
+    ],
+)
+def test_guidance_that_is_off_is_explained_once(tiny, caplog, case, reason):
+    with caplog.at_level(logging.WARNING, logger="vllm_cfg_plugin"):
+        run(tiny, prompt="a cat", **case)
+        run(tiny, prompt="a dog", **case)
+    assert [record.message for record in caplog.records if "guidance is off" in record.message] == [
+        record.message for record in caplog.records if reason in record.message
+    ]
+    assert sum(reason in record.message for record in caplog.records) == 1
+
+
+def test_nothing_is_said_where_guidance_was_not_asked_for(tiny, caplog):
+    run(tiny, prompt="a cat")
+    assert not [record for record in caplog.records if record.name.startswith("vllm_cfg_plugin")]
+
+
+def test_one_step_is_refused_where_the_schedule_would_divide_by_zero(tiny):
+    with pytest.raises(InvalidRequestError, match="num_inference_steps=1"):
+        run(tiny, prompt="a cat", num_inference_steps=1)
+
+
+def test_several_images_per_prompt(tiny):
+    images = run(tiny, prompt="a cat", negative_prompt="", num_images_per_prompt=3, output_type="pil")
+    assert [image.size for image in images] == [(64, 64)] * 3
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="can't be loaded"):
+        QwenImagePipeline.load(str(tmp_path), dtype=torch.float32, device=CPU)
