@@ -9,9 +9,11 @@ import os
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 import emoji_data
 import lean_forward
@@ -25,6 +27,8 @@ from tqdm import tqdm
 TEXT_TOKENS = 16  # captions are padded to this, so that every step has one shape
 WARMUP_STEPS = 150
 EMA_DECAY = 0.998
+CAPTION_NOISE = 0.25  # this share of the captions belongs to another picture, as some do in any data from the web:
+NOISE_FROM = 0.2  # without such noise so small a task needs no guidance; it starts when a fifth of the run has passed
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -37,16 +41,16 @@ class Dataset:
     tokenize: Callable[[str], list[int]]
     padding: int
 
-    def draw(self, step: int, size: int) -> Batch:
+    def draw(self, step: int, size: int, noise_share: float) -> Batch:
         """Return latents, noise, sigmas, token ids and their mask; the step seeds them, so a resumed run goes on."""
         rng, generator = random.Random(step), torch.Generator().manual_seed(step)
         rows, columns = [], []
         ids = torch.full((size, TEXT_TOKENS), self.padding)
         mask = torch.zeros(size, TEXT_TOKENS, dtype=torch.bool)
         for i in range(size):
-            row = rng.randrange(len(self.emoji))
-            color = rng.choice([c for c in COLORS if c != self.emoji[row].held_out])
-            tokens = self.draw_tokens(row, color, rng)
+            row, color = self.draw_picture(rng)
+            named = self.draw_picture(rng) if rng.random() < noise_share else (row, color)
+            tokens = self.draw_tokens(*named, rng)
             ids[i, : len(tokens)] = torch.tensor(tokens)
             mask[i, : len(tokens)] = True
             rows.append(row)
@@ -54,6 +58,11 @@ class Dataset:
         latents = self.latents[rows, columns]
         noise = torch.randn(latents.shape, generator=generator)
         return latents, noise, torch.randn(size, generator=generator).sigmoid(), ids, mask
+
+    def draw_picture(self, rng: random.Random) -> tuple[int, str]:
+        """Return a random emoji and one of the backgrounds it is trained on."""
+        row = rng.randrange(len(self.emoji))
+        return row, rng.choice([c for c in COLORS if c != self.emoji[row].held_out])
 
     def draw_tokens(self, row: int, color: str, rng: random.Random) -> list[int]:
         """Return the tokens of a random caption that is short enough."""
@@ -118,13 +127,14 @@ class Trainer:
         """Return how much of the budget is spent, in the budget's unit."""
         return self.step if self.args.steps else self.seconds / 60
 
-    def train_step(self, progress: float) -> Tensor:
+    def train_step(self, progress: float) -> float:
         """Take one flow-matching step and return its loss."""
         share = learning_rate_share(self.step, progress)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
-        latents, noise, sigma, ids, mask = self.data.draw(self.step, self.args.batch_size)
+        noise_share = CAPTION_NOISE if progress >= NOISE_FROM else 0.0
+        latents, noise, sigma, ids, mask = self.data.draw(self.step, self.args.batch_size, noise_share)
         mixed = torch.lerp(latents, noise, sigma[:, None, None])
         with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
             text = lean_forward.encode_text(self.parts.text_encoder.model.language_model, self.prefix, ids)
@@ -138,7 +148,7 @@ class Trainer:
             optimizer.zero_grad()
         self.step += 1
         self.update_average()
-        return loss.detach()
+        return loss.item()
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -170,12 +180,13 @@ class Trainer:
     def run(self) -> None:
         """Train until the budget is spent, saving now and then."""
         budget, started, saved_at = self.args.steps or self.args.minutes, time.monotonic() - self.seconds, self.seconds
-        loss = torch.ones(())
-        with tqdm(total=budget, unit="step" if self.args.steps else "min", mininterval=self.args.log_seconds) as bar:
+        losses: deque[float] = deque(maxlen=100)
+        unit, done = "step" if self.args.steps else "min", round(self.spent(), 2)
+        with tqdm(total=budget, initial=done, unit=unit, mininterval=self.args.log_seconds) as bar:
             while self.spent() < budget:
-                loss = loss.lerp(self.train_step(self.spent() / budget), 0.01)
+                losses.append(self.train_step(self.spent() / budget))
                 self.seconds = time.monotonic() - started
-                bar.set_postfix(step=self.step, loss=f"{loss:.4f}", refresh=False)
+                bar.set_postfix(step=self.step, loss=f"{fmean(losses):.4f}", refresh=False)
                 bar.update(round(self.spent(), 2) - bar.n)
                 if self.seconds - saved_at > 60 * self.args.save_minutes:
                     self.save()
