@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import warnings
 
 
 def release_inherited_listeners() -> None:
@@ -33,3 +35,28 @@ def _is_listening_tcp(fd: int) -> bool:
         if duplicate.family not in (socket.AF_INET, socket.AF_INET6):
             return False
         return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def silence_chat_warmup() -> None:
+    """Drop one log record of the API server.
+
+    Symptom: every start prints a traceback "Chat template warmup failed". Cause: vLLM warms up chat for every model and
+    reports the missing tokenizer of one that has `skip_tokenizer_init`. Exit condition: it asks for a tokenizer first.
+    """
+    logger = logging.getLogger("vllm.renderers.base")
+    if not any(isinstance(present, _ChatWarmupFilter) for present in logger.filters):
+        logger.addFilter(_ChatWarmupFilter())
+
+
+class _ChatWarmupFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.msg != "Chat template warmup failed"
+
+
+def silence_all_gather_deprecation() -> None:
+    """Drop one warning of a worker.
+
+    Symptom: a FutureWarning on the first step. Cause: torch 2.13 renamed the collective that vLLM's GroupCoordinator
+    calls. Exit condition: vLLM calls `all_gather_single`.
+    """
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)

@@ -26,6 +26,8 @@ def register() -> None:
 
 def endpoint() -> ImagesEndpointPlugin:
     """`vllm.endpoint_plugins`: the OpenAI images routes."""
+    from vllm_cfg_plugin.compat import silence_chat_warmup
     from vllm_cfg_plugin.entrypoints.images import ImagesEndpointPlugin
 
+    silence_chat_warmup()
     return ImagesEndpointPlugin()

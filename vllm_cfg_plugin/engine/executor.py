@@ -7,6 +7,8 @@ pumps it.
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import multiprocessing.connection
 import os
 import threading
@@ -26,9 +28,11 @@ from vllm.utils.system_utils import get_mp_context
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.abstract import Executor, FailureCallback
 
+from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.step_result import StepResult, merge_reports
 from vllm_cfg_plugin.errors import ConfigurationError, RankDiedError
+from vllm_cfg_plugin.pipelines.registry import family_of
 from vllm_cfg_plugin.worker import channel
 from vllm_cfg_plugin.worker.lifeline import die_with_parent
 from vllm_cfg_plugin.worker.process import run_worker
@@ -71,7 +75,7 @@ class CfgExecutor(Executor):
         ).start()
 
     def _start_workers(self, address: str) -> None:
-        context = get_mp_context()
+        context = self._process_context()
         init_method = get_distributed_init_method(get_loopback_ip(), get_open_port())
         for rank in range(self.parallel_config.world_size):
             process = context.Process(
@@ -86,6 +90,14 @@ class CfgExecutor(Executor):
         self._poller.register(self._socket, zmq.POLLIN)
         for process in self._processes:
             self._poller.register(process.sentinel, zmq.POLLIN)
+
+    def _process_context(self) -> Any:
+        """Fork on a CPU, where it saves every rank the imports; elsewhere vLLM's choice, as CUDA does not survive one."""
+        if self.device_config.device_type != "cpu":
+            return get_mp_context()
+        implementation = family_of(Checkpoint(self.model_config.model, self.model_config.revision)).implementation
+        importlib.import_module(implementation.partition(":")[0])
+        return multiprocessing.get_context("fork")
 
     def _wait_until_ready(self) -> None:
         waiting = set(range(len(self._processes)))

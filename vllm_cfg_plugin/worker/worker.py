@@ -61,7 +61,7 @@ class DiffusionWorker(WorkerBase):
             pipeline,
             parallel_state.get_classifier_free_guidance_rank(),
             parallel_state.get_classifier_free_guidance_world_size(),
-            _all_gather,
+            all_gather_rows,
         )
 
     def get_model(self) -> torch.nn.Module:
@@ -78,7 +78,8 @@ class DiffusionWorker(WorkerBase):
         parallel_state.destroy_model_parallel()
 
 
-def _all_gather(row: torch.Tensor) -> torch.Tensor:
+def all_gather_rows(row: torch.Tensor) -> torch.Tensor:
+    """[row] of every cfg rank -> [ranks, row]: the step's one collective."""
     if parallel_state.get_classifier_free_guidance_world_size() == 1:
         return row.unsqueeze(0)
     return parallel_state.get_cfg_group().all_gather(row.unsqueeze(0), dim=0)

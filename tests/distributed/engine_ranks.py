@@ -1,0 +1,83 @@
+"""Engine steps on real gloo ranks without vLLM's server: every rank drives its own copy of the deterministic scheduler."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from vllm.distributed import init_distributed_environment
+from vllm.utils.network_utils import get_open_port
+
+from tests.toy_pipeline import toy_vllm_config
+from tests.unit.test_scheduler import vllm_request
+from vllm_cfg_plugin.distributed import parallel_state
+from vllm_cfg_plugin.engine.scheduler import StepScheduler
+from vllm_cfg_plugin.engine.step_result import merge_reports
+from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
+from vllm_cfg_plugin.worker.runner import StepRunner
+from vllm_cfg_plugin.worker.worker import all_gather_rows
+
+Scripts = dict[str, list[tuple[int, DiffusionRequest]]]  # name -> (engine step at which it joins, request)
+Traces = dict[str, dict[int, list[torch.Tensor]]]  # name -> seed -> latents after each step
+
+
+class RecordingRunner(StepRunner):
+    """Keeps every request's latents after every step."""
+
+    trace: dict[int, list[torch.Tensor]]
+
+    def _advance(self, state, index, predictions):
+        super()._advance(state, index, predictions)
+        self.trace[state.request.seed].append(state.latents.clone())
+
+
+def run_ranks(model: Path, ranks: int, scripts: Scripts, folder: Path) -> list[Traces]:
+    """Run all scripts on `ranks` forked processes; returns every rank's traces."""
+    outs = [folder / f"traces-{rank}.pt" for rank in range(ranks)]
+    port = get_open_port()
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_run_rank, args=(model, ranks, rank, port, scripts, out)) for rank, out in enumerate(outs)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+        assert process.exitcode == 0
+    return [torch.load(out) for out in outs]
+
+
+def _run_rank(model: Path, ranks: int, rank: int, port: int, scripts: Scripts, out: Path) -> None:
+    torch.set_num_threads(1)
+    init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
+    parallel_state.initialize_model_parallel(ranks)
+    pipeline = QwenImagePipeline.load(str(model), dtype=torch.float32, device=torch.device("cpu"))
+    traces: Traces = {}
+    for name, joins in scripts.items():
+        runner = RecordingRunner(pipeline, rank, ranks, all_gather_rows)
+        runner.trace = defaultdict(list)
+        _drive(runner, ranks, joins)
+        assert not runner.states, "every request must be forgotten after its last step"
+        traces[name] = dict(runner.trace)
+    torch.save(traces, out)
+    parallel_state.destroy_model_parallel()
+
+
+def _drive(runner: StepRunner, ranks: int, joins: list[tuple[int, DiffusionRequest]]) -> None:
+    scheduler = StepScheduler(toy_vllm_config(ranks, max_num_seqs=8, max_num_batched_tokens=100_000))
+    step = 0
+    while joins or scheduler.has_requests():
+        for _, request in [join for join in joins if join[0] <= step]:
+            scheduler.add_request(vllm_request(f"request-{request.seed}", request))
+        joins = [join for join in joins if join[0] > step]
+        output = scheduler.schedule()
+        report, pixels = runner.run(output.plan)
+        assert report.failed == []
+        # Only this rank's report: the images of the others would make no difference to the plans.
+        scheduler.update_from_output(output, merge_reports([(report, pixels)]))
+        for request in list(scheduler._draining.values()):
+            scheduler._forget(request)
+        step += 1

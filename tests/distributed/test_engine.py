@@ -1,0 +1,117 @@
+"""Invariants 1 and 2 on real gloo ranks and a random-weight Qwen-Image: the image depends on its request alone.
+
+Same requests on 1, 2 and 3 ranks, alone and with seven others that join at random steps: bitwise equal latents after every
+step, on every rank, and equal to diffusers' own pipeline to 1e-4.
+"""
+
+import random
+
+import pytest
+import torch
+from diffusers import QwenImagePipeline
+
+from tests.distributed.engine_ranks import run_ranks
+from tests.models import build_qwen_image
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.params import DiffusionParams, RequestLimits, resolve_requests
+from vllm_cfg_plugin.pipelines.registry import describe
+from vllm_cfg_plugin.tokens import TokenCounter
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 8
+# (prompt, negative prompt, height, width, steps, scale): mixed lengths, sizes, step counts and scales; two unguided.
+ASKED = [
+    ("a red apple on a blue background", " ", 64, 64, STEPS, 4.0),
+    ("cat", "", 32, 32, STEPS, 2.5),
+    ("grinning face, white background, with a very long description that goes on and on", "ugly", 128, 64, STEPS, 7.0),
+    ("a rocket on a black background", None, 64, 64, STEPS, 4.0),
+    ("pizza", " ", 96, 160, 5, 3.0),
+    ("a dog face on a green background", "blurry, low quality, and many more words of no use", 64, 64, 11, 1.5),
+    ("x", None, 48, 16, 3, 1.0),
+    ("a panda on a pink background", " ", 64, 96, STEPS, 4.0),
+]
+
+
+def make_requests(model):
+    checkpoint = Checkpoint(str(model))
+    info, count_tokens = describe(checkpoint), TokenCounter.of(checkpoint)
+    return [
+        resolve_requests(
+            prompt,
+            DiffusionParams(
+                negative_prompt=negative,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                true_cfg_scale=scale,
+                seed=100 + i,
+            ),
+            info,
+            RequestLimits(),
+            count_tokens,
+        )[0]
+        for i, (prompt, negative, height, width, steps, scale) in enumerate(ASKED)
+    ]
+
+
+@pytest.fixture(scope="module", params=["small", "odd"])
+def model(request, tmp_path_factory):
+    return build_qwen_image(tmp_path_factory.mktemp("model") / request.param, size=request.param)
+
+
+@pytest.fixture(scope="module")
+def traces(model, tmp_path_factory):
+    """{ranks: [each rank's {script: {seed: latents after each step}}]}"""
+    requests = make_requests(model)
+    rng = random.Random(5)
+    alone = {f"alone-{r.seed}": [(0, r)] for r in requests}
+    mixed = {"mixed": [(0, requests[0])] + [(rng.randrange(1, STEPS), r) for r in requests[1:]]}
+    return {ranks: run_ranks(model, ranks, alone | mixed, tmp_path_factory.mktemp("traces")) for ranks in (1, 2, 3)}
+
+
+def bitwise_equal(one, other):
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_alone_or_among_seven_others_the_latents_are_bitwise_equal(traces, ranks):
+    by_script = traces[ranks][0]
+    for seed, trace in by_script["mixed"].items():
+        assert bitwise_equal(trace, by_script[f"alone-{seed}"][seed]), f"request {seed} depends on its company"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_gives_bitwise_equal_latents(traces, ranks):
+    for script, by_seed in traces[1][0].items():
+        for seed, trace in by_seed.items():
+            assert bitwise_equal(trace, traces[ranks][0][script][seed]), f"request {seed} depends on the ranks"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_ranks_hold_the_same_latents_after_every_step(traces, ranks):
+    first, *others = traces[ranks]
+    for other in others:
+        for seed, trace in first["mixed"].items():
+            assert len(trace) == ASKED[seed - 100][4]
+            assert bitwise_equal(trace, other["mixed"][seed])
+
+
+def test_final_latents_agree_with_diffusers_own_pipeline(traces, model):
+    torch.set_num_threads(1)
+    reference = QwenImagePipeline.from_pretrained(model)
+    reference.set_progress_bar_config(disable=True)
+    for i, (prompt, negative, height, width, steps, scale) in enumerate(ASKED):
+        expected = reference(
+            prompt=prompt,
+            negative_prompt=negative,
+            true_cfg_scale=scale,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(100 + i),
+            output_type="latent",
+            max_sequence_length=1024,
+        ).images
+        difference = (traces[2][0]["mixed"][100 + i][-1] - expected).abs().max().item()
+        assert difference <= 1e-4, f"request {i} differs by {difference}"
