@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing.connection
 import os
 import socket
+import threading
 import warnings
+from typing import Any
 
 
 def release_inherited_listeners() -> None:
@@ -35,6 +38,29 @@ def _is_listening_tcp(fd: int) -> bool:
         if duplicate.family not in (socket.AF_INET, socket.AF_INET6):
             return False
         return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def wake_on_engine_death(client: Any) -> None:
+    """Make `LLMEngine.step()` raise EngineDeadError when the process of EngineCore ends.
+
+    Args:
+        client: the engine's `engine_core`; one without processes of its own is left alone.
+
+    Symptom: after a kill -9 of EngineCore an offline `step()` waits for ever. Cause: `SyncMPClient.get_output` waits on
+    a queue that vLLM's own monitor thread tells nothing. Exit condition: the monitor does.
+    """
+    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
+    if manager is None or not hasattr(client, "outputs_queue"):
+        return
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    sentinels, outputs = manager.sentinels(), client.outputs_queue
+
+    def watch() -> None:
+        multiprocessing.connection.wait(sentinels)
+        outputs.put_nowait(EngineDeadError())
+
+    threading.Thread(target=watch, daemon=True, name="cfg-engine-watch").start()
 
 
 def silence_chat_warmup() -> None:

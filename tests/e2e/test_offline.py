@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
+from vllm_cfg_plugin.errors import CfgPluginError
 
 pytestmark = pytest.mark.e2e
 
@@ -65,12 +66,16 @@ def test_ctrl_c_ends_the_call_and_not_the_engine(llm):
 
 
 def test_engine_death_is_said_and_close_still_works(model):
+    before = set(psutil.Process().children())
     with DiffusionLLM(str(model), cfg_parallel_size=2) as llm:
-        children = psutil.Process().children(recursive=True)
-        core = next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
-        threading.Timer(1, core.kill).start()
+        core = next(child for child in psutil.Process().children() if child not in before)
+        ranks = core.children(recursive=True)
+        timer = threading.Timer(1, core.kill)
+        timer.start()
         (output,) = llm.generate("a house", SLOW, use_tqdm=False)
+        timer.join()
         assert "died" in output.error
-        with pytest.raises(Exception, match="died"):
+        with pytest.raises(CfgPluginError, match="died"):
             llm.generate("a house", FAST)
-    assert not psutil.pid_exists(core.pid) or psutil.Process(core.pid).status() == psutil.STATUS_ZOMBIE
+    _, alive = psutil.wait_procs([core, *ranks], timeout=10)
+    assert alive == []

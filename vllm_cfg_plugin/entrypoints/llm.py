@@ -18,6 +18,7 @@ from vllm.outputs import PoolingRequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from vllm_cfg_plugin.compat import wake_on_engine_death
 from vllm_cfg_plugin.config import EngineSettings, diffusion_engine_args
 from vllm_cfg_plugin.engine.result import RequestMetrics
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output
@@ -52,7 +53,7 @@ class DiffusionOutput:
 
     @property
     def metrics(self) -> RequestMetrics:
-        """Of the whole prompt: each time is the longest of its images; seed, steps and guidance are the first image's."""
+        """Of the whole prompt: each time is its slowest image's, the rest is its first image's."""
         times = ("queue_ms", "encode_ms", "denoise_ms", "decode_ms", "e2e_time_ms")
         longest = {name: max(getattr(metrics, name) for metrics in self.image_metrics) for name in times}
         return msgspec.structs.replace(self.image_metrics[0], **longest)
@@ -89,6 +90,7 @@ class DiffusionLLM:
         with _children_ignore_ctrl_c():
             self._engine = LLMEngine.from_engine_args(args)
         try:
+            wake_on_engine_death(self._engine.engine_core)
             config = self._engine.vllm_config
             self._front_end = FrontEnd.from_vllm_config(config)
             self._progress_address = EngineSettings.from_vllm_config(config).progress_address
