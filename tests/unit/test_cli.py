@@ -1,0 +1,140 @@
+"""Our flags on vLLM's own parser: every spelling ends in `additional_config`, and a diffusers MODEL brings its defaults."""
+
+import json
+import os
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_cfg_plugin.cli import all_plugin_names
+from vllm_cfg_plugin.config import ENGINE_DEFAULTS, EngineSettings
+from vllm_cfg_plugin.errors import ConfigurationError
+
+
+@pytest.fixture(scope="module")
+def parser():
+    top = FlexibleArgumentParser()
+    make_arg_parser(top.add_subparsers().add_parser("serve"))
+    return top
+
+
+@pytest.fixture
+def parse(parser, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    return lambda *args: parser.parse_args(["serve", *map(str, args)])
+
+
+@pytest.fixture
+def model(qwen_image_folders):
+    return qwen_image_folders["tiny"]
+
+
+SPELLINGS = [
+    ["--cfg-parallel-size", "2"],
+    ["--cfg-parallel-size=2"],
+    ["--cfg_parallel_size", "2"],
+    ["--additional-config.cfg_parallel_size", "2"],
+    ["--additional-config", '{"cfg_parallel_size": 2}'],
+    ["--additional-config", '{"other": 1}', "--cfg-parallel-size", "2"],
+    ["--cfg-parallel-size", "2", "--additional-config", '{"other": 1}'],
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("model_first", [True, False])
+def test_every_spelling_reaches_the_engine(parse, model, spelling, model_first):
+    args = parse(*([model, *spelling] if model_first else [*spelling, model]))
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    assert engine_args.additional_config["cfg_parallel_size"] == 2
+    assert ("other" in engine_args.additional_config) == any("other" in part for part in spelling)
+
+
+def test_a_yaml_config_file_works_too(parse, model, tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("cfg-parallel-size: 3\nmax-num-seqs: 5\n")
+    args = parse(model, "--config", file)
+    assert args.additional_config == {"cfg_parallel_size": 3}
+    assert args.max_num_seqs == 5
+
+
+def test_a_diffusers_model_brings_our_defaults(parse, model):
+    args = parse(model)
+    assert {name: getattr(args, name) for name in ENGINE_DEFAULTS} == ENGINE_DEFAULTS
+    assert args.dtype == "float32"
+    assert "vllm_cfg_plugin" in os.environ["VLLM_PLUGINS"].split(",")
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+def test_what_the_user_gives_wins_over_our_defaults(parse, model, model_first):
+    flags = ["--max-num-seqs", "3", "--max-num-batched-tokens", "777", "--dtype", "bfloat16"]
+    args = parse(*([model, *flags] if model_first else [*flags, model]))
+    assert (args.max_num_seqs, args.max_num_batched_tokens, args.dtype) == (3, 777, "bfloat16")
+
+
+def test_another_model_is_left_alone(parse, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    args = parse(tmp_path)
+    assert args.config_format == "auto"
+    assert args.dtype == "auto"
+    assert "VLLM_PLUGINS" not in os.environ
+
+
+def rejected(parse, capsys, *args):
+    with pytest.raises(SystemExit) as exit:
+        parse(*args)
+    assert exit.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "two", "1.5"])
+def test_a_wrong_cfg_size_is_one_clear_line(parse, capsys, model, size):
+    line = rejected(parse, capsys, model, "--cfg-parallel-size", size)
+    assert f"--cfg-parallel-size: '{size}' is not valid: it must be an integer from 1 up" in line
+
+
+def test_a_wrong_setting_in_json_is_one_clear_line(parse, capsys, model):
+    line = rejected(parse, capsys, model, "--additional-config", '{"cfg_parallel_size": 0}')
+    assert "cfg_parallel_size=0 is not valid" in line
+
+
+def test_a_model_that_is_no_diffusers_folder_is_one_clear_line(parse, capsys, tmp_path):
+    line = rejected(parse, capsys, tmp_path, "--cfg-parallel-size", "2")
+    assert "is not a diffusers checkpoint" in line
+    assert line == rejected(parse, capsys, "--cfg-parallel-size", "2", tmp_path)
+
+
+def test_an_unknown_pipeline_class_is_one_clear_line_that_lists_the_known(parse, capsys, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SlidePipeline"}))
+    line = rejected(parse, capsys, tmp_path)
+    assert "SlidePipeline" in line
+    assert "QwenImagePipeline" in line
+
+
+def test_broken_weights_are_one_clear_line(parse, capsys, model, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for part in model.iterdir():
+        (broken / part.name).symlink_to(part)
+    (broken / "transformer").unlink()
+    (broken / "transformer").mkdir()
+    weights = "diffusion_pytorch_model.safetensors"
+    content = (model / "transformer" / weights).read_bytes()
+    (broken / "transformer/config.json").write_bytes((model / "transformer/config.json").read_bytes())
+    for damaged in (content[: len(content) // 2], content[:5], b"x" * 100):
+        (broken / "transformer" / weights).write_bytes(damaged)
+        assert f"transformer/{weights} is broken" in rejected(parse, capsys, broken)
+
+
+def test_every_installed_plugin_stays_allowed_but_the_one_that_would_opt_in_to_downloads():
+    names = all_plugin_names().split(",")
+    assert "vllm_cfg_plugin" in names
+    assert "lora_hf_hub_resolver" not in names
+
+
+def test_settings_refuse_what_makes_no_sense():
+    assert EngineSettings.from_dict({"other": 1}) == EngineSettings()
+    for wrong in ({"cfg_parallel_size": "2"}, {"max_image_pixels": 0}):
+        with pytest.raises(ConfigurationError):
+            EngineSettings.from_dict(wrong)
