@@ -5,6 +5,7 @@ Settings travel in `VllmConfig.additional_config`, which vLLM hands to every pro
 
 from __future__ import annotations
 
+import os
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 CONFIG_FORMAT = "diffusers"
+PLUGIN_NAME = "vllm_cfg_plugin"  # of our entry points, in every group
 
 # What vLLM's own flags default to for a diffusion model. A text prompt never reaches vLLM, so there is no tokenizer to
 # load.
@@ -89,8 +91,9 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
     """Keyword arguments of vLLM's `EngineArgs` for offline use; what the caller gives wins over our defaults.
 
     Raises:
-        ConfigurationError: the model is not one that we serve, or a setting is out of range.
+        ConfigurationError: the model is not one that we serve, a setting is out of range, or VLLM_PLUGINS leaves us out.
     """
+    _check_plugin_is_allowed()
     from vllm.platforms import current_platform
 
     from vllm_cfg_plugin.checkpoint import Checkpoint
@@ -105,3 +108,10 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
     EngineSettings.from_dict(additional)
     dtype = {"dtype": default_dtype(current_platform.is_cpu())}
     return {**ENGINE_DEFAULTS, **dtype, **engine_args, "model": model, "additional_config": additional}
+
+
+def _check_plugin_is_allowed() -> None:
+    """Without our platform vLLM fails later with "Failed to infer device type", which names neither cause nor remedy."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        raise ConfigurationError(f"VLLM_PLUGINS={allowed!r} leaves this plugin out: add {PLUGIN_NAME} to it, or unset it")
