@@ -272,6 +272,15 @@ def test_a_dead_engine_is_what_it_is_elsewhere_in_vllm(app, engine):
     assert app.state.server.should_exit
 
 
+def test_an_engine_stopped_by_its_server_is_a_503(app, engine):
+    async def stop(request):
+        asyncio.get_running_loop().call_later(0.1, setattr, app.state.server, "should_exit", True)
+        raise EngineDeadError
+
+    engine.behave = stop
+    assert post(app, GOOD).status_code == 503
+
+
 def test_a_disconnect_aborts_all_images(app, engine):
     async def disconnect_mid_denoise():
         started = asyncio.Event()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 from PIL import Image
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, GeneratedImage, pooling_params, read_output
 from vllm_cfg_plugin.entrypoints.protocol import ImageData, ImageFormat, ImagesRequest, ImagesResponse, Usage
@@ -78,7 +79,12 @@ class ImagesService:
         while not work.done():
             await asyncio.wait({work}, timeout=_SHUTDOWN_POLL_S)
             if self._is_stopping() and not work.done():
-                raise RequestAbortedError(f"request {request_id} was aborted: the server is shutting down")
+                raise _shutting_down(request_id)
+        if isinstance(work.exception(), EngineDeadError):
+            # A server that shuts down stops its engine first and says so a moment later.
+            await asyncio.sleep(_SHUTDOWN_POLL_S)
+            if self._is_stopping():
+                raise _shutting_down(request_id)
         return work.result()
 
     async def _run_all(self, requests: list[DiffusionRequest], request_id: str) -> list[GeneratedImage]:
@@ -100,6 +106,10 @@ class ImagesService:
         if answer is None:
             raise RequestAbortedError(f"request {request_id} was aborted: the engine gave no answer")
         return read_output(answer, 1000 * (time.perf_counter() - started))
+
+
+def _shutting_down(request_id: str) -> RequestAbortedError:
+    return RequestAbortedError(f"request {request_id} was aborted: the server is shutting down")
 
 
 def encode_image(pixels: np.ndarray, image_format: ImageFormat, lossy_quality: int) -> bytes:
