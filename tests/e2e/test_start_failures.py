@@ -61,5 +61,6 @@ def test_a_cfg_parallel_size_of_zero(model, tmp_path):
 
 
 def test_plugins_chosen_without_us(model, tmp_path):
+    """None of our code runs then, so the words are vLLM's own; offline we can say more (tests/unit/test_config.py)."""
     log = failed_start(model, ["--cfg-parallel-size", "2"], tmp_path, {"VLLM_PLUGINS": "another_plugin"})
-    the_line(log, "VLLM_PLUGINS")
+    assert log.splitlines()[-1].startswith("RuntimeError: Failed to infer device type")
