@@ -33,6 +33,6 @@ def rescale_to_norm(positive: torch.Tensor, combined: torch.Tensor) -> torch.Ten
         positive: the positive branch's prediction, [batch, tokens, channels].
         combined: the guided prediction, of the same shape.
     """
-    positive_norm = torch.norm(positive, dim=-1, keepdim=True)  # [batch, tokens, 1]
-    combined_norm = torch.norm(combined, dim=-1, keepdim=True)
+    positive_norm: torch.Tensor = torch.norm(positive, dim=-1, keepdim=True)  # [batch, tokens, 1]
+    combined_norm: torch.Tensor = torch.norm(combined, dim=-1, keepdim=True)
     return combined * (positive_norm / combined_norm)

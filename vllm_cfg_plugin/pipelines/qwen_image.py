@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from diffusers import QwenImagePipeline as DiffusersQwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline as DiffusersQwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
@@ -238,7 +238,7 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
         retrieve_timesteps(scheduler, device=self._execution_device, sigmas=sigmas, mu=shift)
         scheduler.set_begin_index(0)
 

@@ -15,7 +15,11 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
@@ -232,19 +236,32 @@ def _attend_sequences(
 ) -> list[torch.Tensor]:
     """Each sequence's attention to itself, [length, heads * head_dim]; inputs are [rows, heads, head_dim]."""
     joint = layout.joint
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and processor._attention_backend is None:
+    if _has_varlen_kernel(query, processor):
         from torch.nn.attention.varlen import varlen_attn
 
+        query, key, value = (stream[: joint.total] for stream in (query, key, value))
         longest = max(joint.lengths)
-        streams = (stream[: joint.total] for stream in (query, key, value))
-        return joint.split(varlen_attn(*streams, joint.boundaries, joint.boundaries, longest, longest).flatten(1))
+        out = varlen_attn(query, key, value, joint.boundaries, joint.boundaries, longest, longest)
+        return joint.split(out.flatten(1))
     attended: list[torch.Tensor] = []
     for run in joint.runs:
-        blocks = (run.block(stream) for stream in (query, key, value))
         # A kernel works on one sequence and head at a time: a run of equal lengths gives the same bits as one by one.
-        out = dispatch_attention_fn(*blocks, backend=processor._attention_backend)
+        out = dispatch_attention_fn(
+            run.block(query), run.block(key), run.block(value), backend=processor._attention_backend
+        )
         attended += out.flatten(2).unbind(0)
     return attended
+
+
+def _has_varlen_kernel(query: torch.Tensor, processor: Any) -> bool:
+    """Whether torch's varlen flash attention runs here and the user chose no other backend for diffusers."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and processor._attention_backend is None
+        and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
+    )
 
 
 def _image_shapes(img_shapes: Sequence[Any], count: int) -> tuple[ImageShape, ...]:

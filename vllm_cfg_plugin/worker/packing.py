@@ -51,7 +51,7 @@ class Run:
 
     def block(self, stream: torch.Tensor) -> torch.Tensor:
         """View of this run in a stream [rows, ...]: [count, length, ...]."""
-        return stream[self.rows].unflatten(0, (self.count, self.length))
+        return stream[self.rows].view(self.count, self.length, *stream.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class PackedRows:
 
     def split(self, stream: torch.Tensor) -> list[torch.Tensor]:
         """Views of the sequences in a stream [rows, ...], without the padding."""
-        return list(stream[: self.total].split(self.lengths))
+        return list(torch.split(stream[: self.total], self.lengths))
 
     def join(self, sequences: Iterable[torch.Tensor]) -> torch.Tensor:
         """A new padded stream from the sequences' rows, each [length, ...]."""
@@ -146,6 +146,6 @@ def interleave(first: PackedRows, second: PackedRows, streams: Sequence[torch.Te
     """
     pieces: list[torch.Tensor] = []
     for stream, other in zip(streams[::2], streams[1::2], strict=True):
-        for pair in zip(stream.split(first.sizes), other.split(second.sizes), strict=True):
+        for pair in zip(torch.split(stream, first.sizes), torch.split(other, second.sizes), strict=True):
             pieces.extend(pair)
-    return torch.cat(pieces).unflatten(0, (len(streams) // 2, -1))
+    return torch.cat(pieces).view(len(streams) // 2, -1, *streams[0].shape[1:])
