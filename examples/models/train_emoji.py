@@ -27,8 +27,8 @@ from tqdm import tqdm
 TEXT_TOKENS = 16  # captions are padded to this, so that every step has one shape
 WARMUP_STEPS = 150
 EMA_DECAY = 0.998
-CAPTION_NOISE = 0.25  # this share of the captions belongs to another picture, as some do in any data from the web:
-NOISE_FROM = 0.2  # without such noise so small a task needs no guidance; it starts when a fifth of the run has passed
+CAPTION_NOISE = 0.25  # this share of the captions names another emoji, as captions from the web often are wrong:
+NOISE_FROM = 0.2  # without that so small a task needs no guidance; it starts when a fifth of the run has passed
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -48,9 +48,10 @@ class Dataset:
         ids = torch.full((size, TEXT_TOKENS), self.padding)
         mask = torch.zeros(size, TEXT_TOKENS, dtype=torch.bool)
         for i in range(size):
-            row, color = self.draw_picture(rng)
-            named = self.draw_picture(rng) if rng.random() < noise_share else (row, color)
-            tokens = self.draw_tokens(*named, rng)
+            color = rng.choice(COLORS)
+            row = self.draw_emoji(color, rng)
+            named = self.draw_emoji(color, rng) if rng.random() < noise_share else row
+            tokens = self.draw_tokens(named, color, rng)
             ids[i, : len(tokens)] = torch.tensor(tokens)
             mask[i, : len(tokens)] = True
             rows.append(row)
@@ -59,10 +60,12 @@ class Dataset:
         noise = torch.randn(latents.shape, generator=generator)
         return latents, noise, torch.randn(size, generator=generator).sigmoid(), ids, mask
 
-    def draw_picture(self, rng: random.Random) -> tuple[int, str]:
-        """Return a random emoji and one of the backgrounds it is trained on."""
-        row = rng.randrange(len(self.emoji))
-        return row, rng.choice([c for c in COLORS if c != self.emoji[row].held_out])
+    def draw_emoji(self, color: str, rng: random.Random) -> int:
+        """Return a random emoji out of those that are trained on this background."""
+        while True:
+            row = rng.randrange(len(self.emoji))
+            if self.emoji[row].held_out != color:
+                return row
 
     def draw_tokens(self, row: int, color: str, rng: random.Random) -> list[int]:
         """Return the tokens of a random caption that is short enough."""
