@@ -5,6 +5,7 @@ Everything is the real thing: the stock `vllm serve`, and the official `openai` 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import io
@@ -22,7 +23,7 @@ from vllm_server import ServerError, VllmServer
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "models" / "emoji"
-OUTPUT = HERE.parent / "demo_output"
+DEFAULT_OUTPUT = HERE.parent / "demo_output"
 CFG_PARALLEL_SIZE = 2
 START_TIMEOUT_S = 180
 
@@ -96,16 +97,15 @@ async def generate(client: AsyncOpenAI, job: Job) -> Done:
     return Done(job, picture, image.metrics)
 
 
-def write_pictures(results: list[Done]) -> None:
+def write_pictures(results: list[Done], folder: Path) -> None:
     """The PNGs and the contact sheet."""
-    OUTPUT.mkdir(exist_ok=True)
     for number, done in enumerate(results, 1):
-        done.picture.save(OUTPUT / f"{number:02d}.png")
+        done.picture.save(folder / f"{number:02d}.png")
     tiles = [
         Tile(done.picture, [done.job.prompt, f"seed {done.job.seed}, scale {done.job.scale:g}, {done.job.size}"])
         for done in results
     ]
-    draw_contact_sheet(tiles, columns=4).save(OUTPUT / "contact_sheet.png")
+    draw_contact_sheet(tiles, columns=4).save(folder / "contact_sheet.png")
 
 
 def print_table(results: list[Done], total_ms: float) -> None:
@@ -124,33 +124,40 @@ def print_table(results: list[Done], total_ms: float) -> None:
 def start(server: VllmServer) -> None:
     """Wait for the server, showing that something happens."""
     hidden = None if sys.stderr.isatty() else True  # a log file needs no clock
-    print(f"Starting vllm serve {MODEL.name} --cfg-parallel-size {CFG_PARALLEL_SIZE} (log: {OUTPUT}/server.log)")
     with tqdm(desc="Starting", bar_format="{desc}: {elapsed}", disable=hidden) as clock:
         server.wait_ready(START_TIMEOUT_S, on_wait=clock.refresh)
 
 
+def serve_and_run(log: Path) -> tuple[list[Done], float]:
+    """The results of all jobs, and how long they took together in ms."""
+    print(f"Starting vllm serve {MODEL.name} --cfg-parallel-size {CFG_PARALLEL_SIZE} (log: {log})")
+    with VllmServer(MODEL, ["--cfg-parallel-size", str(CFG_PARALLEL_SIZE)], log) as server:
+        start(server)
+        started = time.perf_counter()
+        try:
+            results = asyncio.run(run_all(server.url))
+        except Exception:
+            print(f"A request failed. The end of the server's log:\n{server.log_tail()}", file=sys.stderr)
+            raise
+        return results, 1000 * (time.perf_counter() - started)
+
+
 def main() -> int:
-    OUTPUT.mkdir(exist_ok=True)
-    options = ["--cfg-parallel-size", str(CFG_PARALLEL_SIZE)]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write to")
+    folder: Path = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with VllmServer(MODEL, options, OUTPUT / "server.log") as server:
-            start(server)
-            started = time.perf_counter()
-            try:
-                results = asyncio.run(run_all(server.url))
-            except Exception:
-                print(f"A request failed. The end of the server's log:\n{server.log_tail()}", file=sys.stderr)
-                raise
-            total_ms = 1000 * (time.perf_counter() - started)
+        results, total_ms = serve_and_run(folder / "server.log")
     except ServerError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted; the server has been stopped.", file=sys.stderr)
         return 130
-    write_pictures(results)
+    write_pictures(results, folder)
     print_table(results, total_ms)
-    print(f"Pictures and contact sheet: {OUTPUT}/")
+    print(f"Pictures and contact sheet: {folder}/")
     return 0
 
 
