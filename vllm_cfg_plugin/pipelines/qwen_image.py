@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline as DiffusersQwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
@@ -133,10 +135,13 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
         width = width or self.default_sample_size * self.vae_scale_factor
         self.check_inputs(prompt, height, width, negative_prompt, max_sequence_length=max_sequence_length)
         scale, do_true_cfg = _resolve_guidance(negative_prompt, guidance_scale, true_cfg_scale)
-        encode_options = {"num_images_per_prompt": num_images_per_prompt, "max_sequence_length": max_sequence_length}
+        encode_options: dict[str, Any] = {
+            "num_images_per_prompt": num_images_per_prompt,
+            "max_sequence_length": max_sequence_length,
+        }
         embeds, mask = self.encode_prompt(prompt, **encode_options)
         negative_embeds, negative_mask = None, None
-        if do_true_cfg:
+        if do_true_cfg and negative_prompt is not None:
             negative_embeds, negative_mask = self.encode_prompt(_as_many(negative_prompt, prompt), **encode_options)
         count = embeds.shape[0]
         latents = self._prepare_noise(count, height, width, embeds.dtype, generator, latents)
@@ -266,7 +271,7 @@ def _resolve_guidance(
     return scale, scale > 1 and negative_prompt is not None
 
 
-def _as_many(negative_prompt: str | list[str] | None, prompt: str | list[str]) -> str | list[str] | None:
+def _as_many(negative_prompt: str | list[str], prompt: str | list[str]) -> str | list[str]:
     """One negative prompt serves all prompts of a list."""
     if isinstance(negative_prompt, str) and isinstance(prompt, list):
         return [negative_prompt] * len(prompt)

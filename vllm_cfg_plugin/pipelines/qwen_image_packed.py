@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import QwenImageTransformer2DModel
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -22,7 +21,7 @@ from diffusers.models.attention_dispatch import (
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import RMSNorm
-from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.errors import ConfigurationError
@@ -163,14 +162,14 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
 
 
 def _forward_block(
-    block: QwenImageTransformerBlock,
+    block: Any,
     image: torch.Tensor,
     text: torch.Tensor,
     time: torch.Tensor,
     layout: JointLayout,
     is_last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One dual-stream block on image [rows, dim] and text [rows, dim], both changed in place; time is [>= n, dim].
+    """One of diffusers' dual-stream blocks on image and text [rows, dim], both changed in place; time is [>= n, dim].
 
     Nothing reads the last block's text, so it is left as it was after attention.
     """
@@ -241,7 +240,7 @@ def _attend_sequences(
 
         query, key, value = (stream[: joint.total] for stream in (query, key, value))
         longest = max(joint.lengths)
-        out = varlen_attn(query, key, value, joint.boundaries, joint.boundaries, longest, longest)
+        out: Any = varlen_attn(query, key, value, joint.boundaries, joint.boundaries, longest, longest)
         return joint.split(out.flatten(1))
     attended: list[torch.Tensor] = []
     for run in joint.runs:

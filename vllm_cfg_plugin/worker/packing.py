@@ -97,13 +97,12 @@ class PackedRows:
     def sequence_of_row(self) -> torch.Tensor:
         """For every row its sequence, for padding the last one: [rows]."""
         rows = torch.tensor(self.sizes, device=self.device)
-        return (
-            torch.arange(len(self.sizes), device=self.device).repeat_interleave(rows).clamp_(max=len(self.lengths) - 1)
-        )
+        sequences = torch.arange(len(self.sizes), device=self.device).repeat_interleave(rows)
+        return sequences.clamp_(max=len(self.lengths) - 1)
 
     def split(self, stream: torch.Tensor) -> list[torch.Tensor]:
         """Views of the sequences in a stream [rows, ...], without the padding."""
-        return list(torch.split(stream[: self.total], self.lengths))
+        return list(torch.split(stream[: self.total], self.sizes[:-1]))
 
     def join(self, sequences: Iterable[torch.Tensor]) -> torch.Tensor:
         """A new padded stream from the sequences' rows, each [length, ...]."""
