@@ -78,6 +78,6 @@ def _drive(runner: StepRunner, ranks: int, joins: list[tuple[int, DiffusionReque
         assert report.failed == []
         # Only this rank's report: the images of the others would make no difference to the plans.
         scheduler.update_from_output(output, merge_reports([(report, pixels)]))
-        for request in list(scheduler._draining.values()):
-            scheduler._forget(request)
+        for request in list(scheduler.batch.draining.values()):
+            scheduler.batch.finish(request)
         step += 1

@@ -19,6 +19,8 @@ BOUNDARIES = {
     "vllm_cfg_plugin.engine.planner": HEAVY,
     "vllm_cfg_plugin.engine.progress": HEAVY,
     "vllm_cfg_plugin.engine.step_result": HEAVY,
+    "vllm_cfg_plugin.engine.request": ("vllm",),
+    "vllm_cfg_plugin.engine.batching": ("vllm",),
     "vllm_cfg_plugin.engine.result": ("vllm",),
     "vllm_cfg_plugin.worker.channel": HEAVY,
     "vllm_cfg_plugin.worker.lifeline": HEAVY,
