@@ -20,6 +20,8 @@ PURE = (
     "vllm_cfg_plugin.engine.planner",
     "vllm_cfg_plugin.engine.progress",
     "vllm_cfg_plugin.engine.step_result",
+    "vllm_cfg_plugin.entrypoints.progress_bar",
+    "vllm_cfg_plugin.entrypoints.protocol",
     "vllm_cfg_plugin.worker.channel",
     "vllm_cfg_plugin.worker.lifeline",
 )

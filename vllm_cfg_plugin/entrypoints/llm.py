@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 from PIL import Image
 from vllm.engine.arg_utils import EngineArgs
-from vllm.outputs import PoolingRequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -223,7 +222,7 @@ def _unpack(prompt: Any, params: DiffusionParams) -> tuple[Any, DiffusionParams]
     return prompt["prompt"], params
 
 
-def _finish(entry: _Running, output: PoolingRequestOutput) -> None:
+def _finish(entry: _Running, output: Any) -> None:
     try:
         done = read_output(output, 1000 * (time.perf_counter() - entry.started))
     except CfgPluginError as error:
