@@ -134,20 +134,21 @@ def groups_on_rank():
     return groups
 
 
-def images_on_rank(folder, seeded):
-    start_cfg_group(2)
-    return latents_of_two_generations(folder, seeded)
+def images_on_rank(folder, generator_seed):
+    rank, _ = start_cfg_group(2)
+    return latents_of_two_generations(folder, generator_seed, global_seed=rank)
 
 
-def latents_of_two_generations(folder, seeded):
-    """Final latents of a guided and of an unguided generation."""
+def latents_of_two_generations(folder, generator_seed, global_seed=0):
+    """Final latents of a guided and of an unguided generation, noise from torch's own generator if no seed is given."""
     from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
 
     pipeline = QwenImagePipeline.load(folder, dtype=torch.float32, device=torch.device("cpu"))
     options = {"num_inference_steps": 3, "height": 64, "width": 48, "output_type": "latent"}
     latents = []
+    torch.manual_seed(global_seed)
     for negative_prompt in ("", None):
-        generator = torch.Generator().manual_seed(1) if seeded else None
+        generator = None if generator_seed is None else torch.Generator().manual_seed(generator_seed)
         images = pipeline("a red apple", negative_prompt, 3.0, generator=generator, **options).images
         latents.append(images.numpy())
     return latents
@@ -207,17 +208,13 @@ def test_groups_beside_vllms_own_tensor_parallel_groups():
     assert [gathered for _, _, gathered in results] == [[0, 2], [1, 3], [0, 2], [1, 3]]
 
 
-def test_qwen_image_on_two_ranks_is_bitwise_that_of_one(qwen_image_folders):
+@pytest.mark.parametrize("generator_seed", [1, None])
+def test_qwen_image_on_two_ranks_is_bitwise_that_of_one(qwen_image_folders, generator_seed):
+    """Without a generator every rank would draw noise of its own: rank 0's must count."""
     folder = str(qwen_image_folders["tiny"])
-    alone = latents_of_two_generations(folder, seeded=True)
-    for latents in run_ranks(images_on_rank, 2, folder, True):
-        np.testing.assert_array_equal(latents[0], alone[0])
-        np.testing.assert_array_equal(latents[1], alone[1])
-
-
-def test_noise_without_a_seed_is_the_same_on_both_ranks(qwen_image_folders):
-    first, second = run_ranks(images_on_rank, 2, str(qwen_image_folders["tiny"]), False)
-    np.testing.assert_array_equal(first, second)
+    alone = latents_of_two_generations(folder, generator_seed)
+    for latents in run_ranks(images_on_rank, 2, folder, generator_seed):
+        np.testing.assert_array_equal(latents, alone)
 
 
 SCRIPT = """

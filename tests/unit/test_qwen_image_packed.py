@@ -143,6 +143,16 @@ def test_ordinary_batch_with_mask_like_diffusers(models):
 
 
 @torch.inference_mode()
+def test_batch_of_one_with_padded_text_like_diffusers(models):
+    reference, packed = models
+    torch.manual_seed(8)
+    arguments = {"timestep": torch.rand(1), "img_shapes": [[(1, 4, 4)]]}
+    latents, prompt, mask = torch.randn(1, 16, CHANNELS), torch.randn(1, 5, 48), torch.tensor([[1, 1, 1, 0, 0]])
+    expected = reference(latents, prompt, mask, **arguments)[0]
+    torch.testing.assert_close(packed(latents, prompt, mask, **arguments)[0], expected, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
 def test_several_images_per_sequence_like_diffusers(models):
     """An editing model's sequence: the generated image, then a condition image of another size."""
     reference, packed = models
@@ -197,6 +207,8 @@ def test_rows_that_do_not_fit_are_refused(tiny):
         tiny(**arguments)
     with pytest.raises(ValueError, match="img_shapes has 2 entries for 1"):
         tiny(**arguments | {"img_shapes": [[(1, 2, 2)]] * 2})
+    with pytest.raises(ValueError, match="there are 2 texts for 1 timesteps"):
+        tiny(**arguments | {"hidden_states": torch.randn(1, 4, CHANNELS), "txt_seq_lens": [3, 4]})
     with pytest.raises(ValueError, match="ones followed by zeros"):
         tiny(
             **arguments

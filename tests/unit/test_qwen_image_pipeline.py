@@ -118,8 +118,10 @@ def test_engine_contract_like_diffusers(pipelines, folder, negative_prompt):
 
 def test_engine_and_direct_call_are_bitwise_equal(tiny, tiny_folder):
     request = make_request(tiny_folder, negative_prompt="", true_cfg_scale=3.0)
-    called = run(tiny, prompt="a red apple", negative_prompt="", true_cfg_scale=3.0, width=48)
+    case = {"prompt": "a red apple", "negative_prompt": "", "true_cfg_scale": 3.0, "width": 48}
+    called = run(tiny, **case)
     assert torch.equal(generate(tiny, request), called)
+    assert np.array_equal(tiny.decode(called, request).numpy(), np.asarray(run(tiny, **case, output_type="pil")[0]))
 
 
 @pytest.mark.parametrize("seed", [0, 42, 2**63 - 1, -5])

@@ -56,8 +56,7 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
 
     @classmethod
     def adopt(cls, transformer: QwenImageTransformer2DModel) -> Self:
-        """The packed model over a loaded transformer's modules: no weight is copied, and a change to one is seen by
-        both.
+        """The packed model over a loaded transformer's own modules; no weight is copied.
 
         Raises:
             ConfigurationError: the checkpoint asks for a conditioning that the packed forward lacks.
@@ -105,6 +104,8 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
             raise ValueError("timestep=None is not valid: pass one value in 0..1 per sequence")
         shapes = _image_shapes(img_shapes, timestep.shape[0])
         text_lengths = _text_lengths(encoder_hidden_states, encoder_hidden_states_mask, txt_seq_lens)
+        if len(text_lengths) != len(shapes):
+            raise ValueError(f"there are {len(text_lengths)} texts for {len(shapes)} timesteps: give one per sequence")
         image_lengths = tuple(sum(prod(image) for image in shape) for shape in shapes)
         _check_fills("hidden_states", hidden_states, image_lengths)
         layout = self._layout_of(shapes, image_lengths, text_lengths, hidden_states.device)
@@ -171,7 +172,7 @@ def _forward_block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One of diffusers' dual-stream blocks on image and text [rows, dim], both changed in place; time is [>= n, dim].
 
-    Nothing reads the last block's text, so it is left as it was after attention.
+    Nothing reads the last block's text, so that is not computed.
     """
     image_mod = block.img_mod[1](time).chunk(6, dim=-1)  # shift, scale, gate of attention, then of the MLP
     text_mod = block.txt_mod[1](time).chunk(6, dim=-1)
