@@ -91,7 +91,7 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
     """Keyword arguments of vLLM's `EngineArgs` for offline use; what the caller gives wins over our defaults.
 
     Raises:
-        ConfigurationError: the model is not one that we serve, a setting is out of range, or VLLM_PLUGINS leaves us out.
+        ConfigurationError: a model that we don't serve, a setting out of range, or a VLLM_PLUGINS without us.
     """
     _check_plugin_is_allowed()
     from vllm.platforms import current_platform
@@ -111,7 +111,7 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
 
 
 def _check_plugin_is_allowed() -> None:
-    """Without our platform vLLM fails later with "Failed to infer device type", which names neither cause nor remedy."""
+    """Without our platform vLLM fails with "Failed to infer device type", which names neither cause nor remedy."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN_NAME not in allowed.split(","):
-        raise ConfigurationError(f"VLLM_PLUGINS={allowed!r} leaves this plugin out: add {PLUGIN_NAME} to it, or unset it")
+        raise ConfigurationError(f"VLLM_PLUGINS={allowed!r} leaves us out: add {PLUGIN_NAME} to it, or unset it")
