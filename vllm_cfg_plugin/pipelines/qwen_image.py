@@ -144,8 +144,8 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
         if do_true_cfg and negative_prompt is not None:
             negative_embeds, negative_mask = self.encode_prompt(_as_many(negative_prompt, prompt), **encode_options)
         count = embeds.shape[0]
-        latents = self._prepare_noise(count, height, width, embeds.dtype, generator, latents)
-        self._set_timesteps(self.scheduler, num_inference_steps, latents.shape[1])
+        latents = self._prepare_noise(count, height, width, embeds, generator, latents)
+        self._set_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
         latents = self.diffuse(
             prompt_embeds=embeds,
             prompt_embeds_mask=mask,
@@ -179,15 +179,15 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
 
     @torch.no_grad()
     def encode_branch(self, prompt: str) -> torch.Tensor:
-        return self.encode_prompt(prompt, max_sequence_length=MAX_TEXT_TOKENS)[0][0]
+        return self.encode_prompt(prompt, self._weight.device, max_sequence_length=MAX_TEXT_TOKENS)[0][0]
 
     def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        return self._prepare_noise(1, request.height, request.width, self.transformer.dtype, generator)
+        return self._prepare_noise(1, request.height, request.width, self._weight, generator)
 
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        self._set_timesteps(scheduler, request.num_inference_steps, request.image_tokens)
+        self._set_timesteps(scheduler, request.num_inference_steps, request.image_tokens, self._weight.device)
         return scheduler
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
@@ -213,6 +213,11 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
     def exchange_shape(self, request: DiffusionRequest) -> tuple[int, int]:
         return request.image_tokens, self.transformer.config.in_channels
 
+    @property
+    def _weight(self) -> torch.Tensor:
+        """Any weight, for its device and dtype: diffusers' own properties search all modules for milliseconds."""
+        return self.transformer.img_in.weight
+
     def _image_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(frames, height, width) of an image in tokens."""
         side = 2 * self.vae_scale_factor
@@ -223,14 +228,15 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
         count: int,
         height: int,
         width: int,
-        dtype: torch.dtype,
+        like: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """First latents, [count, image tokens, channels], of the dtype and on the device of `like`."""
         channels = self.transformer.config.in_channels // 4
-        return self.prepare_latents(count, channels, height, width, dtype, self._execution_device, generator, latents)
+        return self.prepare_latents(count, channels, height, width, like.dtype, like.device, generator, latents)
 
-    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int) -> None:
+    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
         """Set a noise scheduler to the first of its steps, as diffusers' pipeline does."""
         config = scheduler.config
         if config.get("shift_terminal") and num_inference_steps < 2:
@@ -244,7 +250,7 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
             config.get("max_shift", 1.15),
         )
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
-        retrieve_timesteps(scheduler, device=self._execution_device, sigmas=sigmas, mu=shift)
+        retrieve_timesteps(scheduler, device=device, sigmas=sigmas, mu=shift)
         scheduler.set_begin_index(0)
 
     def _decode_latents(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
