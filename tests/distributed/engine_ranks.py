@@ -1,4 +1,4 @@
-"""Engine steps on real gloo ranks without vLLM's server: every rank drives its own copy of the deterministic scheduler."""
+"""Engine steps on real gloo ranks without a server: every rank drives its own copy of the deterministic scheduler."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def run_ranks(model: Path, ranks: int, scripts: Scripts, folder: Path) -> list[T
     port = get_open_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_run_rank, args=(model, ranks, rank, port, scripts, out)) for rank, out in enumerate(outs)
+        context.Process(target=_run_rank, args=(model, ranks, rank, port, scripts, out))
+        for rank, out in enumerate(outs)
     ]
     for process in processes:
         process.start()

@@ -1,7 +1,7 @@
 """Invariants 1 and 2 on real gloo ranks and a random-weight Qwen-Image: the image depends on its request alone.
 
-Same requests on 1, 2 and 3 ranks, alone and with seven others that join at random steps: bitwise equal latents after every
-step, on every rank, and equal to diffusers' own pipeline to 1e-4.
+Same requests on 1, 2 and 3 ranks, alone and with seven others that join at random steps: bitwise equal latents after
+every step, on every rank, and equal to diffusers' own pipeline to 1e-4.
 """
 
 import random

@@ -37,14 +37,14 @@ def test_a_models_own_defaults_win_over_its_familys(model, tmp_path):
 def test_wrong_defaults_name_their_file(model, tmp_path, content):
     copy = linked_copy(model, tmp_path)
     (copy / "generation_config.json").write_text(content)
-    with pytest.raises(ConfigurationError, match="generation_config.json"):
+    with pytest.raises(ConfigurationError, match=r"generation_config\.json"):
         describe(Checkpoint(str(copy)))
 
 
 def test_a_missing_component_is_named(model, tmp_path):
     copy = linked_copy(model, tmp_path)
     (copy / "vae").unlink()
-    with pytest.raises(ConfigurationError, match=r"vae/config.json is missing"):
+    with pytest.raises(ConfigurationError, match=r"vae/config\.json is missing"):
         describe(Checkpoint(str(copy)))
 
 
@@ -55,7 +55,7 @@ def test_a_missing_shard_is_named(model, tmp_path):
     (copy / "vae/config.json").write_bytes((model / "vae/config.json").read_bytes())
     index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
     (copy / "vae/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ConfigurationError, match=r"vae/part-1.safetensors is missing"):
+    with pytest.raises(ConfigurationError, match=r"vae/part-1\.safetensors is missing"):
         check_servable(Checkpoint(str(copy)))
 
 

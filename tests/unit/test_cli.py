@@ -1,4 +1,4 @@
-"""Our flags on vLLM's own parser: every spelling ends in `additional_config`, and a diffusers MODEL brings its defaults."""
+"""Our flags on vLLM's parser: every spelling ends in `additional_config`, and a diffusers MODEL brings its defaults."""
 
 import json
 import os
