@@ -151,9 +151,19 @@ def export(parts: Parts, weights: dict[str, Tensor], names: list[dict], base: Pa
         module.half()
     pipeline = QwenImagePipeline(scheduler, shipped.vae, shipped.text_encoder, shipped.tokenizer, shipped.transformer)
     pipeline.save_pretrained(folder)
-    config = folder / "text_encoder/config.json"  # transformers would compute in the stored dtype; fp32 is meant
-    config.write_text(config.read_text().replace('"float16"', '"float32"'))
     if base.resolve() != folder.resolve():
         for name in ("vocab.json", "merges.txt"):
             shutil.copyfile(base / "tokenizer" / name, folder / "tokenizer" / name)
     (folder / "emoji.json").write_text(json.dumps(names, indent=1) + "\n")
+    tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Make the folder fit to share: no local path in a config, every file readable by all."""
+    for config in folder.glob("*/config.json"):
+        # transformers would compute in the stored dtype; fp32 is meant
+        settings = json.loads(config.read_text().replace('"float16"', '"float32"'))
+        settings.pop("_name_or_path", None)
+        config.write_text(json.dumps(settings, indent=2) + "\n")
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
