@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -164,3 +165,42 @@ def test_a_disconnect_takes_the_request_out_of_the_batch(server, client):
     assert time.monotonic() - started < 3
     assert gauge(server, "vllm:num_requests_waiting") == 0
     assert len(generate(client, num_inference_steps=2).data) == 1
+
+
+def random_request(rng: random.Random) -> dict:
+    return {
+        "prompt": "word " * rng.randint(1, 60),
+        "seed": rng.randint(0, 5),
+        "size": f"{rng.choice([32, 64, 128])}x{rng.choice([32, 64, 96])}",
+        "num_inference_steps": rng.randint(2, 20),
+        "negative_prompt": rng.choice([None, "", "bad word " * 9]),
+        "true_cfg_scale": rng.choice([0, 1, 2.5, 7]),
+        "n": rng.choice([1, 1, 1, 3]),
+    }
+
+
+def test_a_storm_of_requests_and_disconnects(server):
+    """Every request is sent twice, at a random moment, among others that give up: the same images both times."""
+    rng = random.Random(0)
+    bodies = [random_request(rng) for _ in range(25)]
+    jobs = [(index, 60.0) for index in range(len(bodies))] * 2
+    jobs += [(rng.randrange(len(bodies)), rng.uniform(0.05, 0.5)) for _ in range(20)]
+    rng.shuffle(jobs)
+    answers: dict[int, list[list[str]]] = {index: [] for index in range(len(bodies))}
+
+    def send(job: tuple[int, float]) -> None:
+        index, timeout = job
+        try:
+            answer = requests.post(f"{server.url}/v1/images/generations", json=bodies[index], timeout=timeout)
+        except requests.Timeout:
+            return
+        assert answer.status_code == 200, answer.text
+        answers[index].append([image["b64_json"] for image in answer.json()["data"]])
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(send, jobs))
+    for index, images in answers.items():
+        assert len(images) >= 2
+        assert all(other == images[0] for other in images), bodies[index]
+    wait_for_running(server, 0, timeout_s=5)
+    assert gauge(server, "vllm:num_requests_waiting") == 0
