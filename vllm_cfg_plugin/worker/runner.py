@@ -90,18 +90,18 @@ class StepRunner:
 
     def _forward(self, forwards: Sequence[Forward]) -> dict[tuple[int, int], torch.Tensor]:
         """One packed forward of this rank's branches: (position in the plan, branch) -> prediction."""
-        slots: list[tuple[int, int]] = []
-        inputs: list[BranchInput] = []
+        work: list[tuple[tuple[int, int], BranchInput]] = []
         for index, forward in enumerate(forwards):
             state = self.states.get(forward.id)
             if state is None or state.error:
                 continue
             for branch, owner in enumerate(forward.owners):
                 if owner == self.rank:
-                    slots.append((index, branch))
-                    inputs.append(_branch_input(state, forward, branch))
+                    work.append(((index, branch), _branch_input(state, forward, branch)))
+        # Neighbours of equal shape share an attention call; the order changes no sequence's result.
+        work.sort(key=lambda item: (item[1].latents.shape[1], item[1].prompt_embeds.shape[0]))
         predictions = {}
-        for slot, outcome in zip(slots, self._predict(inputs), strict=True):
+        for (slot, _), outcome in zip(work, self._predict([inputs for _, inputs in work]), strict=True):
             if isinstance(outcome, Exception):
                 _note_failure(self.states[forwards[slot[0]].id], "predicting its noise", outcome)
             else:
