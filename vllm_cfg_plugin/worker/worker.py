@@ -43,7 +43,7 @@ class DiffusionWorker(WorkerBase):
         parallel_state.initialize_model_parallel(settings.cfg_parallel_size, self.parallel_config.tensor_parallel_size)
 
     def _visible_device(self) -> int:
-        """This rank's accelerator: replicas of one machine take consecutive blocks, unless vLLM assigned devices itself."""
+        """This rank's accelerator: replicas of a machine take consecutive blocks, unless vLLM assigned devices itself."""
         parallel = self.parallel_config
         if parallel.assigned_physical_gpu_ids is not None:
             return self.current_platform.logical_device_id_to_visible_device_id(self.local_rank)
