@@ -5,6 +5,7 @@ Routes are thin: `protocol` knows the fields, `serving` does the work. Errors ar
 
 from __future__ import annotations
 
+import multiprocessing
 from argparse import Namespace
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
@@ -24,6 +25,7 @@ from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.entrypoints.protocol import ImagesRequest, ImagesResponse, schema_error
 from vllm_cfg_plugin.entrypoints.serving import ImagesService
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, ModelNotFoundError, RequestAbortedError
+from vllm_cfg_plugin.worker.lifeline import die_with_parent
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -92,6 +94,9 @@ class ImagesEndpointPlugin:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         if engine_client is None:  # vLLM's render server, which `required_tasks` keeps us out of
             return
+        if multiprocessing.parent_process() is not None:
+            # One of several API servers: a kill -9 of their parent would leave them without an engine.
+            die_with_parent()
         names = args.served_model_name or [args.model]
         front_end = FrontEnd.from_vllm_config(engine_client.vllm_config)
         state.images_service = ImagesService(engine_client, front_end, names, lambda: _is_stopping(state))
