@@ -18,17 +18,17 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 import zmq
-from vllm.logger import init_logger
 from vllm.utils.network_utils import get_distributed_init_method, get_loopback_ip, get_open_port
 
 from vllm_cfg_plugin.errors import ConfigurationError, RankDiedError
+from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.worker import channel
 from vllm_cfg_plugin.worker.process import run_worker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
 _SHUTDOWN_SECONDS = 5.0
 

@@ -26,7 +26,7 @@ from vllm_cfg_plugin.tokens import TokenCounter
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's own, see logs.py; with its `warning_once`
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Runs in the child; the executor in the engine's process is the other end of the 
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ import cloudpickle
 import zmq
 
 from vllm_cfg_plugin.engine import plan as wire
+from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.worker import channel
 from vllm_cfg_plugin.worker.lifeline import die_with_parent
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def run_worker(vllm_config: VllmConfig, rank: int, address: str, init_method: str) -> None:

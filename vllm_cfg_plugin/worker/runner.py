@@ -7,18 +7,18 @@ of it. Must not import vLLM or torch.distributed: the collective comes in as a f
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 
 import torch
 
 from vllm_cfg_plugin.engine.plan import Decode, DecodedImage, Forward, StepPlan, StepReport
+from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
 from vllm_cfg_plugin.worker.exchange import AllGather, ExchangeLayout, exchange_predictions
 from vllm_cfg_plugin.worker.state import EmbeddingCache, RequestState
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 EMBEDDING_CACHE_BYTES = 256 * 2**20
 

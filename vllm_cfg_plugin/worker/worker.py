@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from vllm.distributed import init_distributed_environment
-from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -14,8 +13,6 @@ from vllm_cfg_plugin.distributed import parallel_state
 from vllm_cfg_plugin.engine.plan import StepPlan, StepReport
 from vllm_cfg_plugin.pipelines.registry import family_of
 from vllm_cfg_plugin.worker.runner import StepRunner
-
-logger = init_logger(__name__)
 
 
 class DiffusionWorker(WorkerBase):
@@ -43,7 +40,7 @@ class DiffusionWorker(WorkerBase):
         parallel_state.initialize_model_parallel(settings.cfg_parallel_size, self.parallel_config.tensor_parallel_size)
 
     def _visible_device(self) -> int:
-        """This rank's accelerator: replicas of a machine take consecutive blocks, unless vLLM assigned devices itself."""
+        """This rank's accelerator: replicas take consecutive blocks, unless vLLM assigned the devices itself."""
         parallel = self.parallel_config
         if parallel.assigned_physical_gpu_ids is not None:
             return self.current_platform.logical_device_id_to_visible_device_id(self.local_rank)
