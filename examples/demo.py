@@ -58,12 +58,12 @@ def pair(prompt: str, seed: int, scale: float, size: str = "64x64", steps: int =
 
 
 JOBS = [
-    *pair("a rocket on a black background", seed=1, scale=4.0),
-    *pair("a cactus on a pink background", seed=8, scale=3.0, size="72x64"),
+    *pair("a red apple on a blue background", seed=0, scale=4.0),
+    *pair("a fish on a black background", seed=4, scale=4.0),
+    *pair("a sunflower on a black background", seed=13, scale=4.0, steps=28),
+    *pair("a rocket on a black background", seed=7, scale=6.0),
+    *pair("a panda on a blue background", seed=8, scale=3.0, steps=16),
     *pair("a grinning face on a white background", seed=12, scale=3.5, size="64x72", steps=24),
-    *pair("a strawberry on a green background", seed=13, scale=3.0, steps=28),
-    *pair("a red apple on a white background", seed=7, scale=2.5),
-    *pair("a red heart on a white background", seed=18, scale=3.0, steps=16),
 ]
 
 
