@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from diffusers import QwenImagePipeline
@@ -20,21 +21,34 @@ from diffusers import QwenImagePipeline
 from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
 
 PROMPT = "a rocket on a black background"
-Contestant = Callable[[int, int, int], None]  # (side in pixels, batch, steps)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call: seconds of the whole, and milliseconds per denoising step where the engine reports them."""
+
+    seconds: float
+    step_ms: float = 0.0
+
+
+Contestant = Callable[[int, int, int], Sample]  # (side in pixels, batch, steps)
 
 
 def engine(llm: DiffusionLLM) -> Contestant:
-    def run(side: int, batch: int, steps: int) -> None:
+    def run(side: int, batch: int, steps: int) -> Sample:
         params = [
             DiffusionParams(
                 height=side, width=side, num_inference_steps=steps, true_cfg_scale=4.0, negative_prompt=" ", seed=seed
             )
             for seed in range(batch)
         ]
+        began = time.perf_counter()
         outputs = llm.generate([PROMPT] * batch, params, use_tqdm=False)
+        seconds = time.perf_counter() - began
         failed = [output.error for output in outputs if output.error]
         if failed:
             raise RuntimeError(failed[0])
+        return Sample(seconds, max(output.metrics.denoise_ms for output in outputs) / steps)
 
     return run
 
@@ -42,7 +56,8 @@ def engine(llm: DiffusionLLM) -> Contestant:
 def diffusers_list(pipeline: QwenImagePipeline) -> Contestant:
     """diffusers' way to batch: a list of prompts that share size, steps and scale."""
 
-    def run(side: int, batch: int, steps: int) -> None:
+    def run(side: int, batch: int, steps: int) -> Sample:
+        began = time.perf_counter()
         pipeline(
             prompt=[PROMPT] * batch,
             negative_prompt=[" "] * batch,
@@ -52,20 +67,23 @@ def diffusers_list(pipeline: QwenImagePipeline) -> Contestant:
             num_inference_steps=steps,
             generator=[torch.Generator().manual_seed(seed) for seed in range(batch)],
         )
+        return Sample(time.perf_counter() - began)
 
     return run
 
 
-def measure(contestants: dict[str, Contestant], side: int, batch: int, steps: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each contestant; the first round only warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+def measure(contestants: dict[str, Contestant], side: int, batch: int, steps: int, rounds: int) -> dict[str, Sample]:
+    """Medians of each contestant; the first round only warms up."""
+    samples: dict[str, list[Sample]] = {name: [] for name in contestants}
     for round_number in range(rounds + 1):
         for name, run in contestants.items():
-            began = time.perf_counter()
-            run(side, batch, steps)
+            sample = run(side, batch, steps)
             if round_number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                samples[name].append(sample)
+    return {
+        name: Sample(statistics.median(s.seconds for s in taken), statistics.median(s.step_ms for s in taken))
+        for name, taken in samples.items()
+    }
 
 
 def main() -> None:
@@ -81,15 +99,16 @@ def main() -> None:
     reference.set_progress_bar_config(disable=True)
     with DiffusionLLM(args.model, cfg_parallel_size=1) as one, DiffusionLLM(args.model, cfg_parallel_size=2) as two:
         contestants = {"diffusers": diffusers_list(reference), "1 rank": engine(one), "2 ranks": engine(two)}
-        print("| size | batch | diffusers s | 1 rank s | 2 ranks s | 2 ranks : 1 rank | 2 ranks : diffusers |")
-        print("|---|---|---|---|---|---|---|")
+        print("| size | batch | ms per step, 1 rank | 2 ranks | speed-up | s in all, diffusers | 1 rank | 2 ranks |")
+        print("|---|---|---|---|---|---|---|---|")
         for side in args.size or [64]:
             for batch in args.batch or [1, 8]:
                 median = measure(contestants, side, batch, args.steps, args.rounds)
-                alone, both, theirs = median["1 rank"], median["2 ranks"], median["diffusers"]
+                one_rank, two_ranks = median["1 rank"], median["2 ranks"]
                 print(
-                    f"| {side} px | {batch} | {theirs:.3f} | {alone:.3f} | {both:.3f} | {alone / both:.2f}x faster "
-                    f"| {theirs / both:.2f}x faster |",
+                    f"| {side} px | {batch} | {one_rank.step_ms:.1f} | {two_ranks.step_ms:.1f} "
+                    f"| {one_rank.step_ms / two_ranks.step_ms:.2f} | {median['diffusers'].seconds:.2f} "
+                    f"| {one_rank.seconds:.2f} | {two_ranks.seconds:.2f} |",
                     flush=True,
                 )
 
