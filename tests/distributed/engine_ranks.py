@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,23 +25,44 @@ Scripts = dict[str, list[tuple[int, DiffusionRequest]]]  # name -> (engine step 
 Traces = dict[str, dict[int, list[torch.Tensor]]]  # name -> seed -> latents after each step
 
 
+# Called with (rank, text tokens of the sequences) before every forward; raises to make that rank's forward fail.
+Fault = Callable[[int, list[int]], None]
+
+
+def no_fault(rank: int, text_tokens: list[int]) -> None:
+    """All forwards succeed."""
+
+
+class FaultyQwenImagePipeline(QwenImagePipeline):
+    """Lets a test make some forwards fail."""
+
+    rank: int
+    fault: Fault
+
+    def predict_noise(self, **kwargs):
+        self.fault(self.rank, kwargs["txt_seq_lens"])
+        return super().predict_noise(**kwargs)
+
+
 class RecordingRunner(StepRunner):
     """Keeps every request's latents after every step."""
 
-    trace: dict[int, list[torch.Tensor]]
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.trace: dict[int, list[torch.Tensor]] = defaultdict(list)
 
     def _advance(self, state, index, predictions):
         super()._advance(state, index, predictions)
         self.trace[state.request.seed].append(state.latents.clone())
 
 
-def run_ranks(model: Path, ranks: int, scripts: Scripts, folder: Path) -> list[Traces]:
+def run_ranks(model: Path, ranks: int, scripts: Scripts, folder: Path, fault: Fault = no_fault) -> list[Traces]:
     """Run all scripts on `ranks` forked processes; returns every rank's traces."""
     outs = [folder / f"traces-{rank}.pt" for rank in range(ranks)]
     port = get_open_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_run_rank, args=(model, ranks, rank, port, scripts, out))
+        context.Process(target=_run_rank, args=(model, ranks, rank, port, scripts, out, fault))
         for rank, out in enumerate(outs)
     ]
     for process in processes:
@@ -51,17 +73,17 @@ def run_ranks(model: Path, ranks: int, scripts: Scripts, folder: Path) -> list[T
     return [torch.load(out) for out in outs]
 
 
-def _run_rank(model: Path, ranks: int, rank: int, port: int, scripts: Scripts, out: Path) -> None:
+def _run_rank(model: Path, ranks: int, rank: int, port: int, scripts: Scripts, out: Path, fault: Fault) -> None:
     torch.set_num_threads(1)
     init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
     parallel_state.initialize_model_parallel(ranks)
-    pipeline = QwenImagePipeline.load(str(model), dtype=torch.float32, device=torch.device("cpu"))
+    FaultyQwenImagePipeline.rank, FaultyQwenImagePipeline.fault = rank, staticmethod(fault)
+    pipeline = FaultyQwenImagePipeline.load(str(model), dtype=torch.float32, device=torch.device("cpu"))
     traces: Traces = {}
     for name, joins in scripts.items():
         runner = RecordingRunner(pipeline, rank, ranks, all_gather_rows)
-        runner.trace = defaultdict(list)
         _drive(runner, ranks, joins)
-        assert not runner.states, "every request must be forgotten after its last step"
+        assert not runner.states, "every request must be forgotten after its last step, or when it failed"
         traces[name] = dict(runner.trace)
     torch.save(traces, out)
     parallel_state.destroy_model_parallel()
@@ -76,7 +98,6 @@ def _drive(runner: StepRunner, ranks: int, joins: list[tuple[int, DiffusionReque
         joins = [join for join in joins if join[0] > step]
         output = scheduler.schedule()
         report, pixels = runner.run(output.plan)
-        assert report.failed == []
         # Only this rank's report: the images of the others would make no difference to the plans.
         scheduler.update_from_output(output, merge_reports([(report, pixels)]))
         for request in list(scheduler.batch.draining.values()):

@@ -93,8 +93,14 @@ def test_all_ranks_hold_the_same_latents_after_every_step(traces, ranks):
     first, *others = traces[ranks]
     for other in others:
         for seed, trace in first["mixed"].items():
-            assert len(trace) == ASKED[seed - 100][4]
             assert bitwise_equal(trace, other["mixed"][seed])
+
+
+def test_every_request_ran_all_its_steps(traces):
+    for ranks, by_rank in traces.items():
+        for by_script in by_rank:
+            steps = {seed: len(trace) for seed, trace in by_script["mixed"].items()}
+            assert steps == {100 + i: asked[4] for i, asked in enumerate(ASKED)}, f"on {ranks} ranks"
 
 
 def test_final_latents_agree_with_diffusers_own_pipeline(traces, model):
@@ -115,3 +121,23 @@ def test_final_latents_agree_with_diffusers_own_pipeline(traces, model):
         ).images
         difference = (traces[2][0]["mixed"][100 + i][-1] - expected).abs().max().item()
         assert difference <= 1e-4, f"request {i} differs by {difference}"
+
+
+def test_a_rank_that_fails_alone_costs_one_request_and_no_rank_waits(model, traces, tmp_path):
+    requests = make_requests(model)
+    victim = requests[5]
+
+    def fault(rank, text_tokens):
+        """Rank 1 alone can't forward the victim's negative branch, from the first step on."""
+        if rank == 1 and victim.text_tokens[1] in text_tokens:
+            raise RuntimeError("out of luck")
+
+    negatives = [request.text_tokens[1] for request in requests if request.guided]
+    assert negatives.count(victim.text_tokens[1]) == 1, "the fault must single the victim out"
+    by_rank = run_ranks(model, 2, {"fault": [(0, request) for request in requests]}, tmp_path, fault)
+    for by_script in by_rank:
+        by_seed = by_script["fault"]
+        assert victim.seed not in by_seed, "a failed request is not stepped on any rank"
+        assert len(by_seed) == len(requests) - 1
+        for seed, trace in by_seed.items():
+            assert bitwise_equal(trace, traces[1][0][f"alone-{seed}"][seed])
