@@ -79,6 +79,30 @@ class Checkpoint:
         name = None if index is None else index.get("_class_name")
         return name if isinstance(name, str) else None
 
+    def is_diffusers(self) -> bool:
+        """Whether this looks like a diffusers checkpoint; what can't be found is not one.
+
+        A repository that is in the hub's cache as an ordinary model is answered from there: serving one must not wait
+        for the network because this plugin is installed.
+        """
+        if self._is_cached("config.json") and not self._is_cached(MODEL_INDEX):
+            return False
+        try:
+            return self.class_name() is not None
+        except ConfigurationError:
+            return False
+
+    def _is_cached(self, name: str) -> bool:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        if Path(self.model).expanduser().exists():
+            return False
+        try:
+            return isinstance(try_to_load_from_cache(self.model, name, revision=self.revision), str)
+        except HFValidationError:
+            return False
+
     def check_weights(self) -> None:
         """Check the weight files of a local checkpoint by their headers; reads a few kilobytes of each.
 

@@ -117,7 +117,7 @@ class _ModelAction(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, values)
-        if isinstance(values, str) and _is_diffusers(values):
+        if isinstance(values, str) and Checkpoint(values).is_diffusers():
             defaults = {**ENGINE_DEFAULTS, "dtype": default_dtype(self.on_cpu)}
             for dest, value in defaults.items():
                 if getattr(namespace, dest, None) == parser.get_default(dest):
@@ -128,19 +128,11 @@ class _ModelAction(argparse.Action):
         _check_model(parser, namespace)
 
 
-def _is_diffusers(model: str) -> bool:
-    try:
-        return Checkpoint(model).class_name() is not None
-    except ConfigurationError:
-        # Not for us to say: it may be an ordinary model that vLLM finds by other means.
-        return False
-
-
 def _check_model(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> None:
     """A model with a CFG-Parallel setting must be one that we serve; whichever of the two is parsed last finds out."""
     model = getattr(namespace, "model_tag", None)
     settings = set(_FLAGS) & set(getattr(namespace, "additional_config", None) or {})
-    if isinstance(model, str) and settings and not _is_diffusers(model):
+    if isinstance(model, str) and settings and not Checkpoint(model).is_diffusers():
         _check_servable(parser, model)
 
 

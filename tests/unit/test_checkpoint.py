@@ -99,6 +99,30 @@ def test_a_hub_that_cannot_be_reached_is_said(hub):
         describe(Checkpoint("some/model"))
 
 
+def test_an_ordinary_model_in_the_cache_is_known_without_asking_the_hub(monkeypatch):
+    cached = {"ordinary/model": ["config.json"], "a/pipeline": ["config.json", "model_index.json"]}
+
+    def look_up(repo_id, filename, revision=None):
+        return "/cache/file" if filename in cached[repo_id] else None
+
+    def download(repo_id, filename, revision=None):
+        asked.append(repo_id)
+        raise LocalEntryNotFoundError("offline")
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", look_up)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert not Checkpoint("ordinary/model").is_diffusers()
+    assert asked == []
+    Checkpoint("a/pipeline").is_diffusers()
+    assert asked == ["a/pipeline"]
+
+
+def test_what_is_nowhere_is_no_diffusers_checkpoint(hub):
+    assert not Checkpoint("some/model").is_diffusers()
+    assert not Checkpoint("no repository!").is_diffusers()
+
+
 def test_the_template_is_the_one_that_diffusers_uses(model):
     from diffusers import QwenImagePipeline
 
