@@ -117,14 +117,14 @@ class _ModelAction(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, values)
-        if isinstance(values, str) and Checkpoint(values).is_diffusers():
+        if isinstance(values, str) and _checkpoint(namespace, values).is_diffusers():
             defaults = {**ENGINE_DEFAULTS, "dtype": default_dtype(self.on_cpu)}
             for dest, value in defaults.items():
                 if getattr(namespace, dest, None) == parser.get_default(dest):
                     setattr(namespace, dest, value)
             # vLLM loads routes of plugins only if they are named there; nothing was imported through it yet.
             os.environ.setdefault("VLLM_PLUGINS", all_plugin_names())
-            _check_servable(parser, values)
+            _check_servable(parser, _checkpoint(namespace, values))
         _check_model(parser, namespace)
 
 
@@ -132,12 +132,18 @@ def _check_model(parser: argparse.ArgumentParser, namespace: argparse.Namespace)
     """A model with a CFG-Parallel setting must be one that we serve; whichever of the two is parsed last finds out."""
     model = getattr(namespace, "model_tag", None)
     settings = set(_FLAGS) & set(getattr(namespace, "additional_config", None) or {})
-    if isinstance(model, str) and settings and not Checkpoint(model).is_diffusers():
-        _check_servable(parser, model)
+    if isinstance(model, str) and settings:
+        checkpoint = _checkpoint(namespace, model)
+        if not checkpoint.is_diffusers():
+            _check_servable(parser, checkpoint)
 
 
-def _check_servable(parser: argparse.ArgumentParser, model: str) -> None:
+def _checkpoint(namespace: argparse.Namespace, model: str) -> Checkpoint:
+    return Checkpoint(model, getattr(namespace, "revision", None))
+
+
+def _check_servable(parser: argparse.ArgumentParser, checkpoint: Checkpoint) -> None:
     try:
-        check_servable(Checkpoint(model))
+        check_servable(checkpoint)
     except ConfigurationError as error:
         parser.error(str(error))
