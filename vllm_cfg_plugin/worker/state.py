@@ -36,7 +36,7 @@ class RequestState:
 
 
 class EmbeddingCache:
-    """Least recently used text embeddings, bounded by their bytes; the empty negative prompt stays in it for good."""
+    """Least recently used text embeddings, bounded by their bytes: the empty negative prompt is encoded once."""
 
     def __init__(self, encode: Callable[[str], torch.Tensor], capacity_bytes: int) -> None:
         self._encode = encode
@@ -60,6 +60,3 @@ class EmbeddingCache:
     def clear(self) -> None:
         self._entries.clear()
         self._bytes = 0
-
-    def __contains__(self, prompt: str) -> bool:
-        return prompt in self._entries
