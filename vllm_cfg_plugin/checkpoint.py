@@ -25,7 +25,6 @@ class PipelineInfo:
     """What the front end must know of a model to validate a request and to count its tokens.
 
     Attributes:
-        class_name: the pipeline class that model_index.json names.
         size_multiple: height and width must be multiples of this many pixels.
         pixels_per_token: side of the square of pixels that one image token covers.
         max_text_tokens: longest text, in tokens of its sequence, that the model takes.
@@ -33,7 +32,6 @@ class PipelineInfo:
         default_params: what an unset field means for this model.
     """
 
-    class_name: str
     size_multiple: int
     pixels_per_token: int
     max_text_tokens: int

@@ -1,5 +1,4 @@
-"""Our flags on vLLM's own command line, and what MODEL being a diffusers checkpoint changes of the other flags'
-defaults.
+"""Our flags on vLLM's own command line, and the other flags' defaults when MODEL is a diffusers checkpoint.
 
 vLLM copies only its declared fields from the parsed namespace, so our flags are written into `additional_config`, which
 it declares. All checks here end in argparse's one-line error and exit code 2, before any process is started.
@@ -72,22 +71,8 @@ def _positive_int(text: str) -> int:
     return value
 
 
-class _SettingAction(argparse.Action):
-    """Writes the flag into a copy of `additional_config`."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        namespace.additional_config = {**(namespace.additional_config or {}), self.dest: values}
-        _check_model(parser, namespace)
-
-
 class _MergeConfig(argparse.Action):
-    """`--additional-config JSON` beside our flags: merges instead of replacing."""
+    """`--additional-config JSON` beside our flags: merges into a copy instead of replacing."""
 
     def __call__(
         self,
@@ -96,12 +81,22 @@ class _MergeConfig(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        namespace.additional_config = {**(namespace.additional_config or {}), **values}
+        namespace.additional_config = {**(namespace.additional_config or {}), **self._settings(values)}
         try:
             EngineSettings.from_dict(namespace.additional_config)
         except ConfigurationError as error:
             parser.error(str(error))
         _check_model(parser, namespace)
+
+    def _settings(self, values: Any) -> dict[str, Any]:
+        return values
+
+
+class _SettingAction(_MergeConfig):
+    """A flag of ours, which is one key of `additional_config`."""
+
+    def _settings(self, values: Any) -> dict[str, Any]:
+        return {self.dest: values}
 
 
 class _ModelAction(argparse.Action):

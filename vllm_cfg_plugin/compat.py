@@ -15,11 +15,9 @@ def release_inherited_listeners() -> None:
     """Let go of TCP listening sockets that a forked worker inherited from the API server.
 
     Symptom: after the server is killed, its port stays "in use" for as long as a worker lives, and clients connect to a
-        socket that nobody serves. Cause: vLLM binds the port before it forks the engine, and the engine forks us. The
-        descriptors are
-    replaced and not closed: Python objects of the parent still name them here, and would close whatever reused the
-        number.
-    Exit condition: vLLM marks the socket close-on-fork or starts its engine before it binds.
+    socket that nobody serves. Cause: vLLM binds the port before it forks the engine, and the engine forks us. The
+    descriptors are replaced and not closed: Python objects of the parent still name them here, and would close whatever
+    reused the number. Exit condition: vLLM marks the socket close-on-fork or starts its engine before it binds.
     """
     null = os.open(os.devnull, os.O_RDWR)
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:

@@ -5,8 +5,8 @@ CfgPluginError
 ├── ModelNotFoundError  (ValueError)   the request names another model: HTTP 404
 ├── ConfigurationError  (ValueError)   the server can't start as configured
 ├── RequestFailedError                 the request was right and failed while running: HTTP 500, `.error` offline
-├── RequestAbortedError                the engine stopped or paused before the request was done: HTTP 503, `.error`
-offline └── RankDiedError                      a cfg rank's process ended: the engine stops
+├── RequestAbortedError                the engine stopped or paused before it was done: HTTP 503, `.error` offline
+└── RankDiedError                      a cfg rank's process ended: the engine stops
 """
 
 from __future__ import annotations

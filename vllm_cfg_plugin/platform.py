@@ -139,9 +139,6 @@ def _wire_scheduling(vllm_config: VllmConfig) -> None:
     scheduling.scheduler_cls = "vllm_cfg_plugin.engine.scheduler.StepScheduler"
     # Plan k+1 is queued on the ranks while they run plan k.
     scheduling.async_scheduling = True
-    # Time for running requests to finish after SIGTERM, in seconds; vLLM's default of 0 aborts them at once.
-    if not vllm_config.shutdown_timeout:
-        vllm_config.shutdown_timeout = 5
 
 
 def _check_device_count(platform: type[Platform], vllm_config: VllmConfig) -> None:

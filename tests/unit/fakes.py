@@ -8,7 +8,6 @@ from vllm_cfg_plugin.engine.result import RequestMetrics, ResultHeader, pack_res
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits
 
 INFO = PipelineInfo(
-    class_name="QwenImagePipeline",
     size_multiple=8,
     pixels_per_token=8,
     max_text_tokens=20,

@@ -68,9 +68,19 @@ def test_a_diffusers_model_brings_our_defaults(parse, model):
 
 @pytest.mark.parametrize("model_first", [True, False])
 def test_what_the_user_gives_wins_over_our_defaults(parse, model, model_first):
-    flags = ["--max-num-seqs", "3", "--max-num-batched-tokens", "777", "--dtype", "bfloat16"]
+    flags = [
+        "--max-num-seqs",
+        "3",
+        "--max-num-batched-tokens",
+        "777",
+        "--dtype",
+        "bfloat16",
+        "--shutdown-timeout",
+        "60",
+    ]
     args = parse(*([model, *flags] if model_first else [*flags, model]))
     assert (args.max_num_seqs, args.max_num_batched_tokens, args.dtype) == (3, 777, "bfloat16")
+    assert args.shutdown_timeout == 60
 
 
 def test_another_model_is_left_alone(parse, tmp_path):

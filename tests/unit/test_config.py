@@ -14,6 +14,12 @@ def test_the_callers_arguments_win_over_our_defaults(qwen_image_folders):
     assert args["additional_config"]["max_image_pixels"] == 4096
 
 
+def test_running_requests_may_finish_at_shutdown_unless_the_caller_says_otherwise(qwen_image_folders):
+    model = str(qwen_image_folders["tiny"])
+    assert diffusion_engine_args(model, 1)["shutdown_timeout"] == 5
+    assert diffusion_engine_args(model, 1, shutdown_timeout=0)["shutdown_timeout"] == 0
+
+
 @pytest.mark.parametrize("size", [0, -1, "2"])
 def test_a_wrong_cfg_size_is_refused(qwen_image_folders, size):
     with pytest.raises(ConfigurationError, match="cfg_parallel_size"):

@@ -22,7 +22,6 @@ def make_config(architecture="QwenImagePipeline", cfg=2, **parallel):
         additional_config={"cfg_parallel_size": cfg},
         parallel_config=SimpleNamespace(**defaults | parallel),
         scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=False),
-        shutdown_timeout=0,
     )
 
 
@@ -33,14 +32,6 @@ def test_a_diffusion_model_is_wired_to_our_engine_and_twice_is_the_same_as_once(
         assert config.parallel_config.world_size == 3
         assert config.parallel_config.distributed_executor_backend.endswith("CfgExecutor")
         assert config.scheduler_config.async_scheduling
-        assert config.shutdown_timeout == 5
-
-
-def test_an_operators_own_shutdown_timeout_is_kept():
-    config = make_config()
-    config.shutdown_timeout = 60
-    CfgPlatform.check_and_update_config(config)
-    assert config.shutdown_timeout == 60
 
 
 @pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size"])

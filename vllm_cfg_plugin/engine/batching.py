@@ -12,6 +12,7 @@ from itertools import count
 
 from vllm_cfg_plugin.engine import planner
 from vllm_cfg_plugin.engine.plan import Admission, Decode, Forward, StepPlan
+from vllm_cfg_plugin.engine.planner import BranchLoad
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -106,13 +107,14 @@ class StepBatch:
         while self.waiting and len(self.running) < self._max_requests:
             request = self.waiting[0]
             loads = planner.rank_loads((r.load for r in self.running.values()), self._ranks)
-            request.owners = planner.assign_owners(request.branch_tokens, loads)
-            joined = (
-                load + own for load, own in zip(loads, planner.rank_loads([request.load], self._ranks), strict=True)
+            owners = planner.assign_owners(request.branch_tokens, loads)
+            joined = planner.rank_loads(
+                [*(r.load for r in self.running.values()), BranchLoad(request.id, request.branch_tokens, owners)],
+                self._ranks,
             )
             if self.running and max(joined) > self._max_tokens:
                 break
-            request.admitted = time.monotonic()
+            request.owners, request.admitted = owners, time.monotonic()
             self.running[request.id] = self.waiting.popleft()
             admitted.append(request)
         return admitted

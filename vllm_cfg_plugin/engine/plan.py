@@ -34,7 +34,10 @@ class Decode(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StepPlan(msgspec.Struct, array_like=True, frozen=True):
-    """All work of one engine step, the same message for every rank; carried out in the order of the fields."""
+    """All work of one engine step, the same message for every rank; carried out in the order of the fields.
+
+    Forwards and decodes name only requests that were admitted and neither retired nor decoded: the ranks rely on it.
+    """
 
     step: int
     retire: list[int]

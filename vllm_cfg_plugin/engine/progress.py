@@ -1,8 +1,7 @@
-"""Denoising progress on a side channel: PUB in the engine, SUB in the caller; a lost message costs a tick of a progress
-bar.
+"""Denoising progress on a side channel: PUB in the engine, SUB in the caller.
 
-Must not import vLLM or torch. Messages are msgpack `(progress_key, steps done, steps in all)`. The subscriber binds, so
-that several engines (data parallel) can publish to one caller.
+A lost message costs a tick of a progress bar. Messages are msgpack `(progress_key, steps done, steps in all)`. The
+subscriber binds, so that several engines (data parallel) can publish to one caller. Must not import vLLM or torch.
 """
 
 from __future__ import annotations

@@ -41,7 +41,6 @@ def _describe_qwen_image(checkpoint: Checkpoint, defaults: DiffusionParams) -> P
     side = 128 * vae_scale_factor
     base = DiffusionParams(height=side, width=side, num_inference_steps=50, true_cfg_scale=4.0, negative_prompt=None)
     return PipelineInfo(
-        class_name="QwenImagePipeline",
         size_multiple=2 * vae_scale_factor,
         pixels_per_token=2 * vae_scale_factor,
         max_text_tokens=1024,

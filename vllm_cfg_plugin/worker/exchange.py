@@ -1,9 +1,8 @@
-"""The one collective of a step: every rank's predictions and failure flags to all ranks, in a layout all know from the
-plan.
+"""The one collective of a step: every rank's predictions and failure flags to all ranks.
 
-Each rank sends one flat row: its predictions end to end in plan order, zeros to the longest rank's length, then one
-    flag per request of the plan. A rank that computed nothing still sends its row, so no rank ever waits for one that
-    failed.
+Each rank sends one flat row, laid out as all ranks know from the plan: its predictions end to end in plan order, zeros
+to the longest rank's length, then one flag per request. A rank that computed nothing still sends its row, so no rank
+ever waits for one that failed. Must not import vLLM or torch.distributed.
 """
 
 from __future__ import annotations

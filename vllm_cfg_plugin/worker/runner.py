@@ -38,6 +38,7 @@ class StepRunner:
         self.states: dict[int, RequestState] = {}
         self.embeddings = EmbeddingCache(pipeline.encode_branch, EMBEDDING_CACHE_BYTES)
         self._all_gather = all_gather
+        self._like = next(pipeline.transformer.parameters())  # has the predictions' dtype and device
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> tuple[StepReport, list[memoryview]]:
@@ -52,7 +53,7 @@ class StepRunner:
         images, pixels = self._decode(plan.decodes)
         failed = self._failures(plan)
         for decode in plan.decodes:
-            self.states.pop(decode.id, None)
+            del self.states[decode.id]
         return StepReport(plan.step, self.rank, began, denoised, encoded, failed, images), pixels
 
     def _retire(self, plan: StepPlan) -> None:
@@ -72,9 +73,9 @@ class StepRunner:
         """Encode the prompts of branches that this rank owns and has not seen; milliseconds per request."""
         encoded = []
         for forward in forwards:
-            state = self.states.get(forward.id)
-            missing = [] if state is None or state.error else self._missing_branches(forward, state)
-            if state is None or not missing:
+            state = self.states[forward.id]
+            missing = [] if state.error else self._missing_branches(forward, state)
+            if not missing:
                 continue
             began = time.monotonic()
             try:
@@ -92,8 +93,8 @@ class StepRunner:
         """One packed forward of this rank's branches: (position in the plan, branch) -> prediction."""
         work: list[tuple[tuple[int, int], BranchInput]] = []
         for index, forward in enumerate(forwards):
-            state = self.states.get(forward.id)
-            if state is None or state.error:
+            state = self.states[forward.id]
+            if state.error:
                 continue
             for branch, owner in enumerate(forward.owners):
                 if owner == self.rank:
@@ -114,7 +115,7 @@ class StepRunner:
             return []
         try:
             prediction = self.pipeline.predict_noise(**self.pipeline.pack_branches(inputs))
-            return list(self.pipeline.unpack_predictions(prediction, inputs))
+            return [*self.pipeline.unpack_predictions(prediction, inputs)]
         except Exception as error:
             if len(inputs) == 1:
                 return [error]
@@ -127,23 +128,21 @@ class StepRunner:
 
     def _exchange_and_advance(self, forwards: Sequence[Forward], mine: dict[tuple[int, int], torch.Tensor]) -> None:
         """Exchange predictions, then step every request's latents on every rank."""
-        states = [self.states.get(forward.id) for forward in forwards]
         if not forwards:
             return
-        shapes = [self.pipeline.exchange_shape(state.request) if state else (0, 0) for state in states]
+        states = [self.states[forward.id] for forward in forwards]
+        shapes = [self.pipeline.exchange_shape(state.request) for state in states]
         layout = ExchangeLayout.of(forwards, [tokens * channels for tokens, channels in shapes], self.ranks)
         gathered, failed = exchange_predictions(
             layout,
             self.rank,
             mine,
-            [state is None or bool(state.error) for state in states],
+            [bool(state.error) for state in states],
             shapes,
-            next(self.pipeline.transformer.parameters()),
+            self._like,
             self._all_gather,
         )
         for forward, state, predictions, has_failed in zip(forwards, states, gathered, failed, strict=True):
-            if state is None:
-                continue
             if has_failed:
                 state.error = state.error or "another cfg rank could not go on with it"
                 continue
@@ -170,8 +169,8 @@ class StepRunner:
     def _decode(self, decodes: Sequence[Decode]) -> tuple[list[DecodedImage], list[memoryview]]:
         images, pixels = [], []
         for decode in decodes:
-            state = self.states.get(decode.id)
-            if decode.rank != self.rank or state is None or state.error:
+            state = self.states[decode.id]
+            if decode.rank != self.rank or state.error:
                 continue
             began = time.monotonic()
             try:
@@ -187,9 +186,8 @@ class StepRunner:
         return images, pixels
 
     def _failures(self, plan: StepPlan) -> list[tuple[int, str]]:
-        """Requests of this plan that can't go on. One that this rank never heard of was retired meanwhile: not news."""
-        ids = dict.fromkeys([item.id for item in plan.forwards] + [item.id for item in plan.decodes])
-        return [(id, state.error) for id in ids if (state := self.states.get(id)) is not None and state.error]
+        """Requests of this plan that can't go on; a request that is decoded was forwarded in the same plan."""
+        return [(forward.id, error) for forward in plan.forwards if (error := self.states[forward.id].error)]
 
 
 def _branch_input(state: RequestState, forward: Forward, branch: int) -> BranchInput:

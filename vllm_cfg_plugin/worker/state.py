@@ -1,8 +1,7 @@
-"""What a rank remembers of one running request, and the cache of text embeddings. Must not import vLLM or
-torch.distributed.
+"""What a rank remembers of one running request, and the cache of text embeddings.
 
 All ranks hold the same latents and noise-scheduler state of every request; a rank holds the embeddings only of the
-branches that it owns.
+branches that it owns. Must not import vLLM or torch.distributed.
 """
 
 from __future__ import annotations
