@@ -16,6 +16,7 @@ PURE = (
     "vllm_cfg_plugin.cli",
     "vllm_cfg_plugin.tokens",
     "vllm_cfg_plugin.pipelines.registry",
+    "vllm_cfg_plugin.engine.cost",
     "vllm_cfg_plugin.engine.plan",
     "vllm_cfg_plugin.engine.planner",
     "vllm_cfg_plugin.engine.progress",

@@ -1,0 +1,107 @@
+"""The cost model: what it predicts, what it is fitted to, and where a pack stops being worth its growth."""
+
+import random
+
+import pytest
+
+from vllm_cfg_plugin.engine.cost import (
+    UNCALIBRATED,
+    Calibration,
+    CostModel,
+    PackSample,
+    find_token_budget,
+    fit_forward,
+    fit_line,
+    slowest,
+)
+
+STEP, TOKEN, SQUARE = 3000.0, 20.0, 0.05
+
+
+def pack(*lengths, factor=1.0):
+    us = STEP + sum(TOKEN * n + SQUARE * n * n for n in lengths)
+    return PackSample(lengths, us * factor)
+
+
+def falling(*per_token, first=16):
+    """Packs of `first`, 2 * `first`, ... tokens with the given microseconds per token."""
+    return [PackSample((first,) * 2**i, us * first * 2**i) for i, us in enumerate(per_token)]
+
+
+def test_uncalibrated_every_token_costs_one():
+    assert [UNCALIBRATED.forward(n) for n in (1, 20, 4096)] == [1, 20, 4096]
+    assert (UNCALIBRATED.encode(7), UNCALIBRATED.decode(16), UNCALIBRATED.step_us) == (7, 16, 0)
+
+
+def test_predictions_are_whole_microseconds_from_one_up():
+    cost = CostModel(
+        step_us=5, token_us=0.5, square_us=0.25, encode_us=10, encode_token_us=1.4, decode_us=0, decode_token_us=0.01
+    )
+    assert [cost.forward(n) for n in (0, 1, 10)] == [1, 1, 30]
+    assert cost.encode(4) == 16
+    assert cost.decode(16) == 1
+
+
+def test_the_fit_recovers_what_made_the_measurements():
+    samples = [pack(9), pack(21), *(pack(*[21] * n) for n in (2, 4, 8, 16)), pack(84), pack(336)]
+    assert fit_forward(samples) == pytest.approx((STEP, TOKEN, SQUARE))
+
+
+def test_the_fit_of_noisy_measurements_predicts_packs_it_has_not_seen():
+    noise = random.Random(1)
+    lengths = [(9,), (21,), *((21,) * n for n in (2, 4, 8, 16, 32)), (84,), (336,)]
+    step, token, square = fit_forward([pack(*some, factor=noise.uniform(0.97, 1.03)) for some in lengths])
+    for mixed in ((21, 21, 21, 84, 336), (500,), (84,) * 6):
+        predicted = step + sum(token * n + square * n * n for n in mixed)
+        assert predicted == pytest.approx(pack(*mixed).us, rel=0.06)
+
+
+def test_no_coefficient_is_negative():
+    per_sequence = [PackSample((n,), us) for n, us in ((10, 100.0), (20, 150.0), (40, 180.0), (80, 190.0))]
+    assert min(fit_forward(per_sequence)) >= 0
+    assert fit_line([(10, 50.0), (20, 40.0)]) == pytest.approx((1800 / 41, 0.0))
+
+
+def test_too_few_measurements_are_taken_for_proportional_then_for_linear():
+    assert fit_forward([PackSample((4096,), 8192.0)]) == pytest.approx((0, 2, 0))
+    assert fit_forward([PackSample((10,), 40.0), PackSample((30,), 80.0)]) == pytest.approx((20, 2, 0))
+    assert fit_line([(16, 32.0)]) == pytest.approx((0, 2))
+
+
+def test_the_budget_is_where_time_per_token_stops_falling():
+    assert find_token_budget(falling(100, 60, 40, 30, 29, 28.5, 28.4)) == 16 * 2**3
+
+
+def test_the_order_of_the_packs_does_not_matter():
+    assert find_token_budget(falling(100, 60, 40, 30, 29, 28.5)[::-1]) == 16 * 2**3
+
+
+def test_one_disturbed_measurement_does_not_end_the_search():
+    assert find_token_budget(falling(100, 60, 80, 30, 29, 28.5)) == 16 * 2**3
+
+
+def test_time_per_token_that_rises_again_ends_the_search():
+    assert find_token_budget(falling(100, 60, 40, 45, 50)) == 16 * 2**2
+
+
+def test_where_the_largest_pack_still_gains_the_next_doubling_is_taken_for_worthwhile():
+    assert find_token_budget(falling(100, 60, 40)) == 16 * 2**3
+
+
+def test_a_model_that_gains_nothing_from_packing_takes_one_sequence_a_step():
+    assert find_token_budget(falling(10)) == 16
+    assert find_token_budget(falling(10, 9.9)) == 16
+
+
+def test_no_pack_is_an_error():
+    with pytest.raises(ValueError, match="no measured packs"):
+        find_token_budget([])
+
+
+def test_the_slowest_rank_counts_for_everything():
+    fields = dict.fromkeys(CostModel.__struct_fields__, 1.0)
+    first = Calibration(cost=CostModel(**fields | {"step_us": 5.0}), token_budget=100)
+    second = Calibration(cost=CostModel(**fields | {"token_us": 7.0}), token_budget=80)
+    both = slowest([first, second])
+    assert both == Calibration(cost=CostModel(**fields | {"step_us": 5.0, "token_us": 7.0}), token_budget=80)
+    assert slowest([first]) == first
