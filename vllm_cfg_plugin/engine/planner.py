@@ -1,99 +1,400 @@
-"""Work items to ranks: pure functions, no vLLM, no torch.
+"""Branch forwards to ranks, so that the slowest rank of a step is done as early as possible; pure functions.
 
-Every branch of a request is forwarded by one rank per step. When the branches divide evenly over the ranks each rank
-takes its fixed share (with two ranks: positive on 0, negative on 1); what is left over, such as the single branch of a
-request without guidance, goes to the rank with the fewest tokens, so no rank idles and none computes what another one
-does.
+Must not import torch or vLLM. Every branch of a running request is forwarded by one rank per step, and may be by any
+that holds its text embeddings. `level` says by which, `moves_that_pay` where more embeddings would help, and
+`choose_side_rank` places the work that any rank can do.
+
+Scheduling on identical machines with a set of allowed machines per job. Longest processing time first is R. L. Graham,
+"Bounds on Multiprocessing Timing Anomalies", SIAM J. Appl. Math. 17 (1969); the lower bound from the number of items
+that some rank must take is M. Dell'Amico and S. Martello, "Optimal Scheduling of Tasks on Identical Parallel
+Processors", ORSA J. Computing 7 (1995).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+_SWAP_ITEMS = 64  # more items than this level well without swaps, and trying all pairs of them would take too long
+_SEARCH_ITEMS = 16  # at most so many items that have a choice are searched exactly
+_SEARCH_NODES = 600  # of one search: less than a millisecond
 
 
-@dataclass(frozen=True)
-class BranchLoad:
-    """A running request as the planner sees it: tokens of each branch's sequence, and which rank owns each branch."""
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One branch forward of one step.
 
-    id: int
-    tokens: tuple[int, ...]
-    owners: tuple[int, ...]
+    Attributes:
+        cost: predicted microseconds of one forward.
+        owner: rank that forwards it now; for a newcomer its default rank, branch number % ranks.
+        allowed: ranks that may own it, those that hold its text embeddings; all ranks if it is still to be encoded.
+    """
+
+    cost: int
+    owner: int
+    allowed: frozenset[int]
 
 
-def rank_loads(requests: Iterable[BranchLoad], ranks: int) -> list[int]:
-    """Tokens that each rank forwards in one step."""
-    loads = [0] * ranks
-    for request in requests:
-        for tokens, owner in zip(request.tokens, request.owners, strict=True):
-            loads[owner] += tokens
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Encode item `index` on `rank` too, so that later steps may forward it there."""
+
+    index: int
+    rank: int
+
+
+def rank_loads(costs: Iterable[int], owners: Iterable[int], ranks: int, base: Sequence[int] | None = None) -> list[int]:
+    """Microseconds of work that each rank has in one step; `base` is what it has besides the items."""
+    loads = list(base) if base is not None else [0] * ranks
+    for cost, owner in zip(costs, owners, strict=True):
+        loads[owner] += cost
     return loads
 
 
-def assign_owners(tokens: Sequence[int], loads: Sequence[int]) -> tuple[int, ...]:
-    """Owners of a joining request's branches, given the tokens that each rank already forwards."""
-    ranks = len(loads)
-    fixed = _fixed_branches(len(tokens), ranks)
-    owners = [branch % ranks for branch in range(fixed)]
-    loads = list(loads)
-    for branch, owner in enumerate(owners):
-        loads[owner] += tokens[branch]
-    taken: set[int] = set()
-    for branch in range(fixed, len(tokens)):
-        owner = min((r for r in range(ranks) if r not in taken), key=lambda r: (loads[r], r))
-        taken.add(owner)
-        loads[owner] += tokens[branch]
-        owners.append(owner)
-    return tuple(owners)
+def level(items: Sequence[Item], ranks: int, base: Sequence[int] | None = None) -> list[int]:
+    """Owners of all items so that the heaviest rank's load is (nearly) least.
 
-
-def rebalance(requests: Sequence[BranchLoad], ranks: int) -> dict[int, tuple[int, ...]]:
-    """New owners of requests that should move because others left; empty when no move lowers the heaviest rank's load.
-
-    A move costs the new owner one text encoding (none if its cache holds the prompt), so only leftover branches move,
-    and only for a strictly lighter heaviest rank.
+    Nothing moves while the heaviest load is within 5 % of a lower bound, nor unless a change lowers it. Levelling again
+    from the owners that it returned changes nothing.
     """
-    owners = {request.id: request.owners for request in requests}
-    loads = rank_loads(requests, ranks)
-    while True:
-        heavy = max(range(ranks), key=lambda r: (loads[r], -r))
-        light = min(range(ranks), key=lambda r: (loads[r], r))
-        move = _best_move(requests, owners, ranks, heavy, light, loads[heavy] - loads[light])
-        if move is None:
+    problem = _Problem(items, ranks, base)
+    owners = problem.present_owners()
+    while not problem.is_level(owners):
+        better = problem.improve(owners)
+        if problem.makespan(better) >= problem.makespan(owners):
             break
-        request, branch = move
-        moved = list(owners[request.id])
-        moved[branch] = light
-        owners[request.id] = tuple(moved)
-        loads[heavy] -= request.tokens[branch]
-        loads[light] += request.tokens[branch]
-    return {request.id: owners[request.id] for request in requests if owners[request.id] != request.owners}
+        owners = better
+    return owners
 
 
-def choose_decode_rank(loads: Sequence[int], decodes_so_far: Sequence[int]) -> int:
-    """The rank that decodes next: the one with least to do in this step, then the one that decoded least."""
-    return min(range(len(loads)), key=lambda r: (loads[r], decodes_so_far[r], r))
-
-
-def _fixed_branches(branches: int, ranks: int) -> int:
-    return branches // ranks * ranks
-
-
-def _best_move(
-    requests: Sequence[BranchLoad],
-    owners: dict[int, tuple[int, ...]],
+def moves_that_pay(
+    items: Sequence[Item],
+    owners: Sequence[int],
     ranks: int,
-    heavy: int,
-    light: int,
-    gap: int,
-) -> tuple[BranchLoad, int] | None:
-    """The leftover branch on `heavy` that evens out the gap best; must be smaller than the gap to help at all."""
-    best: tuple[BranchLoad, int] | None = None
-    for request in requests:
-        current = owners[request.id]
-        for branch in range(_fixed_branches(len(current), ranks), len(current)):
-            if current[branch] != heavy or light in current or request.tokens[branch] >= gap:
+    base: Sequence[int] | None,
+    encode_cost: Sequence[int],
+    steps_left: Sequence[int],
+) -> list[Move]:
+    """Encodes that let `level` lower the makespan by more than they cost over the steps that are left.
+
+    At most one for each rank; ask again when they are done. They pay together: what one step gains, times the fewest
+    steps that any of the moved items has left, is more than all these encodes.
+
+    Args:
+        owners: what `level` returned for the items.
+        encode_cost, steps_left: of each item: microseconds of encoding it once more, and steps after this one.
+    """
+    draft = _MoveDraft(items, owners, ranks, base, encode_cost, steps_left)
+    moves = draft.best_prefix()
+    if not moves:
+        return []
+    extended = [replace(item, owner=owner) for item, owner in zip(items, owners, strict=True)]
+    for move in moves:
+        item = extended[move.index]
+        extended[move.index] = replace(item, allowed=item.allowed | {move.rank})
+    costs = [item.cost for item in items]
+    after = max(rank_loads(costs, level(extended, ranks, base), ranks, base))
+    return moves if draft.net_gain(moves, after) > 0 else []
+
+
+def choose_side_rank(backlogs: Sequence[int], loads: Sequence[int]) -> int:
+    """The rank for work that any rank can do, such as a decode: least backlog of such work plus load, then lowest."""
+    return min(range(len(loads)), key=lambda rank: (backlogs[rank] + loads[rank], rank))
+
+
+def _is_near(makespan: int, bound: int) -> bool:
+    return 20 * makespan <= 21 * bound
+
+
+def _water_level(heights: Iterable[int], work: int) -> int:
+    """Load of the heaviest rank if `work` could be poured like water over ranks that are already so full."""
+    rising = sorted(heights)
+    for wet in range(len(rising), 0, -1):
+        surface = -(-(work + sum(rising[:wet])) // wet)
+        if surface >= rising[wet - 1]:
+            return max(surface, rising[-1])
+    return rising[-1]
+
+
+def _counting_bound(longest_first: Sequence[int], ranks: int) -> int:
+    """Of the k * ranks + 1 longest items some rank gets k + 1, at least the k + 1 shortest of them."""
+    sums = [0, *accumulate(longest_first[: 20 * ranks + 1])]
+    return max((sums[last] - sums[last - last // ranks - 1] for last in range(1, len(sums), ranks)), default=0)
+
+
+class _Problem:
+    """The items of one step, taken apart into columns; owners are lists of ranks, one for each item."""
+
+    def __init__(self, items: Sequence[Item], ranks: int, base: Sequence[int] | None) -> None:
+        self._owners = [item.owner for item in items]
+        self._costs = [item.cost for item in items]
+        self._allowed = [item.allowed for item in items]
+        self._ranks = ranks
+        self._base = list(base) if base is not None else [0] * ranks
+        self._order: list[int] = []  # longest first; made when something has to move
+
+    def loads(self, owners: Sequence[int]) -> list[int]:
+        return rank_loads(self._costs, owners, self._ranks, self._base)
+
+    def makespan(self, owners: Sequence[int]) -> int:
+        return max(self.loads(owners))
+
+    def present_owners(self) -> list[int]:
+        """Where the items are; one whose rank may not own it goes to the least loaded rank that may."""
+        owners, costs, allowed = list(self._owners), self._costs, self._allowed
+        strays = [i for i, owner in enumerate(owners) if owner not in allowed[i]]
+        if not strays:
+            return owners
+        loads = self.loads(owners)
+        for i in strays:
+            if not allowed[i]:
+                raise ValueError(f"allowed of item {i} is empty: no rank could forward it; encode it on one first")
+            loads[owners[i]] -= costs[i]
+        for i in sorted(strays, key=lambda i: -costs[i]):
+            owners[i] = min(allowed[i], key=lambda rank: (loads[rank], rank))
+            loads[owners[i]] += costs[i]
+        return owners
+
+    def is_level(self, owners: Sequence[int]) -> bool:
+        loads = self.loads(owners)
+        makespan = max(loads)
+        return _is_near(makespan, -(-sum(loads) // self._ranks)) or _is_near(makespan, self._bound(owners, loads))
+
+    def improve(self, owners: list[int]) -> list[int]:
+        """Better owners, or as good ones if none are found: cheap steps first, each only if still needed."""
+        makespan, bound = self.makespan(owners), self._bound(owners, self.loads(owners))
+        better = self._spread(owners, bound)
+        reached = self.makespan(better)
+        if reached >= makespan:
+            better = list(owners)
+        if not _is_near(reached, bound):
+            self._refine(better, bound)
+            if not _is_near(self.makespan(better), bound):
+                better = self._search(better, bound)
+        return better
+
+    def _bound(self, owners: Sequence[int], loads: Sequence[int]) -> int:
+        """No assignment has a lighter heaviest rank than this.
+
+        The items of a set of ranks that lead nowhere else have to stay in it. The set looked at is what can be reached
+        from the heaviest rank; the set of all ranks is the other one.
+        """
+        if not self._order:
+            self._order = sorted(range(len(self._costs)), key=self._costs.__getitem__, reverse=True)
+        base = self._base
+        counted = _counting_bound([self._costs[i] for i in self._order], self._ranks) + min(base)
+        bound = max(counted, _water_level(base, sum(loads) - sum(base)))
+        closed = self._reachable(owners, loads.index(max(loads)))
+        if len(closed) < self._ranks:
+            inside = [base[rank] for rank in closed]
+            bound = max(bound, _water_level(inside, sum(loads[rank] for rank in closed) - sum(inside)))
+        return bound
+
+    def _reachable(self, owners: Sequence[int], start: int) -> frozenset[int]:
+        """Ranks where work of rank `start` could go, also by pushing other ranks' work on."""
+        reached, grown = frozenset((start,)), True
+        while grown:
+            grown = False
+            for owner, allowed in zip(owners, self._allowed, strict=True):
+                if owner in reached and not allowed <= reached:
+                    reached |= allowed
+                    grown = True
+                    if len(reached) == self._ranks:
+                        return reached
+        return reached
+
+    def _spread(self, owners: Sequence[int], target: int) -> list[int]:
+        """Take from each rank above `target` the longest items that fit its excess, and place them by Graham's rule."""
+        owners, costs, allowed, ranks = list(owners), self._costs, self._allowed, self._ranks
+        excess = [load - target for load in self.loads(owners)]
+        taken = []
+        for i in self._order:
+            cost, owner = costs[i], owners[i]
+            if cost <= excess[owner] and len(allowed[i]) > 1:
+                excess[owner] -= cost
+                taken.append(i)
+        # One integer holds a load and its rank, so that min() finds the lowest of the least loaded ranks.
+        keys = [load * ranks + rank for rank, load in enumerate(excess)]
+        key_of = keys.__getitem__
+        for i in taken:
+            key = min(keys) if len(allowed[i]) == ranks else min(map(key_of, allowed[i]))
+            owners[i] = rank = key % ranks
+            keys[rank] += costs[i] * ranks
+        return owners
+
+    def _refine(self, owners: list[int], bound: int) -> None:
+        """Move an item from the heaviest rank to a lighter one, or swap two, as long as that helps both."""
+        loads = self.loads(owners)
+        for _ in range(len(owners)):
+            if _is_near(max(loads), bound):
+                return
+            heavy = loads.index(max(loads))
+            change = self._best_change(owners, loads, heavy)
+            if change is None:
+                return
+            i, rank, back = change
+            owners[i] = rank
+            if back >= 0:
+                owners[back] = heavy
+            difference = self._costs[i] - (self._costs[back] if back >= 0 else 0)
+            loads[heavy] -= difference
+            loads[rank] += difference
+
+    def _best_change(self, owners: Sequence[int], loads: Sequence[int], heavy: int) -> tuple[int, int, int] | None:
+        """The item to move off `heavy`, its new rank and the item that comes back for it (-1: none)."""
+        costs, allowed = self._costs, self._allowed
+        back: list[list[int]] = [[-1] for _ in range(self._ranks)]
+        if len(owners) <= _SWAP_ITEMS:
+            for j, owner in enumerate(owners):
+                if heavy in allowed[j]:
+                    back[owner].append(j)
+        best, change = loads[heavy], None
+        for i, owner in enumerate(owners):
+            if owner != heavy:
                 continue
-            if best is None or abs(2 * request.tokens[branch] - gap) < abs(2 * best[0].tokens[best[1]] - gap):
-                best = (request, branch)
-    return best
+            for rank in sorted(allowed[i] - {heavy}):
+                for j in back[rank]:
+                    difference = costs[i] - (costs[j] if j >= 0 else 0)
+                    heavier = max(loads[heavy] - difference, loads[rank] + difference)
+                    if heavier < best:
+                        best, change = heavier, (i, rank, j)
+        return change
+
+    def _search(self, owners: list[int], bound: int) -> list[int]:
+        """Owners within 5 % of the best, unless there are too many items or the search runs out of nodes."""
+        order = [i for i in self._order if len(self._allowed[i]) > 1]
+        if len(order) > _SEARCH_ITEMS:
+            return owners
+        nodes = _SEARCH_NODES
+        makespan = self.makespan(owners)
+        while not _is_near(makespan, bound):
+            # If nothing fits under this limit the best is above it, and the present makespan within 5 % of the best.
+            found, nodes = self._fit(owners, order, (20 * makespan - 1) // 21, nodes)
+            if found is None:
+                break
+            owners, makespan = found, self.makespan(found)
+        return owners
+
+    def _fit(self, owners: Sequence[int], order: list[int], limit: int, nodes: int) -> tuple[list[int] | None, int]:
+        """Owners whose loads are all at most `limit`, by branch and bound, and the nodes that are left of `nodes`."""
+        costs, allowed = self._costs, self._allowed
+        placed = list(owners)
+        free = [limit - load for load in self.loads(owners)]
+        for i in order:
+            free[owners[i]] += costs[i]
+        # Ranks with equal room are alike for the search if the same items may go there.
+        kinds = [tuple(rank in allowed[i] for i in order) for rank in range(self._ranks)]
+        work = sum(costs[i] for i in order)
+
+        def place(depth: int, work: int) -> bool:
+            nonlocal nodes
+            if depth == len(order):
+                return True
+            nodes -= 1
+            shortest = costs[order[-1]]
+            if nodes < 0 or sum(room for room in free if room >= shortest) < work:
+                return False
+            i = order[depth]
+            cost, seen = costs[i], set()
+            for rank in sorted(allowed[i], key=lambda rank: (rank != owners[i], -free[rank], rank)):
+                alike = (free[rank], kinds[rank])
+                if free[rank] < cost or alike in seen:
+                    continue
+                seen.add(alike)
+                placed[i] = rank
+                free[rank] -= cost
+                if place(depth + 1, work - cost):
+                    return True
+                free[rank] += cost
+            return False
+
+        fits = min(free) >= 0 and place(0, work)
+        return (placed if fits else None), max(nodes, 0)
+
+
+class _MoveDraft:
+    """Moves tried out one after the other on the loads of one step."""
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        owners: Sequence[int],
+        ranks: int,
+        base: Sequence[int] | None,
+        encode_cost: Sequence[int],
+        steps_left: Sequence[int],
+    ) -> None:
+        self._items = items
+        self._owners = list(owners)
+        self._encode_cost = encode_cost
+        self._steps_left = steps_left
+        costs = [item.cost for item in items]
+        self._loads = rank_loads(costs, owners, ranks, base)
+        self._before = list(self._loads)
+        floor = list(base) if base is not None else [0] * ranks
+        counted = _counting_bound(sorted(costs, reverse=True), ranks) + min(floor)
+        self._bound = max(counted, _water_level(floor, sum(costs)))
+
+    def net_gain(self, moves: Sequence[Move], makespan: int) -> int:
+        """Microseconds that `moves` gain over the steps that are left by this makespan, less those of their encodes."""
+        steps = min(self._steps_left[move.index] for move in moves)
+        return (max(self._before) - makespan) * steps - sum(self._encode_cost[move.index] for move in moves)
+
+    def best_prefix(self) -> list[Move]:
+        """The moves with the best net gain among 'the first', 'the first two', ...; empty if none gains."""
+        moves: list[Move] = []
+        best, best_gain = moves, 0
+        for _ in range(8 * len(self._loads)):
+            if _is_near(max(self._loads), self._bound):
+                break
+            heavy = self._loads.index(max(self._loads))
+            if self._move_for_free(heavy):
+                continue
+            move = self._best_move(heavy, {move.rank for move in moves}, {move.index for move in moves})
+            if move is None:
+                break
+            self._apply(move)
+            moves.append(move)
+            gain = self.net_gain(moves, max(self._loads))
+            if gain > best_gain:
+                best, best_gain = list(moves), gain
+        return best
+
+    def _apply(self, move: Move) -> None:
+        cost = self._items[move.index].cost
+        self._loads[self._owners[move.index]] -= cost
+        self._loads[move.rank] += cost
+        self._owners[move.index] = move.rank
+
+    def _move_for_free(self, heavy: int) -> bool:
+        """Move what needs no encode first: `level` leaves it where it is while another rank is as heavy."""
+        choices = [
+            (max(self._loads[heavy] - item.cost, self._loads[rank] + item.cost), i, rank)
+            for i, item in enumerate(self._items)
+            if self._owners[i] == heavy
+            for rank in item.allowed
+            if rank != heavy and self._loads[rank] + item.cost < self._loads[heavy]
+        ]
+        if choices:
+            _, i, rank = min(choices)
+            self._apply(Move(i, rank))
+        return bool(choices)
+
+    def _best_move(self, heavy: int, given: set[int], moved: set[int]) -> Move | None:
+        """The move off `heavy` to the lightest rank not given one yet, with the best net gain of these two ranks."""
+        loads = self._loads
+        light = min((r for r in range(len(loads)) if r not in given), key=lambda r: (loads[r], r), default=heavy)
+        best, best_gain = None, 0
+        for i, item in enumerate(self._items):
+            if self._owners[i] != heavy or i in moved or light in item.allowed or self._has_other_rank(item, heavy):
+                continue
+            lower = loads[heavy] - max(loads[heavy] - item.cost, loads[light] + item.cost)
+            gain = lower * self._steps_left[i] - self._encode_cost[i]
+            if gain > best_gain:
+                best, best_gain = Move(i, light), gain
+        return best
+
+    def _has_other_rank(self, item: Item, owner: int) -> bool:
+        """Whether `level` can take the item off `owner` without an encode."""
+        return any(r != owner and self._before[r] + item.cost < max(self._before) for r in item.allowed)
