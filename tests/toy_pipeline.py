@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import torch
 
+from vllm_cfg_plugin.engine.plan import DECODED, SideReport
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
+from vllm_cfg_plugin.worker.side_work import SideWork
 
 CHANNELS = 4
 
@@ -88,3 +90,35 @@ def toy_vllm_config(ranks=2, max_num_seqs=4, max_num_batched_tokens=1000):
         additional_config={"cfg_parallel_size": ranks},
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
     )
+
+
+class InlineSideWork(SideWork):
+    """Does side work at once, in the caller's thread, and keeps the reports."""
+
+    def __init__(self, rank=0):
+        self.reports = []
+        self.images = {}
+        self._rank = rank
+
+    def encode(self, id, branch, work):
+        self._run(id, branch, "encoding its prompt", work)
+
+    def decode(self, id, work):
+        self._run(id, DECODED, "decoding its image", work)
+
+    def cancel(self, id):
+        """Nothing is ever queued."""
+
+    def _run(self, id, branch, doing, work):
+        try:
+            image = work()
+        except Exception as error:
+            self.reports.append(SideReport(id, branch, self._rank, 0.0, f"failed while {doing}: {error}"))
+            return
+        if image is not None:
+            self.images[id] = image
+        self.reports.append(SideReport(id, branch, self._rank, 1.0))
+
+    def take(self):
+        reports, self.reports = self.reports, []
+        return reports

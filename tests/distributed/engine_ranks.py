@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from vllm.distributed import init_distributed_environment
 from vllm.utils.network_utils import get_open_port
 
-from tests.toy_pipeline import toy_vllm_config
+from tests.toy_pipeline import InlineSideWork, toy_vllm_config
 from tests.unit.test_scheduler import vllm_request
 from vllm_cfg_plugin.distributed import parallel_state
+from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepReport
 from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import merge_reports
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -51,8 +53,8 @@ class RecordingRunner(StepRunner):
         super().__init__(*args)
         self.trace: dict[int, list[torch.Tensor]] = defaultdict(list)
 
-    def _advance(self, state, index, predictions):
-        super()._advance(state, index, predictions)
+    def _advance(self, state, predictions):
+        super()._advance(state, predictions)
         self.trace[state.request.seed].append(state.latents.clone())
 
 
@@ -81,7 +83,7 @@ def _run_rank(model: Path, ranks: int, rank: int, port: int, scripts: Scripts, o
     pipeline = FaultyQwenImagePipeline.load(str(model), dtype=torch.float32, device=torch.device("cpu"))
     traces: Traces = {}
     for name, joins in scripts.items():
-        runner = RecordingRunner(pipeline, rank, ranks, all_gather_rows)
+        runner = RecordingRunner(pipeline, rank, ranks, all_gather_rows, InlineSideWork(rank))
         _drive(runner, ranks, joins)
         assert not runner.states, "every request must be forgotten after its last step, or when it failed"
         traces[name] = dict(runner.trace)
@@ -97,9 +99,13 @@ def _drive(runner: StepRunner, ranks: int, joins: list[tuple[int, DiffusionReque
             scheduler.add_request(vllm_request(f"request-{request.seed}", request))
         joins = [join for join in joins if join[0] > step]
         output = scheduler.schedule()
-        report, pixels = runner.run(output.plan)
-        # Only this rank's report: the images of the others would make no difference to the plans.
-        scheduler.update_from_output(output, merge_reports([(report, pixels)]))
-        for request in list(scheduler.batch.draining.values()):
-            scheduler.batch.finish(request)
+        plan = output.planned.plan
+        reports: list[StepReport] = [None] * ranks
+        dist.all_gather_object(reports, runner.run(plan))
+        result = merge_reports(reports, [])
+        assert all(not report.error for report in runner.side.take())
+        # What all ranks would report, so that every rank's scheduler makes the same plans.
+        result.side = [(SideReport(e.id, e.branch, e.rank, 0.0), None) for e in plan.encodes]
+        result.side += [(SideReport(d.id, DECODED, d.rank, 0.0), memoryview(b"")) for d in plan.decodes]
+        scheduler.update_from_output(output, result)
         step += 1

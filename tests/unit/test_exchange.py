@@ -2,16 +2,15 @@
 
 import torch
 
-from vllm_cfg_plugin.engine.plan import Forward
 from vllm_cfg_plugin.worker.exchange import ExchangeLayout, exchange_predictions
 
 SHAPES = [(4, 2), (3, 2), (5, 2)]
-FORWARDS = [Forward(10, 0, (0, 1)), Forward(11, 3, (1,)), Forward(12, 1, (0, 1))]
+OWNERS = [(0, 1), (1,), (0, 1)]
 
 
 def run(ranks, predictions, failed_by_rank):
     """Every rank's view, with the collective played by computing all rows first."""
-    layout = ExchangeLayout.of(FORWARDS, [tokens * channels for tokens, channels in SHAPES], ranks)
+    layout = ExchangeLayout.of(OWNERS, SHAPES, ranks)
     rows: list[torch.Tensor] = []
     views = []
     for gather in (lambda row: rows.append(row) or torch.zeros(ranks, len(row)), lambda row: torch.stack(rows)):
@@ -19,9 +18,8 @@ def run(ranks, predictions, failed_by_rank):
             exchange_predictions(
                 layout,
                 rank,
-                {slot: p for slot, p in predictions.items() if FORWARDS[slot[0]].owners[slot[1]] == rank},
+                {slot: p for slot, p in predictions.items() if OWNERS[slot[0]][slot[1]] == rank},
                 failed_by_rank[rank],
-                SHAPES,
                 torch.empty(0),
                 gather,
             )
@@ -31,15 +29,15 @@ def run(ranks, predictions, failed_by_rank):
 
 
 def make_predictions():
-    return {(i, b): torch.randn(1, *SHAPES[i]) for i, f in enumerate(FORWARDS) for b in range(len(f.owners))}
+    return {(i, b): torch.randn(1, *SHAPES[i]) for i, owners in enumerate(OWNERS) for b in range(len(owners))}
 
 
 def test_every_rank_sees_every_prediction():
     predictions = make_predictions()
     for gathered, failed in run(2, predictions, [[False] * 3] * 2):
         assert failed == [False] * 3
-        for index, forward in enumerate(FORWARDS):
-            assert len(gathered[index]) == len(forward.owners)
+        for index, owners in enumerate(OWNERS):
+            assert len(gathered[index]) == len(owners)
             for branch, prediction in enumerate(gathered[index]):
                 assert torch.equal(prediction, predictions[index, branch])
 

@@ -3,7 +3,7 @@
 import msgspec
 
 from vllm_cfg_plugin.engine import plan as wire
-from vllm_cfg_plugin.engine.plan import Admission, Decode, DecodedImage, Forward, StepPlan, StepReport
+from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, SideReport, StepPlan, StepReport
 from vllm_cfg_plugin.engine.step_result import merge_reports
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -23,8 +23,13 @@ def request(**changes):
 
 
 def test_a_plan_survives_the_wire():
-    plan = StepPlan(7, [3], [Admission(9, request())], [Forward(9, 0, (0, 1))], [Decode(2, 1)])
+    plan = StepPlan(7, [3], [Admission(9, request())], [Encode(9, 1, 0)], [Assign(8, (0, 1))], True, [Decode(2, 1)])
     assert wire.decode_plan(wire.encode(plan)) == plan
+
+
+def test_a_side_report_survives_the_wire():
+    report = SideReport(3, 1, 0, 12.5, "", 64, 32)
+    assert wire.decode_side_report(wire.encode(report)) == report
 
 
 def test_a_request_survives_vllms_pooling_parameters():
@@ -32,21 +37,21 @@ def test_a_request_survives_vllms_pooling_parameters():
     assert msgspec.convert(msgspec.to_builtins(original), DiffusionRequest) == original
 
 
-def test_a_plan_for_32_running_requests_is_under_2_kilobytes():
-    forwards = [Forward(1_000_000 + i, 150, (0, 1)) for i in range(32)]
-    decodes = [Decode(1_000_000 + i, i % 2) for i in range(32)]
-    assert len(wire.encode(StepPlan(10**6, list(range(10**6, 10**6 + 32)), [], forwards, decodes))) < 2048
+def test_the_plan_of_a_steady_batch_is_a_few_bytes_and_a_change_of_all_32_owners_below_a_kilobyte():
+    assert len(wire.encode(StepPlan(10**6, [], [], [], [], True, []))) < 16
+    assign = [Assign(10**6 + i, (1, 0)) for i in range(32)]
+    assert len(wire.encode(StepPlan(10**6, list(range(10**6, 10**6 + 32)), [], [], assign, True, []))) < 1024
 
 
 def test_an_empty_plan_says_so():
-    assert StepPlan(0, [], [], [], []).is_empty()
-    assert not StepPlan(0, [1], [], [], []).is_empty()
-    assert not StepPlan(0, [], [], [], [Decode(1, 0)]).is_empty()
+    assert StepPlan(0, [], [], [], [], False, []).is_empty()
+    assert not StepPlan(0, [], [], [], [], True, []).is_empty()
+    assert not StepPlan(0, [1], [], [], [], False, []).is_empty()
+    assert not StepPlan(0, [], [], [], [], False, [Decode(1, 0)]).is_empty()
 
 
-def test_reports_merge_into_the_slowest_encode_the_first_failure_and_all_images():
-    a = StepReport(1, 0, 10.0, 11.0, [(4, 3.0)], [(6, "here")], [DecodedImage(5, 1, 2, 0.5)])
-    b = StepReport(1, 1, 9.0, 12.0, [(4, 5.0)], [(6, "there")], [DecodedImage(8, 1, 1, 0.5)])
-    result = merge_reports([(a, [memoryview(b"abcdef")]), (b, [memoryview(b"xyz")])])
-    assert (result.began, result.denoised, result.encode_ms, result.failed) == (9.0, 12.0, {4: 5.0}, {6: "here"})
-    assert [(image.id, bytes(pixels)) for image, pixels in result.images] == [(5, b"abcdef"), (8, b"xyz")]
+def test_reports_merge_into_the_whole_span_and_the_first_failure():
+    a = StepReport(1, 0, 10.0, 11.0, [(6, "here")])
+    b = StepReport(1, 1, 9.0, 12.0, [(6, "there"), (8, "too")])
+    result = merge_reports([a, b], [])
+    assert (result.began, result.denoised, result.failed) == (9.0, 12.0, {6: "here", 8: "too"})

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from tests.toy_pipeline import ToyPipeline, toy_request
-from vllm_cfg_plugin.engine.plan import Admission, Decode, Forward, StepPlan
+from tests.toy_pipeline import InlineSideWork, ToyPipeline, toy_request
+from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, StepPlan
 from vllm_cfg_plugin.worker.runner import StepRunner
 from vllm_cfg_plugin.worker.state import EmbeddingCache
+
+
+def make_runner(pipeline, rank=0, ranks=1, all_gather=lambda row: row.unsqueeze(0)):
+    return StepRunner(pipeline, rank, ranks, all_gather, InlineSideWork(rank))
 
 
 @pytest.fixture
@@ -16,31 +20,48 @@ def pipeline():
 
 @pytest.fixture
 def runner(pipeline):
-    return StepRunner(pipeline, 0, 1, lambda row: row.unsqueeze(0))
+    return make_runner(pipeline)
 
 
-def run_to_the_end(runner, requests, step=0):
-    """All requests from their first step to their image; the last report."""
+def plan(step=0, retire=(), admit=(), encodes=(), assign=(), advance=True, decodes=()):
+    return StepPlan(step, list(retire), list(admit), list(encodes), list(assign), advance, list(decodes))
+
+
+def join(requests, owners=None):
+    """The first plan of requests that all start at once, on rank 0 if nothing else is said."""
+    owners = owners or [(0,) * len(request.prompts) for request in requests]
+    return plan(
+        admit=[Admission(id, request) for id, request in enumerate(requests)],
+        encodes=[Encode(id, branch, rank) for id, ranks in enumerate(owners) for branch, rank in enumerate(ranks)],
+        assign=[Assign(id, ranks) for id, ranks in enumerate(owners)],
+    )
+
+
+def run_to_the_end(runner, requests):
+    """All requests, of one number of steps, from their first step to their image; all failures of steps."""
     steps = requests[0].num_inference_steps
-    report = None
-    for index in range(steps):
-        last = index == steps - 1
-        plan = StepPlan(
-            step + index,
-            [],
-            [Admission(id, request) for id, request in enumerate(requests)] if index == 0 else [],
-            [Forward(id, index, (0,) * len(request.prompts)) for id, request in enumerate(requests)],
-            [Decode(id, 0) for id in range(len(requests))] if last else [],
-        )
-        report, _ = runner.run(plan)
-    return report
+    failed = runner.run(join(requests)).failed
+    for step in range(1, steps):
+        decodes = [Decode(id, 0) for id in range(len(requests))] if step == steps - 1 else []
+        failed += runner.run(plan(step, decodes=decodes)).failed
+    return failed
 
 
 def test_a_request_runs_from_noise_to_image_and_is_forgotten(runner):
-    report = run_to_the_end(runner, [toy_request()])
-    assert [image.id for image in report.images] == [0]
-    assert not report.failed
+    assert not run_to_the_end(runner, [toy_request()])
+    assert [(r.id, r.error) for r in runner.side.take() if r.branch == DECODED] == [(0, "")]
     assert not runner.states
+
+
+def test_a_plan_without_changes_takes_one_more_step_of_everybody_who_runs(runner):
+    runner.run(join([toy_request(steps=3), toy_request(steps=5)]))
+    assert [state.index for state in runner.states.values()] == [1, 1]
+    runner.run(plan(1))
+    runner.run(plan(2))
+    runner.run(plan(3))
+    assert [state.index for state in runner.states.values()] == [3, 4], "the first one ran three steps and no more"
+    runner.run(plan(4, advance=False))
+    assert [state.index for state in runner.states.values()] == [3, 4]
 
 
 def test_a_prompt_is_encoded_once_however_many_requests_bring_it(runner, pipeline):
@@ -48,15 +69,26 @@ def test_a_prompt_is_encoded_once_however_many_requests_bring_it(runner, pipelin
     assert sorted(pipeline.encoded) == ["", "a cat", "a dog"]
 
 
-def test_a_rank_encodes_only_its_own_branches(pipeline):
-    runner = StepRunner(pipeline, 1, 2, lambda row: torch.stack([row, row]))
-    runner.run(StepPlan(0, [], [Admission(0, toy_request("a cat", "blurry"))], [Forward(0, 0, (0, 1))], []))
+def test_a_rank_encodes_only_what_it_is_told_to(pipeline):
+    runner = make_runner(pipeline, 1, 2, lambda row: torch.stack([row, row]))
+    runner.run(join([toy_request("a cat", "blurry")], [(0, 1)]))
     assert pipeline.encoded == ["blurry"]
 
 
+def test_a_branch_that_changes_ranks_is_forwarded_by_the_new_one_alone(pipeline):
+    counts = []
+    pipeline.transformer.fail = lambda sequences: counts.append(len(sequences))
+    runner = make_runner(pipeline, 0, 2, lambda row: torch.stack([row, row]))
+    first = join([toy_request(steps=9)], [(0, 1)])
+    runner.run(first)
+    runner.run(plan(1, encodes=[Encode(0, 1, 0)], assign=[Assign(0, (0, 0))]))
+    runner.run(plan(2, assign=[Assign(0, (1, 1))]))
+    assert counts == [1, 2], "one branch, then both, then none"
+
+
 def test_a_retired_request_leaves_nothing_behind(runner):
-    runner.run(StepPlan(0, [], [Admission(0, toy_request())], [Forward(0, 0, (0, 0))], []))
-    runner.run(StepPlan(1, [0], [], [], []))
+    runner.run(join([toy_request()]))
+    runner.run(plan(1, retire=[0]))
     assert not runner.states
 
 
@@ -64,19 +96,18 @@ def latents_after_one_step(requests, fail=None):
     pipeline = ToyPipeline()
     if fail is not None:
         pipeline.transformer.fail = fail
-    runner = StepRunner(pipeline, 0, 1, lambda row: row.unsqueeze(0))
-    forwards = [Forward(id, 0, (0,) * len(request.prompts)) for id, request in enumerate(requests)]
-    report, _ = runner.run(StepPlan(0, [], [Admission(id, r) for id, r in enumerate(requests)], forwards, []))
+    runner = make_runner(pipeline)
+    report = runner.run(join(requests))
     return report, {id: state.latents for id, state in runner.states.items()}
 
 
-def test_a_failing_text_encoder_fails_its_request_alone():
+def test_a_failing_text_encoder_is_reported_beside_the_steps(runner):
     requests = [toy_request("a cat"), toy_request("unencodable"), toy_request("a dog")]
-    report, latents = latents_after_one_step(requests)
-    assert [id for id, _ in report.failed] == [1]
-    assert "no such words" in report.failed[0][1]
-    assert torch.equal(latents[0], latents_after_one_step([requests[0]])[1][0])
-    assert torch.equal(latents[2], latents_after_one_step([requests[2]])[1][0])
+    whole = join(requests)
+    runner.run(plan(admit=whole.admit, encodes=whole.encodes, advance=False))
+    errors = {report.id: report.error for report in runner.side.take() if report.error}
+    assert list(errors) == [1]
+    assert "no such words" in errors[1]
 
 
 def test_a_failing_sequence_is_found_and_fails_its_request_alone():
@@ -87,6 +118,7 @@ def test_a_failing_sequence_is_found_and_fails_its_request_alone():
     requests = [toy_request("a cat"), toy_request("bad", image_tokens=9), toy_request("a dog")]
     report, latents = latents_after_one_step(requests, fail)
     assert [id for id, _ in report.failed] == [1]
+    assert sorted(latents) == [0, 2], "what failed is dropped at the exchange that all ranks shared"
     assert torch.equal(latents[0], latents_after_one_step([requests[0]])[1][0])
     assert torch.equal(latents[2], latents_after_one_step([requests[2]])[1][0])
 
@@ -107,19 +139,22 @@ def test_a_batch_that_runs_out_of_memory_is_split_and_nobody_fails():
         assert torch.equal(latents[id], latents_after_one_step([request])[1][0])
 
 
-def test_a_failed_request_stays_failed_until_it_is_retired(runner):
-    runner.run(StepPlan(0, [], [Admission(0, toy_request("unencodable"))], [Forward(0, 0, (0, 0))], []))
-    report, _ = runner.run(StepPlan(1, [], [], [Forward(0, 1, (0, 0))], []))
+def test_noise_that_can_t_be_drawn_fails_its_request_alone_and_only_once(runner, pipeline):
+    draw = pipeline.draw_noise
+    pipeline.draw_noise = lambda request: draw(request) if request.seed else 1 / 0
+    report = runner.run(join([toy_request(seed=0), toy_request(seed=1)]))
     assert [id for id, _ in report.failed] == [0]
-    report, _ = runner.run(StepPlan(2, [0], [], [], []))
-    assert report.failed == []
+    assert list(runner.states) == [1]
+    report = runner.run(plan(1, assign=[Assign(0, (0, 0))], decodes=[Decode(0, 0)]))
+    assert report.failed == [], "plans that were made before the engine knew are carried out without it"
+    assert runner.run(plan(2, retire=[0])).failed == []
 
 
 def test_latents_that_are_not_finite_are_an_error_and_no_black_picture(runner, pipeline):
     pipeline.draw_noise = lambda request: torch.full((1, 4, 4), float("nan"))
-    report = run_to_the_end(runner, [toy_request()])
-    assert not report.images
-    assert "not finite" in report.failed[0][1]
+    run_to_the_end(runner, [toy_request()])
+    (report,) = [report for report in runner.side.take() if report.branch == DECODED]
+    assert "not finite" in report.error
 
 
 def test_overridden_hooks_act_in_the_engine():
@@ -130,9 +165,9 @@ def test_overridden_hooks_act_in_the_engine():
         def scheduler_step(self, noise_pred, t, latents):
             return super().scheduler_step(noise_pred, t, latents) + 1
 
-    runner = StepRunner(Loud(), 0, 1, lambda row: row.unsqueeze(0))
+    runner = make_runner(Loud())
     request = toy_request(negative=None)
-    runner.run(StepPlan(0, [], [Admission(0, request)], [Forward(0, 0, (0,))], []))
+    runner.run(join([request]))
     noise = ToyPipeline().draw_noise(request)
     expected = noise - 0.1 * (2 * (noise * 1 + float(len("a cat")))) + 1
     assert torch.allclose(runner.states[0].latents, expected)

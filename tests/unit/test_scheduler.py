@@ -9,7 +9,7 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
 from tests.toy_pipeline import toy_request, toy_vllm_config
-from vllm_cfg_plugin.engine.plan import DecodedImage
+from vllm_cfg_plugin.engine.plan import DECODED, SideReport
 from vllm_cfg_plugin.engine.result import unpack_result
 from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import StepResult
@@ -26,82 +26,140 @@ def make_scheduler(**config):
     return StepScheduler(toy_vllm_config(**config), log_stats=True)
 
 
+def perfect_ranks(output):
+    """What ranks that do everything at once report of a plan."""
+    plan = output.planned.plan
+    encoded = [(SideReport(e.id, e.branch, e.rank, 1.0), None) for e in plan.encodes]
+    decoded = [(SideReport(d.id, DECODED, d.rank, 1.0, "", 2, 2), memoryview(bytes(12))) for d in plan.decodes]
+    return StepResult(began=1.0, denoised=2.0, side=encoded + decoded)
+
+
 def finish(scheduler, output, **failed):
-    """What perfect ranks report of a plan (or failures by request id)."""
-    images = [(DecodedImage(d.id, 2, 2, 1.0), memoryview(bytes(12))) for d in output.plan.decodes]
-    result = StepResult(began=1.0, denoised=2.0, failed={int(id[1:]): why for id, why in failed.items()}, images=images)
+    """Report a plan done (or failures by request id); the outputs that come of it."""
+    result = perfect_ranks(output)
+    result.failed = {int(id[1:]): why for id, why in failed.items()}
     by_client = scheduler.update_from_output(output, result)
     return [out for message in by_client.values() for out in message.outputs]
 
 
-def test_a_request_is_planned_to_its_last_step_before_any_report_comes_back():
+def encoded(scheduler):
+    """Plan the next step and report its texts encoded, so that its requests run from the next one on."""
+    output = scheduler.schedule()
+    finish(scheduler, output)
+    return output
+
+
+def running_ids(output):
+    return [request.id for request in output.planned.running]
+
+
+def test_a_request_is_planned_to_its_last_step_before_any_report_of_a_step_comes_back():
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("a", toy_request(steps=3)))
+    first = encoded(scheduler).planned.plan
+    assert [a.request.prompts for a in first.admit] == [["a cat", ""]]
+    assert [(e.branch, e.rank) for e in first.encodes] == [(0, 0), (1, 1)]
+    assert not first.advance
     outputs = [scheduler.schedule() for _ in range(4)]
-    assert [[f.index for f in o.plan.forwards] for o in outputs] == [[0], [1], [2], []]
-    assert [a.request.prompts for a in outputs[0].plan.admit] == [["a cat", ""]]
-    assert [len(o.plan.decodes) for o in outputs] == [0, 0, 1, 0]
-    assert outputs[3].plan.is_empty()
-    assert outputs[3].total_num_scheduled_tokens == 0
+    plans = [output.planned.plan for output in outputs]
+    assert [plan.advance for plan in plans] == [True, True, True, False]
+    assert [[(a.id, a.owners) for a in plan.assign] for plan in plans] == [[(0, (0, 1))], [], [], []]
+    assert [len(plan.decodes) for plan in plans] == [0, 0, 1, 0]
+    assert outputs[3].awaits_side_work
     assert finish(scheduler, outputs[0]) == []
     (done,) = finish(scheduler, outputs[2])
     header, pixels = unpack_result(done.pooling_output)
     assert done.finish_reason == FinishReason.STOP
     assert pixels.shape == (2, 2, 3)
     assert header.metrics.guided
+    assert header.metrics.steps == 3
+    assert not scheduler.has_requests()
+    assert not scheduler.schedule().awaits_side_work
+
+
+def test_a_request_takes_no_step_before_all_its_texts_are_encoded():
+    scheduler = make_scheduler()
+    scheduler.add_request(vllm_request("a", toy_request()))
+    output = scheduler.schedule()
+    for report in perfect_ranks(output).side:
+        assert not scheduler.schedule().planned.plan.advance
+        scheduler.update_from_output(output, StepResult(side=[report]))
+    assert scheduler.schedule().planned.plan.advance
+
+
+def test_a_text_that_can_t_be_encoded_fails_its_request():
+    scheduler = make_scheduler()
+    scheduler.add_request(vllm_request("a", toy_request()))
+    output = scheduler.schedule()
+    report = SideReport(0, 0, 0, 0.0, "no such words")
+    (message,) = scheduler.update_from_output(output, StepResult(side=[(report, None)])).values()
+    assert unpack_result(message.outputs[0].pooling_output)[0].error == "no such words"
+    assert scheduler.schedule().planned.plan.retire == [0]
     assert not scheduler.has_requests()
 
 
 def test_requests_join_at_any_step_and_leave_after_their_own_last():
     scheduler = make_scheduler()
-    scheduler.add_request(vllm_request("a", toy_request(steps=3)))
+    scheduler.add_request(vllm_request("a", toy_request(steps=4)))
+    encoded(scheduler)
     scheduler.schedule()
     scheduler.add_request(vllm_request("b", toy_request(steps=1, negative=None)))
-    plan = scheduler.schedule().plan
-    assert [(f.id, f.index) for f in plan.forwards] == [(0, 1), (1, 0)]
-    assert [d.id for d in plan.decodes] == [1]
-    assert [f.id for f in scheduler.schedule().plan.forwards] == [0]
+    assert running_ids(encoded(scheduler)) == [0]
+    output = scheduler.schedule()
+    assert running_ids(output) == [0, 1]
+    assert [d.id for d in output.planned.plan.decodes] == [1]
+    assert running_ids(scheduler.schedule()) == [0]
+    assert running_ids(scheduler.schedule()) == []
 
 
 def test_max_num_seqs_limits_the_running_requests():
     scheduler = make_scheduler(max_num_seqs=2)
     for i in range(3):
         scheduler.add_request(vllm_request(str(i), toy_request()))
-    assert len(scheduler.schedule().plan.forwards) == 2
+    encoded(scheduler)
+    assert running_ids(scheduler.schedule()) == [0, 1]
     assert scheduler.get_request_counts() == (2, 1)
 
 
-def test_max_num_batched_tokens_limits_the_heaviest_rank_first_come_first_served():
+def test_max_num_batched_tokens_limits_the_heaviest_rank():
     scheduler = make_scheduler(max_num_batched_tokens=25)
     for i in range(4):
         scheduler.add_request(vllm_request(str(i), toy_request("12345", "12345", image_tokens=5, steps=2)))
-    assert [len(scheduler.schedule().plan.forwards) for _ in range(4)] == [2, 2, 2, 2]
+    encoded(scheduler)
+    assert [running_ids(scheduler.schedule()) for _ in range(2)] == [[0, 1], [0, 1]]
 
 
 def test_a_request_larger_than_the_token_budget_runs_alone_instead_of_never():
     scheduler = make_scheduler(max_num_batched_tokens=10)
     scheduler.add_request(vllm_request("huge", toy_request(image_tokens=5000, steps=1)))
     scheduler.add_request(vllm_request("small", toy_request(steps=1)))
-    assert [[f.id for f in scheduler.schedule().plan.forwards] for _ in range(2)] == [[0], [1]]
+    encoded(scheduler)
+    last = scheduler.schedule()
+    assert running_ids(last) == [0]
+    finish(scheduler, last)
+    encoded(scheduler)
+    assert running_ids(scheduler.schedule()) == [1]
 
 
-def test_the_rank_of_a_request_without_guidance_is_the_idle_one():
+def test_requests_without_guidance_are_spread_over_the_ranks():
     scheduler = make_scheduler()
     for i in range(4):
         scheduler.add_request(vllm_request(str(i), toy_request(negative=None)))
-    owners = [f.owners for f in scheduler.schedule().plan.forwards]
-    assert owners == [(0,), (1,), (0,), (1,)]
+    encoded(scheduler)
+    owners = [assign.owners[0] for assign in scheduler.schedule().planned.plan.assign]
+    assert sorted(owners) == [0, 0, 1, 1]
 
 
 def test_an_aborted_request_is_in_no_later_plan_and_every_rank_is_told():
     scheduler = make_scheduler()
     for name in "ab":
         scheduler.add_request(vllm_request(name, toy_request(steps=9)))
+    encoded(scheduler)
     scheduler.schedule()
     scheduler.finish_requests(["a"], RequestStatus.FINISHED_ABORTED)
-    plan = scheduler.schedule().plan
-    assert plan.retire == [0]
-    assert [f.id for f in plan.forwards] == [1]
+    output = scheduler.schedule()
+    assert output.planned.plan.retire == [0]
+    assert running_ids(output) == [1]
 
 
 def test_aborting_the_last_request_still_tells_the_ranks_and_the_gauges():
@@ -111,7 +169,7 @@ def test_aborting_the_last_request_still_tells_the_ranks_and_the_gauges():
     scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
     assert scheduler.has_requests()
     output = scheduler.schedule()
-    assert output.plan.retire == [0]
+    assert output.planned.plan.retire == [0]
     (message,) = scheduler.update_from_output(output, StepResult()).values()
     assert message.scheduler_stats.num_running_reqs == 0
     assert not scheduler.has_requests()
@@ -120,9 +178,11 @@ def test_aborting_the_last_request_still_tells_the_ranks_and_the_gauges():
 def test_an_image_that_comes_after_the_abort_is_dropped():
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("a", toy_request(steps=1)))
+    encoded(scheduler)
     output = scheduler.schedule()
     scheduler.finish_requests(["a"], RequestStatus.FINISHED_ABORTED)
     assert finish(scheduler, output) == []
+    assert not scheduler.schedule().awaits_side_work, "nobody waits for a decode that was cancelled"
 
 
 def test_aborting_all_answers_every_client_with_an_empty_tensor():
@@ -142,14 +202,15 @@ def test_a_failed_request_is_answered_with_its_message_and_retired():
     scheduler = make_scheduler()
     for name in "ab":
         scheduler.add_request(vllm_request(name, toy_request(steps=4)))
+    encoded(scheduler)
     first, second = scheduler.schedule(), scheduler.schedule()
     (failed,) = finish(scheduler, first, _0="no luck")
     assert failed.finish_reason == FinishReason.ERROR
     assert unpack_result(failed.pooling_output)[0].error == "no luck"
     assert finish(scheduler, second, _0="no luck") == []
-    plan = scheduler.schedule().plan
-    assert plan.retire == [0]
-    assert [f.id for f in plan.forwards] == [1]
+    output = scheduler.schedule()
+    assert output.planned.plan.retire == [0]
+    assert running_ids(output) == [1]
 
 
 def test_a_request_that_is_none_of_ours_is_answered_and_stops_nothing():
@@ -160,14 +221,17 @@ def test_a_request_that_is_none_of_ours_is_answered_and_stops_nothing():
     assert "not a diffusion request" in unpack_result(answer.pooling_output)[0].error
 
 
-@pytest.mark.parametrize(("state", "running", "joined"), [(PauseState.PAUSED_NEW, 1, 0), (PauseState.PAUSED_ALL, 0, 0)])
-def test_pausing_admits_nobody_and_steps_whom_it_should(state, running, joined):
+@pytest.mark.parametrize(("state", "running"), [(PauseState.PAUSED_NEW, [0]), (PauseState.PAUSED_ALL, [])])
+def test_pausing_admits_nobody_and_steps_whom_it_should(state, running):
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("a", toy_request(steps=9)))
+    encoded(scheduler)
     scheduler.schedule()
     scheduler.set_pause_state(state)
     scheduler.add_request(vllm_request("b", toy_request()))
-    plan = scheduler.schedule().plan
-    assert (len(plan.forwards), len(plan.admit)) == (running, joined)
+    output = scheduler.schedule()
+    assert running_ids(output) == running
+    assert not output.planned.plan.admit
     scheduler.set_pause_state(PauseState.UNPAUSED)
-    assert [f.id for f in scheduler.schedule().plan.forwards] == [0, 1]
+    assert running_ids(encoded(scheduler)) == [0]
+    assert running_ids(scheduler.schedule()) == [0, 1]

@@ -1,21 +1,40 @@
-"""Continuous batching of denoising steps: who waits, runs and drains, and the next step's plan. Must not import vLLM.
+"""Continuous batching of denoising steps: a request's way through the engine, and each step's plan. Pure.
 
-A request joins at any engine step and leaves after its last; admission is first come first served under a number of
-requests and a number of tokens per rank and step. Steps are known ahead: a plan is made before the last one's report.
+A request joins at any engine step and leaves after its last. Steps are known ahead: a plan is made before the last
+one's report is in, and while nothing changes making it costs the same for any number of requests. The clock is an
+argument, so that `benchmarks/simulate.py` runs this very code in virtual time. Must not import vLLM or torch.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import count
 
-from vllm_cfg_plugin.engine import planner
-from vllm_cfg_plugin.engine.plan import Admission, Decode, Forward, StepPlan
-from vllm_cfg_plugin.engine.planner import BranchLoad
+from vllm_cfg_plugin.engine.admission import WaitingLine
+from vllm_cfg_plugin.engine.cost import CostModel
+from vllm_cfg_plugin.engine.placement import Placement
+from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, SideReport, StepPlan
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.params import DiffusionRequest
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A plan and who is in it.
+
+    Attributes:
+        tick: number of the denoising step that all running requests take, if the plan advances.
+        admitted: requests that join.
+        running: requests that take a step; the same object as long as they are the same.
+    """
+
+    plan: StepPlan
+    tick: int
+    admitted: list[ScheduledRequest]
+    running: tuple[ScheduledRequest, ...]
 
 
 class StepBatch:
@@ -25,26 +44,50 @@ class StepBatch:
         ranks: cfg ranks that share the work.
         max_requests: most requests in one step.
         max_tokens: most image and text tokens that one rank forwards in one step.
+        cost: predicts what work costs.
+        clock: seconds.
     """
 
-    def __init__(self, ranks: int, max_requests: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        max_requests: int,
+        max_tokens: int,
+        cost: CostModel,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._ranks = ranks
         self._max_requests = max_requests
         self._max_tokens = max_tokens
+        self._cost = cost
+        self._clock = clock
         self._ids = count()
-        self._steps = count()
+        self._plans = count()
+        self._tick = 0  # denoising steps planned so far
+        self._placement = Placement(ranks)
         self._by_name: dict[str, ScheduledRequest] = {}
-        self.waiting: deque[ScheduledRequest] = deque()
+        self._known: dict[int, ScheduledRequest] = {}  # what the ranks know: preparing, running and draining
+        self.waiting = WaitingLine()
+        self.preparing: dict[int, ScheduledRequest] = {}
         self.running: dict[int, ScheduledRequest] = {}
         self.draining: dict[int, ScheduledRequest] = {}
+        self._lineup: tuple[ScheduledRequest, ...] | None = ()  # None: `running` or who holds what has changed
+        self._next_end = 0  # tick of the next last step of a running request
+        self._may_admit = False  # something changed since nobody more could join
         self.retired: list[int] = []  # ids that the ranks must be told to forget
-        self._decodes = [0] * ranks
+
+    # ---- requests come and go ----
 
     def add(self, request_id: str, client_index: int, spec: DiffusionRequest) -> ScheduledRequest:
-        request = ScheduledRequest(request_id, client_index, next(self._ids), spec)
+        request = ScheduledRequest(request_id, client_index, next(self._ids), spec, self._cost, self._clock())
         self.waiting.append(request)
         self._by_name[request_id] = request
+        self._may_admit = True
         return request
+
+    def __len__(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._by_name)
 
     def named(self, request_id: str) -> ScheduledRequest | None:
         return self._by_name.get(request_id)
@@ -52,90 +95,148 @@ class StepBatch:
     def all_requests(self) -> list[ScheduledRequest]:
         return list(self._by_name.values())
 
-    def active(self, id: int) -> ScheduledRequest | None:
+    def known(self, id: int) -> ScheduledRequest | None:
         """The request if the ranks know it and nobody has taken it out."""
-        return self.running.get(id) or self.draining.get(id)
+        return self._known.get(id)
 
     def take_out(self, request: ScheduledRequest) -> None:
         """Drop a request that failed or was aborted, wherever it is; the next plan tells the ranks."""
+        if request.id in self._known:
+            self.retired.append(request.id)
         self.finish(request)
-        self.retired.append(request.id)
 
     def finish(self, request: ScheduledRequest) -> None:
         """Drop a request whose image is here: the ranks forgot it when they decoded it."""
         del self._by_name[request.request_id]
-        if self.running.pop(request.id, None) is None and self.draining.pop(request.id, None) is None:
+        if self._known.pop(request.id, None) is None:
             self.waiting.remove(request)
+        if self.running.pop(request.id, None) is not None:
+            self._lineup = None
+        self.preparing.pop(request.id, None)
+        self.draining.pop(request.id, None)
+        self._placement.forget(request)
+        self._may_admit = True
 
-    def next_plan(self, admit: bool = True, step: bool = True) -> tuple[StepPlan, list[ScheduledRequest]]:
-        """The next step's plan and the requests that join with it; empty when everything is planned already.
+    # ---- plans ----
+
+    @property
+    def awaits_side_work(self) -> bool:
+        """Whether ranks are encoding or decoding."""
+        return self._placement.has_side_work
+
+    def next_plan(self, admit: bool = True, step: bool = True) -> PlannedStep:
+        """The next step's plan; empty when there is nothing to tell the ranks.
 
         Args:
             admit, step: whether requests may join, and whether running ones go on (False while paused).
         """
         admitted = self._admit() if admit and step else []
-        active = list(self.running.values()) if step else []
-        self._rebalance()
-        loads = planner.rank_loads((request.load for request in active), self._ranks)
+        encodes = [encode for request in admitted for encode in self._placement.first_encodes(request)]
+        assign = self._line_up(encodes) if step else []
+        running = self._lineup or ()
+        advance = step and bool(running)
         plan = StepPlan(
-            step=next(self._steps),
+            step=next(self._plans),
             retire=self.retired,
             admit=[Admission(request.id, request.spec) for request in admitted],
-            forwards=[self._plan_forward(request) for request in active],
-            decodes=self._plan_decodes(loads),
+            encodes=encodes,
+            assign=assign,
+            advance=advance,
+            decodes=self._finish_steps(running) if advance else [],
         )
         self.retired = []
-        return plan, admitted
+        planned = PlannedStep(plan, self._tick, admitted, running if advance else ())
+        self._tick += advance
+        return planned
 
-    def note_progress(self, plan: StepPlan, result: StepResult) -> list[ScheduledRequest]:
-        """Note what a plan's reports say of its requests' steps; returns the requests that got on."""
-        progressed = []
-        for forward in plan.forwards:
-            request = self.active(forward.id)
-            if request is None or forward.id in result.failed:
-                continue
-            request.began = request.began or result.began
-            request.denoised = result.denoised
-            request.encode_ms += result.encode_ms.get(forward.id, 0.0)
-            request.done_steps = forward.index + 1
-            progressed.append(request)
-        return progressed
+    def note_result(self, planned: PlannedStep, result: StepResult) -> None:
+        """Note what the reports of a plan say of its requests' steps."""
+        for request in planned.running:
+            if request.id not in result.failed:
+                request.done_steps = planned.tick - request.first_tick + 1
+                request.began = request.began or result.began
+                request.denoised = result.denoised
+
+    def note_side_report(self, report: SideReport) -> ScheduledRequest | None:
+        """Note that an encode or decode is done; returns its request if it is still here."""
+        self._placement.note_done(report)
+        request = self._known.get(report.id)
+        if request is None or report.error or report.branch == DECODED:
+            return request
+        request.encode_ms = max(request.encode_ms, report.milliseconds)
+        self._placement.note_encoded(report, request)
+        if request.id in self.running:
+            self._lineup = None
+        return request
 
     def _admit(self) -> list[ScheduledRequest]:
-        """Requests that join now, in order of arrival; one too large for the token budget runs alone."""
-        admitted = []
-        while self.waiting and len(self.running) < self._max_requests:
-            request = self.waiting[0]
-            loads = planner.rank_loads((r.load for r in self.running.values()), self._ranks)
-            owners = planner.assign_owners(request.branch_tokens, loads)
-            joined = planner.rank_loads(
-                [*(r.load for r in self.running.values()), BranchLoad(request.id, request.branch_tokens, owners)],
-                self._ranks,
-            )
-            if self.running and max(joined) > self._max_tokens:
-                break
-            request.owners, request.admitted = owners, time.monotonic()
-            self.running[request.id] = self.waiting.popleft()
-            admitted.append(request)
+        """Requests that join now; one too large for the token budget runs alone."""
+        if not self._may_admit or not self.waiting:
+            return []
+        members = [*self.preparing.values(), *self.running.values()]
+        loads = _loads(members, self._ranks, lambda request: request.costs)
+        tokens = _loads(members, self._ranks, lambda request: request.branch_tokens)
+
+        def fits(request: ScheduledRequest) -> bool:
+            if len(self._known) >= self._max_requests:
+                return False
+            owners = self._placement.owners_of_newcomer(request, loads)
+            joined = list(tokens)
+            for owner, more in zip(owners, request.branch_tokens, strict=True):
+                joined[owner] += more
+            if any(tokens) and max(joined) > self._max_tokens:
+                return False
+            request.owners, tokens[:] = owners, joined
+            for owner, cost in zip(owners, request.costs, strict=True):
+                loads[owner] += cost
+            self._start_preparing(request)
+            return True
+
+        admitted = list(self.waiting.take(fits))
+        self._may_admit = False
         return admitted
 
-    def _rebalance(self) -> None:
-        for id, owners in planner.rebalance([r.load for r in self.running.values()], self._ranks).items():
-            self.running[id].owners = owners
+    def _start_preparing(self, request: ScheduledRequest) -> None:
+        request.admitted = self._clock()
+        request.asked = [set() for _ in request.owners]
+        request.holders = [set() for _ in request.owners]
+        self._known[request.id] = self.preparing[request.id] = request
 
-    def _plan_forward(self, request: ScheduledRequest) -> Forward:
-        forward = Forward(request.id, request.planned_steps, request.owners)
-        request.planned_steps += 1
-        return forward
+    def _line_up(self, encodes: list[Encode]) -> list[Assign]:
+        """Let the requests whose texts are encoded join the steps, and level who forwards what if anything changed."""
+        started = [request for request in self.preparing.values() if request.is_ready]
+        for request in started:
+            request.first_tick = self._tick
+            self.running[request.id] = self.preparing.pop(request.id)
+        if not started and self._lineup is not None:
+            return []
+        self._lineup = tuple(self.running.values())
+        self._next_end = min((request.last_tick for request in self._lineup), default=0)
+        assign, moves = self._placement.level(self._lineup, self._tick)
+        encodes += moves
+        for change in assign:
+            self.running[change.id].owners = change.owners
+        moved = {change.id for change in assign}
+        return assign + [Assign(request.id, request.owners) for request in started if request.id not in moved]
 
-    def _plan_decodes(self, loads: list[int]) -> list[Decode]:
-        """Decodes of the requests whose last step this plan holds; each counts as its image's tokens of work."""
-        decodes = []
-        loads = list(loads)
-        for request in [r for r in self.running.values() if r.fully_planned]:
-            rank = planner.choose_decode_rank(loads, self._decodes)
-            loads[rank] += request.spec.image_tokens
-            self._decodes[rank] += 1
-            decodes.append(Decode(request.id, rank))
+    def _finish_steps(self, running: tuple[ScheduledRequest, ...]) -> list[Decode]:
+        """Decodes of the requests whose last step this is."""
+        if self._tick < self._next_end:
+            return []
+        finished = [request for request in running if request.last_tick == self._tick]
+        loads = _loads(running, self._ranks, lambda request: request.costs)
+        for request in finished:
             self.draining[request.id] = self.running.pop(request.id)
-        return decodes
+        self._lineup = None
+        return [self._placement.decode(request, loads) for request in finished]
+
+
+def _loads(
+    requests: Iterable[ScheduledRequest], ranks: int, sizes: Callable[[ScheduledRequest], tuple[int, ...]]
+) -> list[int]:
+    """Each rank's sum of its branches' sizes."""
+    loads = [0] * ranks
+    for request in requests:
+        for owner, size in zip(request.owners, sizes(request), strict=True):
+            loads[owner] += size
+    return loads

@@ -7,6 +7,7 @@ import multiprocessing
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any
@@ -18,11 +19,14 @@ from vllm.v1.executor.abstract import Executor, FailureCallback
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.engine import plan as wire
+from vllm_cfg_plugin.engine.plan import StepReport
 from vllm_cfg_plugin.engine.rank_pool import Frames, RankPool
-from vllm_cfg_plugin.engine.step_result import StepResult, merge_reports
+from vllm_cfg_plugin.engine.step_result import SideResult, StepResult, merge_reports
 from vllm_cfg_plugin.pipelines.registry import family_of
 from vllm_cfg_plugin.worker import channel
 from vllm_cfg_plugin.worker.lifeline import die_with_parent
+
+_SIDE_WAIT_SECONDS = 0.002
 
 
 class CfgExecutor(Executor):
@@ -48,13 +52,20 @@ class CfgExecutor(Executor):
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         """Send the plan to every rank; the future's result is the merged `StepResult`."""
-        plan = getattr(scheduler_output, "plan", None)
-        if plan is None or plan.is_empty():
-            future: Future[Any] = Future()
-            future.set_result(StepResult())
+        planned = getattr(scheduler_output, "planned", None)
+        future: Future[Any]
+        if planned is not None and not planned.plan.is_empty():
+            payload = wire.encode(planned.plan)
+            future = self._pool.send_to_all(channel.PLAN, planned.plan.step, payload, self._merge_reports)
+        elif getattr(scheduler_output, "awaits_side_work", False):
+            future = SideAnswer(self._pool)
         else:
-            future = self._pool.send_to_all(channel.PLAN, plan.step, wire.encode(plan), merge_reports)
+            future = Future()
+            future.set_result(StepResult())
         return future if non_block else future.result()
+
+    def _merge_reports(self, reports: list[StepReport]) -> StepResult:
+        return merge_reports(reports, take_side_results(self._pool))
 
     def collective_rpc(
         self,
@@ -124,12 +135,35 @@ def _call_if_alive(method: weakref.WeakMethod[Callable[[], None]]) -> None:
         alive()
 
 
+class SideAnswer(Future[StepResult]):
+    """The next side reports; empty after a moment, because a new request must not wait for a long decode to end."""
+
+    def __init__(self, pool: RankPool) -> None:
+        super().__init__()
+        self._pool = pool
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        # While an answer to a plan is due, the engine waits for that one, and side reports come with it.
+        if not self._pool.side_messages and not self._pool.has_pending:
+            with suppress(TimeoutError):
+                self._pool.pump(_SIDE_WAIT_SECONDS)
+        return StepResult(side=take_side_results(self._pool))
+
+
+def take_side_results(pool: RankPool) -> list[SideResult]:
+    """Take the side reports that have arrived; pixels stay in ZMQ's buffers."""
+    messages, pool.side_messages = pool.side_messages, []
+    return [
+        (wire.decode_side_report(payload), memoryview(pixels[0]) if pixels else None) for payload, *pixels in messages
+    ]
+
+
 def _read_answer(kind: bytes, frames: Frames) -> tuple[tuple[bytes, int], Any]:
     """Which message a rank's frames answer, and with what."""
-    payload, *pixels = frames
+    (payload,) = frames
     if kind == channel.REPORT:
         report = wire.decode_report(payload)
-        return (channel.PLAN, report.step), (report, pixels)
+        return (channel.PLAN, report.step), report
     number, ok, value = cloudpickle.loads(payload)
     return (channel.CALL, number), (ok, value)
 

@@ -1,7 +1,8 @@
-"""The messages between the engine and its ranks: one step plan out, one step report per rank back.
+"""The messages between the engine and its ranks: step plans out, step reports and side reports back.
 
-Ids and integers only: a prompt travels once, in the plan that admits its request; tensors never travel towards a rank,
-    and decoded pixels follow a report as raw frames. Must not import torch or vLLM.
+A plan says what changes; a request that runs takes its next step with every plan that advances, so the plan of a
+steady batch is a few bytes. Ids and integers only: a prompt travels once, in the plan that admits its request; tensors
+never travel towards a rank, and decoded pixels follow their report as a raw frame. Must not import torch or vLLM.
 """
 
 from __future__ import annotations
@@ -18,44 +19,45 @@ class Admission(msgspec.Struct, array_like=True, frozen=True):
     request: DiffusionRequest
 
 
-class Forward(msgspec.Struct, array_like=True, frozen=True):
-    """Denoising step `index` of request `id`; cfg rank `owners[b]` computes branch b and encodes its prompt."""
+class Encode(msgspec.Struct, array_like=True, frozen=True):
+    """Cfg rank `rank` encodes the text of a branch, beside the steps, and says so in a side report."""
 
     id: int
-    index: int
+    branch: int
+    rank: int
+
+
+class Assign(msgspec.Struct, array_like=True, frozen=True):
+    """From this plan on cfg rank `owners[b]` forwards branch b; a request runs from its first assignment on."""
+
+    id: int
     owners: tuple[int, ...]
 
 
 class Decode(msgspec.Struct, array_like=True, frozen=True):
-    """After its last step, cfg rank `rank` turns the latents of request `id` into pixels and all ranks forget it."""
+    """After its last step, in this plan, all ranks forget request `id`; `rank` decodes it beside the steps."""
 
     id: int
     rank: int
 
 
 class StepPlan(msgspec.Struct, array_like=True, frozen=True):
-    """All work of one engine step, the same message for every rank; carried out in the order of the fields.
+    """All changes of one engine step, the same message for every rank; carried out in the order of the fields.
 
-    Forwards and decodes name only requests that were admitted and neither retired nor decoded: the ranks rely on it.
+    Attributes:
+        advance: every running request takes one denoising step, and one that has taken its last runs no more.
     """
 
     step: int
     retire: list[int]
     admit: list[Admission]
-    forwards: list[Forward]
+    encodes: list[Encode]
+    assign: list[Assign]
+    advance: bool
     decodes: list[Decode]
 
     def is_empty(self) -> bool:
-        return not (self.retire or self.admit or self.forwards or self.decodes)
-
-
-class DecodedImage(msgspec.Struct, array_like=True, frozen=True):
-    """One decoded image; its pixels are the report's frame of the same position: uint8 [height, width, 3]."""
-
-    id: int
-    height: int
-    width: int
-    decode_ms: float
+        return not (self.advance or self.retire or self.admit or self.encodes or self.assign or self.decodes)
 
 
 class StepReport(msgspec.Struct, array_like=True, frozen=True):
@@ -64,7 +66,6 @@ class StepReport(msgspec.Struct, array_like=True, frozen=True):
     Attributes:
         began, denoised: this rank's `time.monotonic()` at the start of the step and after its last noise-scheduler
             step.
-        encoded: (request id, milliseconds) of the texts encoded.
         failed: (request id, message) of requests that can't go on.
     """
 
@@ -72,11 +73,30 @@ class StepReport(msgspec.Struct, array_like=True, frozen=True):
     rank: int
     began: float
     denoised: float
-    encoded: list[tuple[int, float]]
     failed: list[tuple[int, str]]
-    images: list[DecodedImage]
 
+
+class SideReport(msgspec.Struct, array_like=True, frozen=True):
+    """One encode or decode is done; sent when it is, whatever the steps do.
+
+    Attributes:
+        branch: the branch that was encoded; DECODED for a decode.
+        error: why it could not be done; '' if it was.
+        height, width: of a decoded image, whose pixels follow as one frame: uint8 [height, width, 3].
+    """
+
+    id: int
+    branch: int
+    rank: int
+    milliseconds: float
+    error: str = ""
+    height: int = 0
+    width: int = 0
+
+
+DECODED = -1
 
 encode = msgspec.msgpack.Encoder().encode
 decode_plan = msgspec.msgpack.Decoder(StepPlan).decode
 decode_report = msgspec.msgpack.Decoder(StepReport).decode
+decode_side_report = msgspec.msgpack.Decoder(SideReport).decode

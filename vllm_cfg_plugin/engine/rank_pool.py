@@ -33,7 +33,7 @@ logger = get_logger(__name__)
 _SHUTDOWN_SECONDS = 5.0
 
 Frames = list[memoryview | bytes]
-# (kind, number) of the message that was answered, and one rank's answer; None for a message that answers nothing.
+# (kind, number) of the message that was answered, and one rank's answer.
 ReadAnswer = Callable[[bytes, Frames], tuple[tuple[bytes, int], Any]]
 
 
@@ -44,6 +44,9 @@ class RankPool:
         context: multiprocessing context that makes the processes.
         read_answer: what a rank's message answers.
 
+    Attributes:
+        side_messages: the frames of messages that answer nothing, for the owner to take.
+
     Raises:
         ConfigurationError: a rank could not start; says why.
     """
@@ -51,6 +54,7 @@ class RankPool:
     def __init__(self, vllm_config: VllmConfig, ranks: int, context: Any, read_answer: ReadAnswer) -> None:
         self._read_answer = read_answer
         self._pending: dict[tuple[bytes, int], PendingAnswer] = {}
+        self.side_messages: list[Frames] = []
         self._closing = threading.Event()
         self._processes: list[BaseProcess] = []
         # Also when the engine ends without calling close().
@@ -69,6 +73,11 @@ class RankPool:
 
     def __len__(self) -> int:
         return len(self._processes)
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether the ranks still owe an answer."""
+        return bool(self._pending)
 
     def _start(self, vllm_config: VllmConfig, ranks: int, context: Any) -> None:
         address = f"ipc://@vllm-cfg-{os.getpid()}-{uuid.uuid4().hex}"  # abstract: leaves no file behind
@@ -108,6 +117,9 @@ class RankPool:
     def pump(self, timeout: float | None) -> None:
         """Receive one message and hand it to the answer that waits for it; see `_receive` for the errors."""
         rank, (kind, *frames) = self._receive(timeout)
+        if kind == channel.SIDE:
+            self.side_messages.append(frames)
+            return
         key, answer = self._read_answer(bytes(kind), frames)
         if self._pending[key].add(rank, answer):
             del self._pending[key]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from vllm_cfg_plugin.engine.planner import BranchLoad
+from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.result import RequestMetrics
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -14,48 +14,62 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreEvent
 
 
-@dataclass
+@dataclass(eq=False)
 class ScheduledRequest:
-    """Life: waiting -> running (steps are being planned) -> draining (all planned, image not back yet).
+    """Life: waiting -> preparing (texts are being encoded) -> running (steps) -> draining (its image is not back yet).
 
     Attributes:
         request_id, client_index: vLLM's names for the request and for who asked.
         id: our integer name for it, used in plans.
-        owners: cfg rank of each branch; empty while it waits.
-        planned_steps, done_steps: denoising steps in plans sent, and in reports received.
+        costs: predicted microseconds of each branch's forward.
+        arrived, admitted, began, denoised: seconds of the engine's clock.
+        encode_ms: of the text that took longest.
+        overtaken: requests that came later and were admitted earlier.
+        owners: cfg rank that forwards each branch; while it prepares, that will.
+        asked, holders: for each branch the ranks that were told to encode its text, and those that have.
+        first_tick, done_steps: the engine's count of steps at its first step; its steps in reports received.
     """
 
     request_id: str
     client_index: int
     id: int
     spec: DiffusionRequest
+    cost: CostModel
+    arrived: float
     events: list[EngineCoreEvent] = field(default_factory=list)
-    arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
     began: float = 0.0
     denoised: float = 0.0
     encode_ms: float = 0.0
+    overtaken: int = 0
     owners: tuple[int, ...] = ()
-    planned_steps: int = 0
+    asked: list[set[int]] = field(default_factory=list)
+    holders: list[set[int]] = field(default_factory=list)
+    first_tick: int = 0
     done_steps: int = 0
 
-    @property
+    @cached_property
     def branch_tokens(self) -> tuple[int, ...]:
         return tuple(self.spec.image_tokens + text for text in self.spec.text_tokens)
 
-    @property
-    def load(self) -> BranchLoad:
-        return BranchLoad(self.id, self.branch_tokens, self.owners)
+    @cached_property
+    def costs(self) -> tuple[int, ...]:
+        return tuple(self.cost.forward(tokens) for tokens in self.branch_tokens)
 
     @property
-    def fully_planned(self) -> bool:
-        return self.planned_steps == self.spec.num_inference_steps
+    def last_tick(self) -> int:
+        return self.first_tick + self.spec.num_inference_steps - 1
 
-    def metrics(self, decode_ms: float = 0.0) -> RequestMetrics:
+    @property
+    def is_ready(self) -> bool:
+        """Whether some rank holds the text of each branch."""
+        return all(self.holders)
+
+    def metrics(self, now: float, decode_ms: float = 0.0) -> RequestMetrics:
         return RequestMetrics(
-            queue_ms=1e3 * ((self.admitted or time.monotonic()) - self.arrived),
+            queue_ms=1e3 * ((self.admitted or now) - self.arrived),
             encode_ms=self.encode_ms,
-            denoise_ms=max(0.0, 1e3 * (self.denoised - self.began) - self.encode_ms),
+            denoise_ms=max(0.0, 1e3 * (self.denoised - self.began)),
             decode_ms=decode_ms,
             steps=self.done_steps,
             seed=self.spec.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_cfg_plugin.config import EngineSettings
-from vllm_cfg_plugin.engine.batching import StepBatch
-from vllm_cfg_plugin.engine.plan import DecodedImage, StepPlan
+from vllm_cfg_plugin.engine.batching import PlannedStep, StepBatch
+from vllm_cfg_plugin.engine.cost import UNCALIBRATED
+from vllm_cfg_plugin.engine.plan import DECODED, SideReport
 from vllm_cfg_plugin.engine.progress import ProgressPublisher
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 from vllm_cfg_plugin.engine.result import RequestMetrics, ResultHeader, pack_result
-from vllm_cfg_plugin.engine.step_result import StepResult
+from vllm_cfg_plugin.engine.step_result import SideResult, StepResult
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -34,9 +36,15 @@ ClientOutput = tuple[int, EngineCoreOutput]  # client_index, output
 
 @dataclasses.dataclass
 class StepSchedulerOutput(SchedulerOutput):
-    """vLLM's scheduler output with our plan riding along; it never leaves the engine's process."""
+    """vLLM's scheduler output with our plan riding along; it never leaves the engine's process.
 
-    plan: StepPlan | None = None
+    Attributes:
+        planned: the plan for the ranks, which may be empty.
+        awaits_side_work: there is nothing to tell the ranks, but an encode or decode to wait for.
+    """
+
+    planned: PlannedStep | None = None
+    awaits_side_work: bool = False
 
 
 class StepScheduler(SchedulerInterface):
@@ -59,7 +67,8 @@ class StepScheduler(SchedulerInterface):
     ) -> None:
         settings = EngineSettings.from_vllm_config(vllm_config)
         limits = vllm_config.scheduler_config
-        self.batch = StepBatch(settings.cfg_parallel_size, limits.max_num_seqs, limits.max_num_batched_tokens)
+        cost = UNCALIBRATED
+        self.batch = StepBatch(settings.cfg_parallel_size, limits.max_num_seqs, limits.max_num_batched_tokens, cost)
         self._include_finished_set = include_finished_set
         self._log_stats = log_stats
         self._progress = ProgressPublisher(settings.progress_address) if settings.progress_address else None
@@ -103,56 +112,62 @@ class StepScheduler(SchedulerInterface):
 
     def schedule(self, throttle_prefills: bool = False) -> StepSchedulerOutput:
         """The next step's plan; empty when everything is planned already or the engine is paused."""
-        plan, admitted = self.batch.next_plan(
+        planned = self.batch.next_plan(
             admit=self._pause == PauseState.UNPAUSED, step=self._pause != PauseState.PAUSED_ALL
         )
         if self._log_stats:
-            for request in admitted:
+            for request in planned.admitted:
                 request.events.append(EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, request.admitted))
-        return _with_plan(plan, self.batch)
+        return _with_plan(planned, planned.plan.is_empty() and self.batch.awaits_side_work)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> dict[int, EngineCoreOutputs]:
         """Turn the ranks' merged reports of one step into outputs per client."""
         outputs, self._ready = self._ready, []
-        plan = scheduler_output.plan if isinstance(scheduler_output, StepSchedulerOutput) else None
-        if plan is not None and isinstance(model_runner_output, StepResult):
-            for request in self.batch.note_progress(plan, model_runner_output):
-                self._publish_progress(request)
-            outputs += self._finished(model_runner_output.images)
-            outputs += self._failed(model_runner_output.failed)
+        planned = scheduler_output.planned if isinstance(scheduler_output, StepSchedulerOutput) else None
+        if planned is not None and isinstance(model_runner_output, StepResult):
+            self.batch.note_result(planned, model_runner_output)
+            self._publish_progress(planned.running)
+            for id, message in model_runner_output.failed.items():
+                outputs += self._failed(self.batch.known(id), message)
+            for side in model_runner_output.side:
+                outputs += self._side_work_done(side)
         return self._to_clients(outputs)
 
-    def _publish_progress(self, request: ScheduledRequest) -> None:
-        if self._progress is not None and request.spec.progress_key:
-            self._progress.publish(request.spec.progress_key, request.done_steps, request.spec.num_inference_steps)
+    def _publish_progress(self, running: Iterable[ScheduledRequest]) -> None:
+        if self._progress is not None:
+            for request in running:
+                if request.spec.progress_key:
+                    steps = request.spec.num_inference_steps
+                    self._progress.publish(request.spec.progress_key, request.done_steps, steps)
 
-    def _finished(self, images: list[tuple[DecodedImage, memoryview]]) -> list[ClientOutput]:
-        outputs = []
-        for image, pixels in images:
-            request = self.batch.active(image.id)
-            if request is None:  # aborted meanwhile
-                continue
-            self.batch.finish(request)
-            header = ResultHeader(metrics=request.metrics(image.decode_ms), height=image.height, width=image.width)
-            output = _output(request.request_id, FinishReason.STOP, header, pixels, request.events)
-            outputs.append((request.client_index, output))
-        return outputs
+    def _side_work_done(self, side: SideResult) -> list[ClientOutput]:
+        """The image or the failure that a side report may bring."""
+        report, pixels = side
+        request = self.batch.note_side_report(report)
+        if report.error:
+            return self._failed(request, report.error)
+        if report.branch != DECODED or request is None or pixels is None:  # None: aborted meanwhile
+            return []
+        return self._finished(request, report, pixels)
 
-    def _failed(self, failures: dict[int, str]) -> list[ClientOutput]:
-        """Retire failed requests on every rank; the plan already queued may still name them, and the ranks skip it."""
-        outputs = []
-        for id, message in failures.items():
-            request = self.batch.active(id)
-            if request is None:  # reported before, or aborted meanwhile
-                continue
-            self.batch.take_out(request)
-            logger.warning("Request %s failed and left the batch: %s", request.request_id, message)
-            header = ResultHeader(metrics=request.metrics(), error=message)
-            output = _output(request.request_id, FinishReason.ERROR, header, events=request.events)
-            outputs.append((request.client_index, output))
-        return outputs
+    def _finished(self, request: ScheduledRequest, report: SideReport, pixels: memoryview) -> list[ClientOutput]:
+        self.batch.finish(request)
+        metrics = request.metrics(time.monotonic(), report.milliseconds)
+        header = ResultHeader(metrics=metrics, height=report.height, width=report.width)
+        output = _output(request.request_id, FinishReason.STOP, header, pixels, request.events)
+        return [(request.client_index, output)]
+
+    def _failed(self, request: ScheduledRequest | None, message: str) -> list[ClientOutput]:
+        """Retire a failed request on every rank; the plan already queued may still name it, and the ranks skip it."""
+        if request is None:  # reported before, or aborted meanwhile
+            return []
+        self.batch.take_out(request)
+        logger.warning("Request %s failed and left the batch: %s", request.request_id, message)
+        header = ResultHeader(metrics=request.metrics(time.monotonic()), error=message)
+        output = _output(request.request_id, FinishReason.ERROR, header, events=request.events)
+        return [(request.client_index, output)]
 
     def _to_clients(self, outputs: list[ClientOutput]) -> dict[int, EngineCoreOutputs]:
         by_client: dict[int, EngineCoreOutputs] = {}
@@ -180,7 +195,8 @@ class StepScheduler(SchedulerInterface):
         return bool(self.batch.retired or self._ready)
 
     def get_request_counts(self) -> tuple[int, int]:
-        return len(self.batch.running) + len(self.batch.draining), len(self.batch.waiting)
+        waiting = len(self.batch.waiting)
+        return len(self.batch) - waiting, waiting
 
     def make_stats(self) -> SchedulerStats | None:
         if not self._log_stats:
@@ -215,14 +231,16 @@ class StepScheduler(SchedulerInterface):
             self._progress.close()
 
 
-def _with_plan(plan: StepPlan, batch: StepBatch) -> StepSchedulerOutput:
-    """vLLM counts an output without tokens as no step."""
-    stepped = [batch.active(forward.id) for forward in plan.forwards]
-    tokens = {request.request_id: sum(request.branch_tokens) for request in stepped if request is not None}
-    empty = SchedulerOutput.make_empty()
-    fields = {field.name: getattr(empty, field.name) for field in dataclasses.fields(empty)}
-    fields |= {"num_scheduled_tokens": tokens, "total_num_scheduled_tokens": sum(tokens.values())}
-    return StepSchedulerOutput(**fields, plan=plan)
+def _with_plan(planned: PlannedStep, awaits_side_work: bool) -> StepSchedulerOutput:
+    """vLLM counts an output without tokens as no step, and then sleeps for a millisecond."""
+    has_work = awaits_side_work or not planned.plan.is_empty()
+    fields = _EMPTY_OUTPUT | {"total_num_scheduled_tokens": int(has_work)}
+    return StepSchedulerOutput(**fields, planned=planned, awaits_side_work=awaits_side_work)
+
+
+_EMPTY_OUTPUT = {
+    field.name: getattr(SchedulerOutput.make_empty(), field.name) for field in dataclasses.fields(SchedulerOutput)
+}
 
 
 def _output(

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vllm_cfg_plugin.engine.plan import DecodedImage, StepReport
+from vllm_cfg_plugin.engine.plan import SideReport, StepReport
+
+# A side report and, if it brings an image, its pixels.
+SideResult = tuple[SideReport, memoryview | None]
 
 
 @dataclass
@@ -14,28 +17,22 @@ class StepResult:
 
     Attributes:
         began, denoised: earliest start and latest end over the ranks, `time.monotonic()` of this host.
-        encode_ms: request id -> milliseconds of text encoding, of the slowest rank: ranks encode side by side.
         failed: request id -> message, of the first rank that reported it.
-        images: decoded images with their pixels.
+        side: encodes and decodes that were done meanwhile.
     """
 
     began: float = 0.0
     denoised: float = 0.0
-    encode_ms: dict[int, float] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
-    images: list[tuple[DecodedImage, memoryview]] = field(default_factory=list)
+    side: list[SideResult] = field(default_factory=list)
 
 
-def merge_reports(reports: Sequence[tuple[StepReport, Sequence[memoryview]]]) -> StepResult:
-    """Merge every rank's report and image frames of the same step, in rank order."""
+def merge_reports(reports: Sequence[StepReport], side: list[SideResult]) -> StepResult:
+    """Merge every rank's report of the same step, in rank order."""
     result = StepResult(
-        began=min((report.began for report, _ in reports), default=0.0),
-        denoised=max((report.denoised for report, _ in reports), default=0.0),
+        began=min(report.began for report in reports), denoised=max(report.denoised for report in reports), side=side
     )
-    for report, frames in reports:
-        for id, milliseconds in report.encoded:
-            result.encode_ms[id] = max(result.encode_ms.get(id, 0.0), milliseconds)
+    for report in reports:
         for id, message in report.failed:
             result.failed.setdefault(id, message)
-        result.images += zip(report.images, frames, strict=True)
     return result

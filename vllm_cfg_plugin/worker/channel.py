@@ -2,8 +2,8 @@
 
 Every message is `[kind, payload, frames...]`. To a worker: PLAN (msgpack `StepPlan`), CALL (cloudpickled method call),
 STOP.
-From a worker: READY, FAILED (UTF-8 text) while it starts, then REPORT (msgpack `StepReport` and one frame of pixels per
-decoded image) and ANSWER (cloudpickled).
+From a worker: READY, FAILED (UTF-8 text) while it starts, then REPORT (msgpack `StepReport`), ANSWER (cloudpickled) and
+SIDE (msgpack `SideReport`, and a frame of pixels if it brings an image), unasked and from sockets of its side threads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ READY = b"ready"
 FAILED = b"failed"
 REPORT = b"report"
 ANSWER = b"answer"
+SIDE = b"side"
 
 
 def identity(rank: int) -> bytes:
@@ -22,4 +23,4 @@ def identity(rank: int) -> bytes:
 
 
 def rank_of(identity: bytes) -> int:
-    return int(identity[4:])
+    return int(identity[4:].partition(b"-")[0])

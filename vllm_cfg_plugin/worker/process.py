@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
+import torch
 import zmq
 
 from vllm_cfg_plugin.engine import plan as wire
+from vllm_cfg_plugin.engine.plan import SideReport
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.worker import channel
 from vllm_cfg_plugin.worker.lifeline import die_with_parent
@@ -47,6 +50,7 @@ def run_worker(vllm_config: VllmConfig, rank: int, address: str, init_method: st
         socket.send_multipart([channel.FAILED, _one_line(error).encode()])
         context.destroy(linger=1000)
         return
+    worker.runner.side.deliver = SideReportSender(context, rank, address)
     socket.send_multipart([channel.READY, b""])
     _serve(worker, rank, socket)
     worker.shutdown()
@@ -55,6 +59,28 @@ def run_worker(vllm_config: VllmConfig, rank: int, address: str, init_method: st
     sys.stderr.flush()
     # Taking the interpreter apart costs seconds of CPU, which is the time that vLLM gives the whole engine to stop.
     os._exit(0)
+
+
+class SideReportSender:
+    """Sends side reports to the engine from the threads that do the work: a ZMQ socket belongs to one thread."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], rank: int, address: str) -> None:
+        self._context = context
+        self._rank = rank
+        self._address = address
+        self._of_thread = threading.local()
+
+    def __call__(self, report: SideReport, image: torch.Tensor | None) -> None:
+        pixels = [] if image is None else [image.numpy().data.cast("B")]
+        self._socket().send_multipart([channel.SIDE, wire.encode(report), *pixels], copy=False)
+
+    def _socket(self) -> zmq.Socket[bytes]:
+        if not hasattr(self._of_thread, "socket"):
+            socket = self._of_thread.socket = self._context.socket(zmq.DEALER)
+            name = threading.current_thread().name
+            socket.setsockopt(zmq.IDENTITY, channel.identity(self._rank) + f"-{name}".encode())
+            socket.connect(self._address)
+        return self._of_thread.socket
 
 
 def _start(vllm_config: VllmConfig, rank: int, init_method: str) -> WorkerWrapperBase:
@@ -85,8 +111,8 @@ def _serve(worker: WorkerWrapperBase, rank: int, socket: zmq.Socket[bytes]) -> N
     while True:
         kind, payload = socket.recv_multipart()
         if kind == channel.PLAN:
-            report, pixels = worker.run_plan(wire.decode_plan(payload))
-            socket.send_multipart([channel.REPORT, wire.encode(report), *pixels], copy=False)
+            report = worker.runner.run(wire.decode_plan(payload))
+            socket.send_multipart([channel.REPORT, wire.encode(report)])
         elif kind == channel.CALL:
             socket.send_multipart([channel.ANSWER, cloudpickle.dumps(_call(worker, payload))])
         elif kind == channel.STOP:

@@ -1,26 +1,44 @@
-"""One engine step on one rank: forget, admit, encode, forward, exchange, advance, decode.
+"""One engine step on one rank: forget, admit, assign, forward, exchange, advance; texts and images go to side work.
 
-Every rank carries out the same plan; what differs is which branches it owns and which images it decodes. A failure is
-noted in the request's state and never leaves a verb: the rank always joins the step's exchange, where all ranks learn
-of it. Must not import vLLM or torch.distributed: the collective comes in as a function.
+Every rank carries out the same plan; what differs is which branches it owns, which texts it encodes and which images
+it decodes. A failure is noted in the request's state and never leaves a verb: the rank always joins the step's
+exchange, where all ranks learn of it and drop the request alike. Must not import vLLM or torch.distributed: the
+collective comes in as a function.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from vllm_cfg_plugin.engine.plan import Decode, DecodedImage, Forward, StepPlan, StepReport
+from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, StepPlan, StepReport
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
-from vllm_cfg_plugin.worker.exchange import AllGather, ExchangeLayout, exchange_predictions
+from vllm_cfg_plugin.worker.exchange import AllGather, ExchangeLayout, Slot, exchange_predictions
+from vllm_cfg_plugin.worker.side_work import SideWork
 from vllm_cfg_plugin.worker.state import EmbeddingCache, RequestState
 
 logger = get_logger(__name__)
 
 EMBEDDING_CACHE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """The requests that step together, and what follows from that; all ranks have the same.
+
+    Attributes:
+        layout: of the exchange.
+        mine: this rank's forwards, neighbours of equal shape side by side: they share an attention call.
+    """
+
+    states: list[RequestState]
+    layout: ExchangeLayout
+    mine: list[Slot]
 
 
 class StepRunner:
@@ -29,82 +47,114 @@ class StepRunner:
     Args:
         rank, ranks: this process in the cfg group.
         all_gather: [row] of every rank -> [ranks, row].
+        side: where encodes and decodes run and are reported.
     """
 
-    def __init__(self, pipeline: EnginePipeline, rank: int, ranks: int, all_gather: AllGather) -> None:
+    def __init__(self, pipeline: EnginePipeline, rank: int, ranks: int, all_gather: AllGather, side: SideWork) -> None:
         self.pipeline = pipeline
         self.rank = rank
         self.ranks = ranks
+        self.side = side
         self.states: dict[int, RequestState] = {}
         self.embeddings = EmbeddingCache(pipeline.encode_branch, EMBEDDING_CACHE_BYTES)
+        self._running: dict[int, RequestState] = {}
+        self._lineup: Lineup | None = None  # of `_running`; None when that or an owner has changed
+        self._failures: list[tuple[int, str]] = []  # to be reported
         self._all_gather = all_gather
         self._like = next(pipeline.transformer.parameters())  # has the predictions' dtype and device
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> tuple[StepReport, list[memoryview]]:
-        """Carry out a plan; returns the report and the pixels of its images, uint8 [height, width, 3] each."""
+    def run(self, plan: StepPlan) -> StepReport:
+        """Carry out a plan."""
         began = time.monotonic()
-        self._retire(plan)
-        self._admit(plan)
-        encoded = self._encode(plan.forwards)
-        predictions = self._forward(plan.forwards)
-        self._exchange_and_advance(plan.forwards, predictions)
-        denoised = time.monotonic()
-        images, pixels = self._decode(plan.decodes)
-        failed = self._failures(plan)
-        for decode in plan.decodes:
-            del self.states[decode.id]
-        return StepReport(plan.step, self.rank, began, denoised, encoded, failed, images), pixels
-
-    def _retire(self, plan: StepPlan) -> None:
         for id in plan.retire:
-            self.states.pop(id, None)
-
-    def _admit(self, plan: StepPlan) -> None:
+            self._forget(id)
         for admission in plan.admit:
-            state = self.states[admission.id] = RequestState(admission.request)
-            try:
-                state.latents = self.pipeline.draw_noise(state.request)
-                state.noise_scheduler = self.pipeline.make_noise_scheduler(state.request)
-            except Exception as error:
-                _note_failure(state, "preparing its latents", error)
+            self._admit(admission)
+        for encode in plan.encodes:
+            self._encode(encode)
+        for assign in plan.assign:
+            self._assign(assign)
+        if plan.advance and self._running:
+            self._step()
+        denoised = time.monotonic()
+        for decode in plan.decodes:
+            self._decode(decode)
+        failures, self._failures = self._failures, []
+        return StepReport(plan.step, self.rank, began, denoised, failures)
 
-    def _encode(self, forwards: Sequence[Forward]) -> list[tuple[int, float]]:
-        """Encode the prompts of branches that this rank owns and has not seen; milliseconds per request."""
-        encoded = []
-        for forward in forwards:
-            state = self.states[forward.id]
-            missing = [] if state.error else self._missing_branches(forward, state)
-            if not missing:
-                continue
-            began = time.monotonic()
-            try:
-                for branch in missing:
-                    state.prompt_embeds[branch] = self.embeddings.get(state.request.prompts[branch])
-            except Exception as error:
-                _note_failure(state, "encoding its prompt", error)
-            encoded.append((forward.id, 1e3 * (time.monotonic() - began)))
-        return encoded
+    # ---- requests come and go; a request that is unknown here has failed, and its retirement is on its way ----
 
-    def _missing_branches(self, forward: Forward, state: RequestState) -> list[int]:
-        return [b for b, owner in enumerate(forward.owners) if owner == self.rank and b not in state.prompt_embeds]
+    def _forget(self, id: int) -> RequestState | None:
+        self.side.cancel(id)
+        self._leave(id)
+        return self.states.pop(id, None)
 
-    def _forward(self, forwards: Sequence[Forward]) -> dict[tuple[int, int], torch.Tensor]:
-        """One packed forward of this rank's branches: (position in the plan, branch) -> prediction."""
-        work: list[tuple[tuple[int, int], BranchInput]] = []
-        for index, forward in enumerate(forwards):
-            state = self.states[forward.id]
-            if state.error:
-                continue
-            for branch, owner in enumerate(forward.owners):
-                if owner == self.rank:
-                    work.append(((index, branch), _branch_input(state, forward, branch)))
-        # Neighbours of equal shape share an attention call; the order changes no sequence's result.
-        work.sort(key=lambda item: (item[1].latents.shape[1], item[1].prompt_embeds.shape[0]))
+    def _leave(self, id: int) -> None:
+        if self._running.pop(id, None) is not None:
+            self._lineup = None
+
+    def _admit(self, admission: Admission) -> None:
+        state = self.states[admission.id] = RequestState(admission.id, admission.request)
+        try:
+            state.latents = self.pipeline.draw_noise(state.request)
+            state.noise_scheduler = self.pipeline.make_noise_scheduler(state.request)
+        except Exception as error:
+            self._note_failure(state, "preparing its latents", error)
+
+    def _encode(self, encode: Encode) -> None:
+        state = self.states.get(encode.id)
+        if encode.rank == self.rank and state is not None:
+            self.side.encode(encode.id, encode.branch, partial(self._encode_branch, state, encode.branch))
+
+    def _encode_branch(self, state: RequestState, branch: int) -> None:
+        """Runs beside the steps."""
+        embeds = self.embeddings.get(state.request.prompts[branch])
+        if embeds.is_cuda:  # made on the side stream, read on the stepping one
+            embeds.record_stream(torch.cuda.default_stream(embeds.device))
+        state.prompt_embeds[branch] = embeds
+
+    def _assign(self, assign: Assign) -> None:
+        state = self.states.get(assign.id)
+        if state is not None:
+            state.owners = assign.owners
+            self._running[assign.id] = state
+            self._lineup = None
+
+    def _decode(self, decode: Decode) -> None:
+        state = self._forget(decode.id)
+        if decode.rank == self.rank and state is not None and not state.error:
+            self.side.decode(decode.id, partial(self._decode_latents, state))
+
+    def _decode_latents(self, state: RequestState) -> torch.Tensor:
+        """Runs beside the steps."""
+        if not torch.isfinite(state.latents).all():
+            raise ArithmeticError("its latents are not finite (NaN or infinity)")
+        return self.pipeline.decode(state.latents, state.request).contiguous()
+
+    # ---- one denoising step of all running requests ----
+
+    def _step(self) -> None:
+        self._lineup = lineup = self._lineup or self._line_up()
+        predictions = self._forward(lineup)
+        self._exchange_and_advance(lineup, predictions)
+
+    def _line_up(self) -> Lineup:
+        states = list(self._running.values())
+        shapes = [self.pipeline.exchange_shape(state.request) for state in states]
+        layout = ExchangeLayout.of([state.owners for state in states], shapes, self.ranks)
+        mine = [cell.slot for cell in layout.cells if cell.rank == self.rank]
+        mine.sort(key=lambda slot: (shapes[slot[0]][0], states[slot[0]].request.text_tokens[slot[1]]))
+        return Lineup(states, layout, mine)
+
+    def _forward(self, lineup: Lineup) -> dict[Slot, torch.Tensor]:
+        """One packed forward of this rank's branches."""
+        slots = [slot for slot in lineup.mine if not lineup.states[slot[0]].error]
+        inputs = [_branch_input(lineup.states[position], branch) for position, branch in slots]
         predictions = {}
-        for (slot, _), outcome in zip(work, self._predict([inputs for _, inputs in work]), strict=True):
+        for slot, outcome in zip(slots, self._predict(inputs), strict=True):
             if isinstance(outcome, Exception):
-                _note_failure(self.states[forwards[slot[0]].id], "predicting its noise", outcome)
+                self._note_failure(lineup.states[slot[0]], "predicting its noise", outcome)
             else:
                 predictions[slot] = outcome
         return predictions
@@ -126,32 +176,25 @@ class StepRunner:
         middle = len(inputs) // 2
         return self._predict(inputs[:middle]) + self._predict(inputs[middle:])
 
-    def _exchange_and_advance(self, forwards: Sequence[Forward], mine: dict[tuple[int, int], torch.Tensor]) -> None:
+    def _exchange_and_advance(self, lineup: Lineup, mine: dict[Slot, torch.Tensor]) -> None:
         """Exchange predictions, then step every request's latents on every rank."""
-        if not forwards:
-            return
-        states = [self.states[forward.id] for forward in forwards]
-        shapes = [self.pipeline.exchange_shape(state.request) for state in states]
-        layout = ExchangeLayout.of(forwards, [tokens * channels for tokens, channels in shapes], self.ranks)
+        failed_here = [bool(state.error) for state in lineup.states]
         gathered, failed = exchange_predictions(
-            layout,
-            self.rank,
-            mine,
-            [bool(state.error) for state in states],
-            shapes,
-            self._like,
-            self._all_gather,
+            lineup.layout, self.rank, mine, failed_here, self._like, self._all_gather
         )
-        for forward, state, predictions, has_failed in zip(forwards, states, gathered, failed, strict=True):
+        for state, predictions, has_failed in zip(lineup.states, gathered, failed, strict=True):
             if has_failed:
-                state.error = state.error or "another cfg rank could not go on with it"
+                self._forget(state.id)
                 continue
             try:
-                self._advance(state, forward.index, predictions)
+                self._advance(state, predictions)
             except Exception as error:
-                _note_failure(state, "stepping its latents", error)
+                self._note_failure(state, "stepping its latents", error)
+            state.index += 1
+            if state.is_denoised:
+                self._leave(state.id)
 
-    def _advance(self, state: RequestState, index: int, predictions: Sequence[torch.Tensor]) -> None:
+    def _advance(self, state: RequestState, predictions: Sequence[torch.Tensor]) -> None:
         """Combine the branches and step the request's own noise scheduler, through the pipeline's hooks."""
         noise = predictions[0]
         if len(predictions) > 1:
@@ -161,45 +204,23 @@ class StepRunner:
         # The hook's signature is the seed's: it steps `self.scheduler`, which is the request's for this call.
         own, self.pipeline.scheduler = self.pipeline.scheduler, state.noise_scheduler
         try:
-            timestep = state.noise_scheduler.timesteps[index]
+            timestep = state.noise_scheduler.timesteps[state.index]
             state.latents = self.pipeline.scheduler_step(noise, timestep, state.latents)
         finally:
             self.pipeline.scheduler = own
 
-    def _decode(self, decodes: Sequence[Decode]) -> tuple[list[DecodedImage], list[memoryview]]:
-        images, pixels = [], []
-        for decode in decodes:
-            state = self.states[decode.id]
-            if decode.rank != self.rank or state.error:
-                continue
-            began = time.monotonic()
-            try:
-                if not torch.isfinite(state.latents).all():
-                    raise ArithmeticError("its latents are not finite (NaN or infinity)")
-                image = self.pipeline.decode(state.latents, state.request).contiguous()
-            except Exception as error:
-                _note_failure(state, "decoding its image", error)
-                continue
-            height, width, _ = image.shape
-            images.append(DecodedImage(decode.id, height, width, 1e3 * (time.monotonic() - began)))
-            pixels.append(image.numpy().data.cast("B"))
-        return images, pixels
-
-    def _failures(self, plan: StepPlan) -> list[tuple[int, str]]:
-        """Requests of this plan that can't go on; a request that is decoded was forwarded in the same plan."""
-        return [(forward.id, error) for forward in plan.forwards if (error := self.states[forward.id].error)]
+    def _note_failure(self, state: RequestState, doing: str, error: Exception) -> None:
+        logger.error("A request failed while %s", doing, exc_info=error)
+        if not state.error:  # its other branch may have failed just before
+            state.error = f"failed while {doing}: {type(error).__name__}: {error}"
+            self._failures.append((state.id, state.error))
 
 
-def _branch_input(state: RequestState, forward: Forward, branch: int) -> BranchInput:
+def _branch_input(state: RequestState, branch: int) -> BranchInput:
     return BranchInput(
         latents=state.latents,
         prompt_embeds=state.prompt_embeds[branch],
-        timestep=state.noise_scheduler.timesteps[forward.index],
+        timestep=state.noise_scheduler.timesteps[state.index],
         height=state.request.height,
         width=state.request.width,
     )
-
-
-def _note_failure(state: RequestState, doing: str, error: Exception) -> None:
-    logger.error("A request failed while %s", doing, exc_info=error)
-    state.error = f"failed while {doing}: {type(error).__name__}: {error}"

@@ -1,7 +1,7 @@
-"""What a rank remembers of one running request, and the cache of text embeddings.
+"""What a rank remembers of one request, and the cache of text embeddings.
 
 All ranks hold the same latents and noise-scheduler state of every request; a rank holds the embeddings only of the
-branches that it owns. Must not import vLLM or torch.distributed.
+branches that it was told to encode. Must not import vLLM or torch.distributed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,24 @@ class RequestState:
     Attributes:
         latents: [1, image_tokens, channels].
         noise_scheduler: diffusers' noise scheduler of this request alone, its timesteps set.
-        prompt_embeds: branch -> [text_tokens, dim], of the branches this rank owns.
-        error: why it can't go on; '' while it can. Later steps skip it until the engine retires it.
+        prompt_embeds: branch -> [text_tokens, dim], of the branches this rank was told to encode.
+        owners: cfg rank that forwards each branch; empty until it runs.
+        index: denoising steps taken.
+        error: why it can't go on here; '' while it can. The other ranks learn of it in the next exchange.
     """
 
+    id: int
     request: DiffusionRequest
     latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     noise_scheduler: Any = None
     prompt_embeds: dict[int, torch.Tensor] = field(default_factory=dict)
+    owners: tuple[int, ...] = ()
+    index: int = 0
     error: str = ""
+
+    @property
+    def is_denoised(self) -> bool:
+        return self.index == self.request.num_inference_steps
 
 
 class EmbeddingCache:

@@ -10,14 +10,15 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.distributed import parallel_state
-from vllm_cfg_plugin.engine.plan import StepPlan, StepReport
 from vllm_cfg_plugin.pipelines.registry import family_of
 from vllm_cfg_plugin.worker.runner import StepRunner
+from vllm_cfg_plugin.worker.side_work import SideWork
 
 
 class DiffusionWorker(WorkerBase):
     """One cfg rank."""
 
+    device: torch.device
     runner: StepRunner
 
     def init_device(self) -> None:
@@ -59,13 +60,11 @@ class DiffusionWorker(WorkerBase):
             parallel_state.get_classifier_free_guidance_rank(),
             parallel_state.get_classifier_free_guidance_world_size(),
             all_gather_rows,
+            SideWork(self.rank, self.device),
         )
 
     def get_model(self) -> torch.nn.Module:
         return self.runner.pipeline.transformer
-
-    def run_plan(self, plan: StepPlan) -> tuple[StepReport, list[memoryview]]:
-        return self.runner.run(plan)
 
     def reset_encoder_cache(self) -> None:
         """Forget text embeddings, as vLLM asks after weights were changed."""

@@ -1,0 +1,47 @@
+"""Who may join the running batch: first come first served under two budgets, with bounded bypass. Pure.
+
+A request that does not fit yet may be overtaken by later ones that do, so that a large one at the head blocks nobody
+behind it; but by at most `MAX_OVERTAKEN` of them, so that it does not starve: from then on nobody behind it joins, the
+batch drains, and it is the next one in. One that is too large for the token budget joins an empty batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from vllm_cfg_plugin.engine.request import ScheduledRequest
+
+MAX_OVERTAKEN = 8
+# How far behind the head to look for one that fits: keeps admission cheap however long the line is.
+LOOK_AHEAD = 64
+
+
+class WaitingLine:
+    """Requests in order of arrival."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, ScheduledRequest] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def append(self, request: ScheduledRequest) -> None:
+        self._requests[request.id] = request
+
+    def remove(self, request: ScheduledRequest) -> None:
+        del self._requests[request.id]
+
+    def take(self, fits: Callable[[ScheduledRequest], bool]) -> Iterator[ScheduledRequest]:
+        """Take out, one by one, the requests that may join now; `fits` is asked with all before it joined already."""
+        passed: list[ScheduledRequest] = []
+        for request in list(islice(self._requests.values(), LOOK_AHEAD)):
+            if fits(request):
+                self.remove(request)
+                for earlier in passed:
+                    earlier.overtaken += 1
+                yield request
+            else:
+                passed.append(request)
+            if any(earlier.overtaken >= MAX_OVERTAKEN for earlier in passed):
+                return

@@ -1,0 +1,106 @@
+"""Which rank does what: homes for new texts, owners of the branches of a step, ranks for decodes. Pure.
+
+Keeps what the planner's functions need from one step to the next: who holds which embeddings, and how much side work
+each rank was given. Must not import vLLM or torch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from vllm_cfg_plugin.engine import planner
+from vllm_cfg_plugin.engine.plan import DECODED, Assign, Decode, Encode, SideReport
+from vllm_cfg_plugin.engine.planner import Item
+from vllm_cfg_plugin.engine.request import ScheduledRequest
+
+# Prompts whose embeddings the ranks' caches probably still hold; if not, a rank encodes again.
+_REMEMBERED_PROMPTS = 1024
+
+
+class Placement:
+    """The work of one engine's ranks."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._everywhere = frozenset(range(ranks))
+        self._encoded_on: OrderedDict[str, set[int]] = OrderedDict()
+        self._side_work: dict[tuple[int, int, int], int] = {}  # (id, branch, rank) -> predicted microseconds
+        self._backlogs = [0] * ranks  # predicted microseconds of side work
+
+    @property
+    def has_side_work(self) -> bool:
+        """Whether side reports are still to come."""
+        return bool(self._side_work)
+
+    def owners_of_newcomer(self, request: ScheduledRequest, loads: Sequence[int]) -> tuple[int, ...]:
+        """Ranks for the branches of a request that no rank knows; `loads`: each rank's microseconds per step so far."""
+        items = [Item(cost, branch % self._ranks, self._everywhere) for branch, cost in enumerate(request.costs)]
+        return tuple(planner.level(items, self._ranks, loads))
+
+    def first_encodes(self, request: ScheduledRequest) -> list[Encode]:
+        """Encode each branch's text on its owner, and on ranks that have it cached: there it costs nothing."""
+        encodes = []
+        for branch, owner in enumerate(request.owners):
+            cached = self._encoded_on.get(request.spec.prompts[branch], set())
+            encodes += [self._encode(request, branch, rank) for rank in sorted({owner, *cached})]
+        return encodes
+
+    def level(self, running: Iterable[ScheduledRequest], tick: int) -> tuple[list[Assign], list[Encode]]:
+        """Changes of owners that even out the ranks' loads, and encodes that will let a later call do better.
+
+        Args:
+            tick: of the step that is being planned.
+        """
+        slots = [(request, branch) for request in running for branch in range(len(request.owners))]
+        items = [
+            Item(request.costs[branch], request.owners[branch], frozenset(request.holders[branch]))
+            for request, branch in slots
+        ]
+        owners = planner.level(items, self._ranks)
+        changed: dict[int, list[int]] = {}
+        for (request, branch), owner in zip(slots, owners, strict=True):
+            if owner != request.owners[branch]:
+                changed.setdefault(request.id, list(request.owners))[branch] = owner
+        return [Assign(id, tuple(new)) for id, new in changed.items()], self._moves(slots, items, owners, tick)
+
+    def _moves(
+        self, slots: Sequence[tuple[ScheduledRequest, int]], items: Sequence[Item], owners: Sequence[int], tick: int
+    ) -> list[Encode]:
+        encode_costs = [request.cost.encode(request.spec.text_tokens[branch]) for request, branch in slots]
+        steps_left = [request.last_tick - tick + 1 for request, _ in slots]
+        moves = planner.moves_that_pay(items, owners, self._ranks, None, encode_costs, steps_left)
+        wanted = [(*slots[move.index], move.rank) for move in moves]
+        return [self._encode(request, b, rank) for request, b, rank in wanted if rank not in request.asked[b]]
+
+    def _encode(self, request: ScheduledRequest, branch: int, rank: int) -> Encode:
+        request.asked[branch].add(rank)
+        self._give(request.id, branch, rank, request.cost.encode(request.spec.text_tokens[branch]))
+        return Encode(request.id, branch, rank)
+
+    def decode(self, request: ScheduledRequest, loads: Sequence[int]) -> Decode:
+        """The decode of a request, on the rank with least to do."""
+        rank = planner.choose_side_rank(self._backlogs, loads)
+        self._give(request.id, DECODED, rank, request.cost.decode(request.spec.image_tokens))
+        return Decode(request.id, rank)
+
+    def note_done(self, report: SideReport) -> None:
+        self._backlogs[report.rank] -= self._side_work.pop((report.id, report.branch, report.rank), 0)
+
+    def note_encoded(self, report: SideReport, request: ScheduledRequest) -> None:
+        """A rank holds the text of a branch."""
+        request.holders[report.branch].add(report.rank)
+        prompt = request.spec.prompts[report.branch]
+        self._encoded_on.setdefault(prompt, set()).add(report.rank)
+        self._encoded_on.move_to_end(prompt)
+        if len(self._encoded_on) > _REMEMBERED_PROMPTS:
+            self._encoded_on.popitem(last=False)
+
+    def forget(self, request: ScheduledRequest) -> None:
+        """A request left: what it still had queued at the ranks is cancelled there, and no report of it is awaited."""
+        for id, branch, rank in [key for key in self._side_work if key[0] == request.id]:
+            self._backlogs[rank] -= self._side_work.pop((id, branch, rank))
+
+    def _give(self, id: int, branch: int, rank: int, microseconds: int) -> None:
+        self._side_work[id, branch, rank] = microseconds
+        self._backlogs[rank] += microseconds
