@@ -1,0 +1,198 @@
+"""Continuous batching, played with ranks that do what plans say: each branch once a step, budgets kept, no starving.
+
+`PlayedRanks` carries out plans as the workers do, and fails the test wherever a plan asks for what can't be done.
+"""
+
+from collections import Counter, defaultdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.toy_pipeline import toy_request
+from vllm_cfg_plugin.engine.admission import MAX_OVERTAKEN
+from vllm_cfg_plugin.engine.batching import StepBatch
+from vllm_cfg_plugin.engine.cost import UNCALIBRATED
+from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepPlan
+from vllm_cfg_plugin.engine.step_result import StepResult
+
+
+class PlayedRanks:
+    """`ranks` ranks; side reports come `delay` plans late."""
+
+    def __init__(self, ranks, delay=0):
+        self.ranks = ranks
+        self.delay = delay
+        self.requests = {}
+        self.held = defaultdict(set)  # (id, branch) -> ranks
+        self.owners = {}  # of running requests
+        self.steps = Counter()
+        self.late = []  # (plans still to pass, report)
+        self.worked = []  # per step: tokens of each rank
+
+    def run(self, plan):
+        for id in plan.retire:
+            self.requests.pop(id, None)
+            self.owners.pop(id, None)
+        for admission in plan.admit:
+            assert admission.id not in self.requests
+            self.requests[admission.id] = admission.request
+        for encode in plan.encodes:
+            assert encode.id in self.requests
+            self.late.append((self.delay, SideReport(encode.id, encode.branch, encode.rank, 1.0)))
+        for assign in plan.assign:
+            assert len(assign.owners) == len(self.requests[assign.id].prompts), "every branch has exactly one owner"
+            self.owners[assign.id] = assign.owners
+        if plan.advance:
+            self._step()
+        for decode in plan.decodes:
+            request = self.requests.pop(decode.id)
+            assert self.steps[decode.id] == request.num_inference_steps
+            assert 0 <= decode.rank < self.ranks
+            self.late.append((self.delay, SideReport(decode.id, DECODED, decode.rank, 1.0, "", 2, 2)))
+        due = [report for wait, report in self.late if wait == 0]
+        self.late = [(wait - 1, report) for wait, report in self.late if wait]
+        for report in due:
+            if report.branch != DECODED:
+                self.held[report.id, report.branch].add(report.rank)
+        return StepResult(side=[(report, None) for report in due])
+
+    def _step(self):
+        tokens = [0] * self.ranks
+        for id, owners in list(self.owners.items()):
+            request = self.requests[id]
+            for branch, owner in enumerate(owners):
+                assert owner in self.held[id, branch], "no rank forwards a branch whose text it does not hold"
+                tokens[owner] += request.image_tokens + request.text_tokens[branch]
+            self.steps[id] += 1
+            if self.steps[id] == request.num_inference_steps:
+                del self.owners[id]
+        self.worked.append(tokens)
+
+
+def play(batch, ranks, arrivals, steps=2000):
+    """Requests arrive at their plan number; returns (the ids in order of admission, in order of their end)."""
+    admitted, ended = [], []
+    arrivals = list(arrivals)
+    for step in range(steps):
+        for _, spec in [arrival for arrival in arrivals if arrival[0] <= step]:
+            batch.add(f"request-{len(batch.all_requests())}-{step}-{id(spec)}", 0, spec)
+        arrivals = [arrival for arrival in arrivals if arrival[0] > step]
+        planned = batch.next_plan()
+        admitted += [request.id for request in planned.admitted]
+        result = ranks.run(planned.plan)
+        batch.note_result(planned, result)
+        for report, _ in result.side:
+            request = batch.note_side_report(report)
+            if report.branch == DECODED:
+                batch.finish(request)
+                ended.append(request.id)
+        if not arrivals and not len(batch):
+            return admitted, ended
+    raise AssertionError("requests are left after so many steps: somebody starves")
+
+
+specs = st.builds(
+    lambda guided, tokens, steps, prompt: toy_request(
+        prompt=prompt, negative="" if guided else None, steps=steps, image_tokens=tokens
+    ),
+    st.booleans(),
+    st.integers(1, 300),
+    st.integers(1, 12),
+    st.sampled_from(["a", "a cat", "a very long prompt that goes on"]),
+)
+traces = st.lists(st.tuples(st.integers(0, 20), specs), min_size=1, max_size=14)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(trace=traces, ranks=st.integers(1, 5), delay=st.integers(0, 3), budget=st.integers(50, 1000))
+def test_every_request_takes_each_step_once_on_ranks_that_can_and_ends(trace, ranks, delay, budget):
+    batch = StepBatch(ranks, 6, budget, UNCALIBRATED)
+    played = PlayedRanks(ranks, delay)
+    admitted, ended = play(batch, played, trace)
+    assert sorted(admitted) == sorted(ended) == list(range(len(trace)))
+    assert not played.requests
+    assert not batch.awaits_side_work
+    for tokens in played.worked:
+        largest = max(max(spec.text_tokens) + spec.image_tokens for _, spec in trace)
+        assert max(tokens) <= max(budget, 2 * largest), "the budget holds, but for one that is too large and runs alone"
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(trace=traces, budget=st.integers(50, 600))
+def test_no_request_is_overtaken_more_often_than_the_bound(trace, budget):
+    batch = StepBatch(2, 6, budget, UNCALIBRATED)
+    admitted, _ = play(batch, PlayedRanks(2), trace)
+    for place, id in enumerate(admitted):
+        assert sum(other > id for other in admitted[:place]) <= MAX_OVERTAKEN
+
+
+def test_the_same_arrivals_make_the_same_plans():
+    def plans():
+        batch, ranks, made = StepBatch(3, 8, 500, UNCALIBRATED), PlayedRanks(3, 1), []
+        for i in range(9):
+            batch.add(str(i), 0, toy_request(negative=None if i % 3 else "", steps=2 + i % 4, image_tokens=20 + 7 * i))
+        for _ in range(30):
+            planned = batch.next_plan()
+            made.append(planned.plan)
+            result = ranks.run(planned.plan)
+            for report, _ in result.side:
+                batch.note_side_report(report)
+        return made
+
+    assert plans() == plans()
+
+
+def test_a_large_request_at_the_head_blocks_nobody_and_is_not_starved():
+    batch, ranks = StepBatch(1, 100, 100, UNCALIBRATED), PlayedRanks(1)
+    small = [(step, toy_request("x", None, steps=5, image_tokens=40)) for step in range(60)]
+    large = (2, toy_request("x", None, steps=2, image_tokens=90))
+    admitted, _ = play(batch, ranks, sorted([*small, large], key=lambda arrival: arrival[0]))
+    place = admitted.index(3)  # the fourth to arrive: two at most fit beside each other, so it has to wait
+    overtook = [id for id in admitted[:place] if id > 3]
+    assert len(overtook) == MAX_OVERTAKEN, "small ones go past it while it does not fit, and then no more"
+
+
+def test_a_steady_batch_has_plans_without_any_change():
+    batch, ranks = StepBatch(2, 300, 10**6, UNCALIBRATED), PlayedRanks(2)
+    for i in range(256):
+        batch.add(str(i), 0, toy_request(steps=50))
+    for report, _ in ranks.run(batch.next_plan().plan).side:
+        batch.note_side_report(report)
+    ranks.run(batch.next_plan().plan)
+    plan = batch.next_plan().plan
+    assert plan == StepPlan(plan.step, [], [], [], [], True, [])
+
+
+@pytest.mark.parametrize(("ranks", "guided", "busy"), [(4, 1, 2), (4, 8, 4), (2, 1, 2), (3, 3, 3)])
+def test_as_many_ranks_work_as_there_are_branches_to_share(ranks, guided, busy):
+    batch, played = StepBatch(ranks, 32, 10**6, UNCALIBRATED), PlayedRanks(ranks)
+    play(batch, played, [(0, toy_request(steps=4)) for _ in range(guided)])
+    assert all(sum(tokens > 0 for tokens in step) == busy for step in played.worked)
+
+
+def test_when_one_rank_runs_dry_the_other_ones_work_is_shared_if_that_pays():
+    """Two short requests on rank 1 leave; one of the two long ones on rank 0 is encoded on rank 1, and moves there."""
+    batch, played = StepBatch(2, 8, 10**6, UNCALIBRATED), PlayedRanks(2)
+    trace = [(0, toy_request("long", None, steps=s, image_tokens=100)) for s in (60, 3, 60, 3)]
+    play(batch, played, trace)
+    lopsided = [tokens for tokens in played.worked[:58] if min(tokens) == 0]
+    assert len(lopsided) <= 2, "the steps until the text is encoded there"
+
+
+def test_requests_that_are_taken_out_anywhere_leave_no_trace():
+    batch, ranks = StepBatch(2, 2, 10**6, UNCALIBRATED), PlayedRanks(2, delay=2)
+    requests = [batch.add(str(i), 0, toy_request(steps=2)) for i in range(4)]
+    for _ in range(4):
+        planned = batch.next_plan()
+        result = ranks.run(planned.plan)
+        for report, _ in result.side:
+            batch.note_side_report(report)
+    assert batch.running or batch.draining
+    assert batch.waiting
+    for request in requests:
+        batch.take_out(request)
+    assert sorted(batch.next_plan().plan.retire) == [0, 1], "the ranks never heard of the others"
+    assert not batch.awaits_side_work
+    assert len(batch) == 0
+    assert batch.next_plan().plan.is_empty()
