@@ -21,7 +21,7 @@ from vllm_cfg_plugin.engine.step_result import merge_reports
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
 from vllm_cfg_plugin.worker.runner import StepRunner
-from vllm_cfg_plugin.worker.worker import all_gather_rows
+from vllm_cfg_plugin.worker.worker import make_all_gather
 
 Scripts = dict[str, list[tuple[int, DiffusionRequest]]]  # name -> (engine step at which it joins, request)
 Traces = dict[str, dict[int, list[torch.Tensor]]]  # name -> seed -> latents after each step
@@ -81,9 +81,10 @@ def _run_rank(model: Path, ranks: int, rank: int, port: int, scripts: Scripts, o
     parallel_state.initialize_model_parallel(ranks)
     FaultyQwenImagePipeline.rank, FaultyQwenImagePipeline.fault = rank, staticmethod(fault)
     pipeline = FaultyQwenImagePipeline.load(str(model), dtype=torch.float32, device=torch.device("cpu"))
+    all_gather = make_all_gather(torch.device("cpu"))
     traces: Traces = {}
     for name, joins in scripts.items():
-        runner = RecordingRunner(pipeline, rank, ranks, all_gather_rows, InlineSideWork(rank))
+        runner = RecordingRunner(pipeline, rank, ranks, all_gather, InlineSideWork(rank))
         _drive(runner, ranks, joins)
         assert not runner.states, "every request must be forgotten after its last step, or when it failed"
         traces[name] = dict(runner.trace)

@@ -27,6 +27,7 @@ PURE = (
     "vllm_cfg_plugin.worker.lifeline",
 )
 WITHOUT_VLLM = (
+    "vllm_cfg_plugin.distributed.shared_memory",
     "vllm_cfg_plugin.guidance",
     "vllm_cfg_plugin.engine.batching",
     "vllm_cfg_plugin.engine.request",

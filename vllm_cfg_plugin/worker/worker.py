@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+import torch.distributed as dist
 from vllm.distributed import init_distributed_environment
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.config import EngineSettings
-from vllm_cfg_plugin.distributed import parallel_state
+from vllm_cfg_plugin.distributed import parallel_state, shared_memory
+from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.registry import family_of
+from vllm_cfg_plugin.worker.exchange import AllGather
 from vllm_cfg_plugin.worker.runner import StepRunner
 from vllm_cfg_plugin.worker.side_work import SideWork
+
+logger = get_logger(__name__)
 
 
 class DiffusionWorker(WorkerBase):
@@ -59,7 +66,7 @@ class DiffusionWorker(WorkerBase):
             pipeline,
             parallel_state.get_classifier_free_guidance_rank(),
             parallel_state.get_classifier_free_guidance_world_size(),
-            all_gather_rows,
+            make_all_gather(self.device),
             SideWork(self.rank, self.device),
         )
 
@@ -74,8 +81,25 @@ class DiffusionWorker(WorkerBase):
         parallel_state.destroy_model_parallel()
 
 
-def all_gather_rows(row: torch.Tensor) -> torch.Tensor:
-    """[row] of every cfg rank -> [ranks, row]: the step's one collective."""
-    if parallel_state.get_classifier_free_guidance_world_size() == 1:
-        return row.unsqueeze(0)
-    return parallel_state.get_cfg_group().all_gather(row.unsqueeze(0), dim=0)
+def make_all_gather(device: torch.device) -> AllGather:
+    """The step's one collective: [row] of every cfg rank -> [ranks, row].
+
+    On a CPU through shared memory, where the ranks can reach each other's; elsewhere it is the cfg group's own.
+    All ranks must call this together.
+    """
+    ranks = parallel_state.get_classifier_free_guidance_world_size()
+    if ranks == 1:
+        return lambda row: row.unsqueeze(0)
+    group = parallel_state.get_cfg_group()
+    if device.type == "cpu":
+        gather = shared_memory.connect(group.rank_in_group, ranks, partial(_share, group.cpu_group, ranks))
+        if gather is not None:
+            return gather
+        logger.info("The cfg ranks can't share memory; predictions go through the process group instead")
+    return lambda row: group.all_gather(row.unsqueeze(0), dim=0)
+
+
+def _share(group: dist.ProcessGroup, ranks: int, mine: object) -> list[object]:
+    shared: list[object] = [None] * ranks
+    dist.all_gather_object(shared, mine, group=group)
+    return shared

@@ -1,0 +1,264 @@
+"""An all-gather between one host's ranks through memory that they share; must not import vLLM or torch.distributed.
+
+Every rank owns two slots, and exchange k uses slot k % 2 of every rank: a rank writes its row there, then the number k,
+waits until the same slot of every other rank says k, and copies the rows out. Why two slots and no further barrier are
+enough: a rank writes slot k % 2 again in exchange k + 2. It comes there after it has seen k + 1 from every other rank,
+and a rank says k + 1 after it has copied all rows of exchange k. So nobody reads a slot while it is written, and a rank
+that waits for k finds k there or the k - 2 before it, never more. With one slot, a rank that is fast would write
+exchange k + 1 over the row that a slow one is still copying.
+
+A rank that waits for long sleeps until it is rung for: after every row the writer puts a byte into each other rank's
+pipe, its bell. Bytes that nobody waited for stay there and cost a later sleeper one more look.
+
+Nothing of this has a name: slots are `memfd`s and bells are pipes, which the others open as /proc/<pid>/fd/<fd>. So
+nothing is left behind however a rank ends, and a small /dev/shm is no limit. A rank that dies leaves the others
+waiting, as in any collective: there is no time limit here, because whoever started the ranks ends them all when one
+has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from io import FileIO
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+# One small picklable object of every rank, in rank order; every rank must call it alike.
+Share = Callable[[Any], list[Any]]
+
+_HEADER_BYTES = 64  # two int64, exchange number and bytes of the row, in a cache line of their own
+_EXCHANGE, _ROW_BYTES = 0, 1
+_SMALLEST_BYTES = 64 * 2**10
+_FILES = 3  # that a rank opens of another: two slots and a bell
+
+# A peer that comes soon is found sooner by looking than by being woken; other processes that want the core get it.
+_SPIN_SECONDS = 200e-6
+# While there is a `while_waiting`, sleep no longer than this before it is asked again.
+_ASK_AGAIN_MS = 1
+_PIPE_BYTES = 64 * 2**10
+
+_fence_lock = threading.Lock()
+
+
+class _Address(NamedTuple):
+    """Where a file can be opened: (device, inode) tells whether what is found there is that file."""
+
+    pid: int
+    fd: int
+    file: tuple[int, int]
+
+
+class _Slot:
+    """One rank's row of every second exchange: its own to write, or another's to read."""
+
+    def __init__(self, fd: int) -> None:
+        self._memory = mmap.mmap(fd, _HEADER_BYTES + _SMALLEST_BYTES)
+        self._look()
+
+    def _look(self) -> None:
+        self._bytes = memoryview(self._memory)
+        # Aligned native words are loaded and stored in one instruction.
+        self._words = self._bytes[:_HEADER_BYTES].cast("q")
+
+    def write(self, exchange: int, row: memoryview) -> None:
+        self._grow(row.nbytes)
+        self._bytes[_HEADER_BYTES : _HEADER_BYTES + row.nbytes] = row
+        self._words[_ROW_BYTES] = row.nbytes
+        _memory_fence()
+        self._words[_EXCHANGE] = exchange
+
+    def holds(self, exchange: int) -> bool:
+        return self._words[_EXCHANGE] == exchange
+
+    def read_into(self, row: memoryview) -> None:
+        """Copy the row out; the slot holds the exchange that is wanted.
+
+        Raises:
+            RuntimeError: the other rank's row has another length.
+        """
+        _memory_fence()
+        sent = self._words[_ROW_BYTES]
+        if sent != row.nbytes:
+            raise RuntimeError(
+                f"another rank sent a row of {sent} bytes where this one sent {row.nbytes}: all ranks must call the "
+                "gather with rows of one width and dtype"
+            )
+        self._grow(sent)
+        row[:] = self._bytes[_HEADER_BYTES : _HEADER_BYTES + sent]
+
+    def _grow(self, row_bytes: int) -> None:
+        """Make room for a row. The owner comes first and enlarges the file; a reader then sets the size that it has."""
+        if _HEADER_BYTES + row_bytes > len(self._memory):
+            self._hide()
+            self._memory.resize(_HEADER_BYTES + (1 << (row_bytes - 1).bit_length()))
+            self._look()
+
+    def _hide(self) -> None:
+        self._words.release()
+        self._bytes.release()
+
+    def close(self) -> None:
+        self._hide()
+        self._memory.close()
+
+
+class SharedMemoryGather:
+    """[row] of every rank -> [ranks, row], for CPU tensors of any dtype; made by `connect`.
+
+    Args:
+        slots: the two slots of every rank, in rank order.
+        bell: this rank's, to listen to.
+        ringing_ends: of every rank's bell, in rank order; the own one is never rung, but keeps the pipe from ending.
+    """
+
+    def __init__(self, rank: int, slots: list[list[_Slot]], bell: FileIO, ringing_ends: list[FileIO]) -> None:
+        self._rank = rank
+        self._slots = slots
+        self._bell = bell
+        self._ringing_ends = ringing_ends
+        self._exchange = 0
+        self._poll = select.poll()
+        self._poll.register(bell, select.POLLIN)
+
+    def __call__(self, row: torch.Tensor, while_waiting: Callable[[], bool] | None = None) -> torch.Tensor:
+        """Exchange rows; all ranks call this with the same width and dtype.
+
+        Args:
+            row: [width] of this rank.
+            while_waiting: called again and again while another rank's row is missing. It does a slice of other work,
+                as long as it likes, and says whether there was any: after False this rank may sleep for a millisecond
+                before it asks again. It must not raise.
+
+        Returns:
+            [ranks, width], which nobody else writes to.
+        """
+        self._exchange += 1
+        row = row.detach().contiguous()
+        slots = [pair[self._exchange % 2] for pair in self._slots]
+        slots[self._rank].write(self._exchange, _bytes_of(row))
+        self._ring_the_others()
+        rows = row.new_empty(len(slots), row.numel())
+        rows[self._rank] = row
+        for rank, slot in enumerate(slots):
+            if rank != self._rank:
+                self._wait_for(slot, while_waiting)
+                slot.read_into(_bytes_of(rows[rank]))
+        return rows
+
+    def _ring_the_others(self) -> None:
+        for rank, bell in enumerate(self._ringing_ends):
+            if rank != self._rank:
+                # A rank that found the row by looking may have ended since. A full pipe takes no byte and needs none.
+                with contextlib.suppress(BrokenPipeError):
+                    bell.write(b"\0")
+
+    def _wait_for(self, slot: _Slot, while_waiting: Callable[[], bool] | None) -> None:
+        idle_since = time.perf_counter()
+        while not slot.holds(self._exchange):
+            if while_waiting is not None and while_waiting():
+                idle_since = time.perf_counter()
+            elif time.perf_counter() - idle_since < _SPIN_SECONDS:
+                os.sched_yield()
+            elif self._poll.poll(None if while_waiting is None else _ASK_AGAIN_MS):
+                self._bell.read(_PIPE_BYTES)
+
+    def close(self) -> None:
+        """Give memory and pipes back; the memory is freed when the last rank has done so, or has ended."""
+        for slot in chain.from_iterable(self._slots):
+            slot.close()
+        for bell in (self._bell, *self._ringing_ends):
+            bell.close()
+
+
+def connect(rank: int, ranks: int, share: Share) -> SharedMemoryGather | None:
+    """Map the ranks' memory into each other; all ranks must call this together.
+
+    Returns:
+        None, and so on every rank, where some rank can't reach the memory of another: they run on different hosts or
+        in containers that don't see each other's processes, or a system has no `memfd`.
+    """
+    with contextlib.ExitStack() as temporary:
+        bell, files = _make_files()
+        addresses = share((_host(), [_address_of(fd) for fd in files]))
+        opened = [files if peer == rank else _open_files(*addresses[peer]) for peer in range(ranks)]
+        for fds in opened:
+            temporary.callback(_close_all, fds)
+        # This second round also keeps every rank's files open until all have opened them.
+        if not all(share(all(len(fds) == _FILES for fds in opened))):
+            _close_all(bell)
+            return None
+        ringing_ends = [FileIO(fds.pop(), "w") for fds in opened]
+        # A mapping keeps its file by itself.
+        return SharedMemoryGather(rank, [[_Slot(fd) for fd in fds] for fds in opened], FileIO(bell[0]), ringing_ends)
+
+
+def _make_files() -> tuple[list[int], list[int]]:
+    """This rank's bell, and what others open of it: two slots and the bell's other end; nothing without `memfd`."""
+    if not hasattr(os, "memfd_create"):
+        return [], []
+    slots = [os.memfd_create("cfg-gather") for _ in range(2)]
+    for fd in slots:
+        os.ftruncate(fd, _HEADER_BYTES + _SMALLEST_BYTES)
+    bell, ringing_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    return [bell], [*slots, ringing_end]
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _host() -> tuple[str, str]:
+    """What processes have in common that see each other under the same pids."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "", ""  # no /proc to open anything in: whether that is the same host makes no difference
+
+
+def _address_of(fd: int) -> _Address:
+    return _Address(os.getpid(), fd, _identity(os.fstat(fd)))
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _open_files(host: tuple[str, str], addresses: list[_Address]) -> list[int]:
+    """Another rank's files, as far as they can be opened."""
+    opened: list[int] = []
+    modes = (os.O_RDWR, os.O_RDWR, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        for (pid, fd, file), mode in zip(addresses, modes, strict=False) if host == _host() else ():
+            path = f"/proc/{pid}/fd/{fd}"
+            # Looked at before it is opened: under another process's number could be anything.
+            if _identity(os.stat(path)) == file:
+                opened.append(os.open(path, mode | os.O_CLOEXEC))
+    except OSError:
+        pass  # the caller counts them
+    return opened
+
+
+def _memory_fence() -> None:
+    """Keep what was read and written before this call before what is read and written after it, for all processes.
+
+    Processors other than x86 may reorder them. A lock's release holds back what comes before it and its acquisition
+    what comes after it, so it takes a release that is followed by an acquisition: the lock is taken twice.
+    """
+    with _fence_lock:
+        pass
+    with _fence_lock:
+        pass
+
+
+def _bytes_of(row: torch.Tensor) -> memoryview:
+    return row.view(torch.uint8).numpy().data
