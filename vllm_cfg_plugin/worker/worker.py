@@ -46,6 +46,8 @@ class DiffusionWorker(WorkerBase):
             backend=self.current_platform.dist_backend,
         )
         parallel_state.initialize_model_parallel(settings.cfg_parallel_size, self.parallel_config.tensor_parallel_size)
+        # Here, where ranks meet anyway: a rank that can't load its model must not leave the others waiting.
+        self._all_gather = make_all_gather(self.device)
 
     def _visible_device(self) -> int:
         """This rank's accelerator: replicas take consecutive blocks, unless vLLM assigned the devices itself."""
@@ -66,7 +68,7 @@ class DiffusionWorker(WorkerBase):
             pipeline,
             parallel_state.get_classifier_free_guidance_rank(),
             parallel_state.get_classifier_free_guidance_world_size(),
-            make_all_gather(self.device),
+            self._all_gather,
             SideWork(self.rank, self.device),
         )
 
