@@ -120,27 +120,6 @@ def test_a_fast_rank_does_not_overwrite_what_a_slow_one_still_reads():
     assert run_forked(read_slowly, 2) == [expected, expected]
 
 
-def work_while_waiting(rank, ranks, share):
-    """Rank 1 comes late; rank 0 has three slices of other work."""
-    gather = connect(rank, ranks, share)
-    calls = []
-
-    def while_waiting():
-        calls.append(len(calls))
-        return len(calls) <= 3
-
-    if rank == 1:
-        time.sleep(0.3)
-    return gather(torch.tensor([rank]), while_waiting).tolist(), len(calls)
-
-
-def test_while_waiting_is_asked_again_and_again_but_not_without_pause():
-    (rows, calls), (other_rows, _) = run_forked(work_while_waiting, 2)
-    assert rows == other_rows == [[0], [1]]
-    # After the first moment it is asked at most once a millisecond: without pauses it would be some hundred thousand.
-    assert 3 < calls < 20_000
-
-
 def wait_long(rank, ranks, share):
     gather = connect(rank, ranks, share)
     if rank == 1:

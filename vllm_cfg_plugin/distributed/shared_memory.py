@@ -42,8 +42,6 @@ _FILES = 3  # that a rank opens of another: two slots and a bell
 
 # A peer that comes soon is found sooner by looking than by being woken; other processes that want the core get it.
 _SPIN_SECONDS = 200e-6
-# While there is a `while_waiting`, sleep no longer than this before it is asked again.
-_ASK_AGAIN_MS = 1
 _PIPE_BYTES = 64 * 2**10
 
 _fence_lock = threading.Lock()
@@ -129,14 +127,11 @@ class SharedMemoryGather:
         self._poll = select.poll()
         self._poll.register(bell, select.POLLIN)
 
-    def __call__(self, row: torch.Tensor, while_waiting: Callable[[], bool] | None = None) -> torch.Tensor:
+    def __call__(self, row: torch.Tensor) -> torch.Tensor:
         """Exchange rows; all ranks call this with the same width and dtype.
 
         Args:
             row: [width] of this rank.
-            while_waiting: called again and again while another rank's row is missing. It does a slice of other work,
-                as long as it likes, and says whether there was any: after False this rank may sleep for a millisecond
-                before it asks again. It must not raise.
 
         Returns:
             [ranks, width], which nobody else writes to.
@@ -150,7 +145,7 @@ class SharedMemoryGather:
         rows[self._rank] = row
         for rank, slot in enumerate(slots):
             if rank != self._rank:
-                self._wait_for(slot, while_waiting)
+                self._wait_for(slot)
                 slot.read_into(_bytes_of(rows[rank]))
         return rows
 
@@ -161,14 +156,12 @@ class SharedMemoryGather:
                 with contextlib.suppress(BrokenPipeError):
                     bell.write(b"\0")
 
-    def _wait_for(self, slot: _Slot, while_waiting: Callable[[], bool] | None) -> None:
-        idle_since = time.perf_counter()
+    def _wait_for(self, slot: _Slot) -> None:
+        waiting_since = time.perf_counter()
         while not slot.holds(self._exchange):
-            if while_waiting is not None and while_waiting():
-                idle_since = time.perf_counter()
-            elif time.perf_counter() - idle_since < _SPIN_SECONDS:
+            if time.perf_counter() - waiting_since < _SPIN_SECONDS:
                 os.sched_yield()
-            elif self._poll.poll(None if while_waiting is None else _ASK_AGAIN_MS):
+            elif self._poll.poll():  # other threads of this process run meanwhile
                 self._bell.read(_PIPE_BYTES)
 
     def close(self) -> None:

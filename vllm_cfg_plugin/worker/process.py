@@ -38,6 +38,8 @@ def run_worker(vllm_config: VllmConfig, rank: int, address: str, init_method: st
     # Ctrl-C reaches the whole process group; the engine decides when the ranks stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The stepping thread must not wait for Python's 5 ms when a side thread has the interpreter.
+    sys.setswitchinterval(0.0005)
     release_inherited_listeners()
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
