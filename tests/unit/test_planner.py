@@ -192,6 +192,11 @@ def test_one_encode_for_each_idle_rank_if_only_both_together_pay():
     assert moves_that_pay(items, [0, 0, 1, 1], 4, None, [300] * 4, [9] * 4) == [Move(0, 2), Move(2, 3)]
 
 
+def test_an_encode_that_cannot_lower_the_heaviest_rank_alone_does_not_pay():
+    items = [on(rank, allowed=[rank]) for rank in (0, 0, 1, 1)]
+    assert moves_that_pay(items, [0, 0, 1, 1], 3, None, [300] * 4, [9] * 4) == []
+
+
 def test_nothing_is_encoded_again_that_another_rank_holds_already():
     items = [on(0), on(0), on(0)]
     assert moves_that_pay(items, [0, 0, 0], 3, None, [0] * 3, [9] * 3) == []
