@@ -59,7 +59,17 @@ class Levelling:
     def makespan(self, owners: Sequence[int]) -> int:
         return max(self.loads(owners))
 
-    def permitted(self, owners: list[int]) -> list[int]:
+    def level(self, owners: Sequence[int]) -> list[int]:
+        """Owners with a (nearly) least makespan, starting from these."""
+        best = self._permitted(owners)
+        while not self._is_level(best):
+            better = self._improve(best)
+            if self.makespan(better) >= self.makespan(best):
+                break
+            best = better
+        return best
+
+    def _permitted(self, owners: Sequence[int]) -> list[int]:
         """The same owners, but an item whose rank may not own it goes to the least loaded rank that may."""
         owners, costs, allowed = list(owners), self._costs, self._allowed
         strays = [i for i, owner in enumerate(owners) if owner not in allowed[i]]
@@ -75,12 +85,12 @@ class Levelling:
             loads[owners[i]] += costs[i]
         return owners
 
-    def is_level(self, owners: Sequence[int]) -> bool:
+    def _is_level(self, owners: Sequence[int]) -> bool:
         loads = self.loads(owners)
         makespan = max(loads)
         return is_near(makespan, -(-sum(loads) // self._ranks)) or is_near(makespan, self._bound(owners, loads))
 
-    def improve(self, owners: list[int]) -> list[int]:
+    def _improve(self, owners: list[int]) -> list[int]:
         """Better owners, or the same if none are found: few changes first, then afresh, then by search."""
         bound = self._bound(owners, self.loads(owners))
         best = owners

@@ -8,7 +8,7 @@ that holds its text embeddings. `level` says by which, `moves_that_pay` where mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vllm_cfg_plugin.engine.levelling import Levelling, counting_bound, is_near, rank_loads, water_level
 
@@ -45,13 +45,7 @@ def level(items: Sequence[Item], ranks: int, base: Sequence[int] | None = None) 
     from the owners that it returned changes nothing.
     """
     levelling = Levelling([item.cost for item in items], [item.allowed for item in items], ranks, base)
-    owners = levelling.permitted([item.owner for item in items])
-    while not levelling.is_level(owners):
-        better = levelling.improve(owners)
-        if levelling.makespan(better) >= levelling.makespan(owners):
-            break
-        owners = better
-    return owners
+    return levelling.level([item.owner for item in items])
 
 
 def moves_that_pay(
@@ -75,12 +69,11 @@ def moves_that_pay(
     moves = draft.best_prefix()
     if not moves:
         return []
-    extended = [replace(item, owner=owner) for item, owner in zip(items, owners, strict=True)]
+    allowed = [item.allowed for item in items]
     for move in moves:
-        item = extended[move.index]
-        extended[move.index] = replace(item, allowed=item.allowed | {move.rank})
-    costs = [item.cost for item in items]
-    after = max(rank_loads(costs, level(extended, ranks, base), ranks, base))
+        allowed[move.index] |= {move.rank}
+    levelling = Levelling([item.cost for item in items], allowed, ranks, base)
+    after = levelling.makespan(levelling.level(owners))
     return moves if draft.net_gain(moves, after) > 0 else []
 
 
@@ -176,8 +169,7 @@ class _MoveDraft:
 
     def _has_other_rank(self, i: int) -> bool:
         """Whether `level` can take the item off its rank without an encode."""
-        heaviest = max(self._before)
-        return any(
-            rank != self._owners[i] and self._before[rank] + self._costs[i] < heaviest
-            for rank in self._items[i].allowed
+        allowed, heaviest = self._items[i].allowed, max(self._before)
+        return len(allowed) > 1 and any(
+            rank != self._owners[i] and self._before[rank] + self._costs[i] < heaviest for rank in allowed
         )
