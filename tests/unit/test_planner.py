@@ -140,6 +140,10 @@ def test_guided_requests_stay_where_they_are_until_the_imbalance_exceeds_5_perce
     assert level([on(0, 130), on(1, 70)] * 4, 2) != [0, 1] * 4
 
 
+def test_a_rank_that_nothing_can_go_to_does_not_make_the_others_move():
+    assert level([on(0, 104), on(1, 96)] * 4, 3) == [0, 1] * 4
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_requests_without_guidance_spread_over_all_ranks(ranks):
     owners = level([on(0, 64, range(ranks))] * (4 * ranks), ranks)
@@ -195,6 +199,13 @@ def test_one_encode_for_each_idle_rank_if_only_both_together_pay():
 def test_an_encode_that_cannot_lower_the_heaviest_rank_alone_does_not_pay():
     items = [on(rank, allowed=[rank]) for rank in (0, 0, 1, 1)]
     assert moves_that_pay(items, [0, 0, 1, 1], 3, None, [300] * 4, [9] * 4) == []
+
+
+def test_nothing_is_encoded_for_a_gain_too_small_to_move_for():
+    # 1000 on rank 0, 930 on the others: 35 on rank 1 would make both 965, which is within 5 % of 1000.
+    items = [on(rank, 30, [rank]) for rank in range(8) for _ in range(31)] + [on(0, 35, [0])] * 2
+    owners = [item.owner for item in items]
+    assert moves_that_pay(items, owners, 8, None, [0] * len(items), [1000] * len(items)) == []
 
 
 def test_nothing_is_encoded_again_that_another_rank_holds_already():
