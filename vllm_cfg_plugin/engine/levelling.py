@@ -62,12 +62,17 @@ class Levelling:
     def level(self, owners: Sequence[int]) -> list[int]:
         """Owners with a (nearly) least makespan, starting from these."""
         best = self._permitted(owners)
-        while not self._is_level(best):
-            better = self._improve(best)
-            if self.makespan(better) >= self.makespan(best):
-                break
+        while True:
+            loads = self.loads(best)
+            if is_near(max(loads), -(-sum(loads) // self._ranks)):  # by far the quickest bound
+                return best
+            bound = self._bound(best, loads)
+            if is_near(max(loads), bound):
+                return best
+            better = self._improve(best, bound)
+            if self.makespan(better) >= max(loads):
+                return best
             best = better
-        return best
 
     def _permitted(self, owners: Sequence[int]) -> list[int]:
         """The same owners, but an item whose rank may not own it goes to the least loaded rank that may."""
@@ -85,14 +90,8 @@ class Levelling:
             loads[owners[i]] += costs[i]
         return owners
 
-    def _is_level(self, owners: Sequence[int]) -> bool:
-        loads = self.loads(owners)
-        makespan = max(loads)
-        return is_near(makespan, -(-sum(loads) // self._ranks)) or is_near(makespan, self._bound(owners, loads))
-
-    def _improve(self, owners: list[int]) -> list[int]:
+    def _improve(self, owners: list[int], bound: int) -> list[int]:
         """Better owners, or the same if none are found: few changes first, then afresh, then by search."""
-        bound = self._bound(owners, self.loads(owners))
         best = owners
         for target in (bound, 0):
             candidate = self._spread(best, target)
