@@ -35,6 +35,8 @@ class Placement:
 
     def owners_of_newcomer(self, request: ScheduledRequest, loads: Sequence[int]) -> tuple[int, ...]:
         """Ranks for the branches of a request that no rank knows; `loads`: each rank's microseconds per step so far."""
+        if len(request.costs) == 1:  # no rank is the usual one for it, so that it need not wait for 5 % of imbalance
+            return (min(range(self._ranks), key=lambda rank: (loads[rank], rank)),)
         items = [Item(cost, branch % self._ranks, self._everywhere) for branch, cost in enumerate(request.costs)]
         return tuple(planner.level(items, self._ranks, loads))
 
@@ -67,11 +69,12 @@ class Placement:
     def _moves(
         self, slots: Sequence[tuple[ScheduledRequest, int]], items: Sequence[Item], owners: Sequence[int], tick: int
     ) -> list[Encode]:
+        if any(request.asked[branch] != request.holders[branch] for request, branch in slots):
+            return []  # what was asked for will change what pays
         encode_costs = [request.cost.encode(request.spec.text_tokens[branch]) for request, branch in slots]
         steps_left = [request.last_tick - tick + 1 for request, _ in slots]
         moves = planner.moves_that_pay(items, owners, self._ranks, None, encode_costs, steps_left)
-        wanted = [(*slots[move.index], move.rank) for move in moves]
-        return [self._encode(request, b, rank) for request, b, rank in wanted if rank not in request.asked[b]]
+        return [self._encode(*slots[move.index], move.rank) for move in moves]
 
     def _encode(self, request: ScheduledRequest, branch: int, rank: int) -> Encode:
         request.asked[branch].add(rank)
