@@ -129,13 +129,14 @@ def test_max_num_batched_tokens_limits_the_heaviest_rank():
     assert [running_ids(scheduler.schedule()) for _ in range(2)] == [[0, 1], [0, 1]]
 
 
-def test_a_request_larger_than_the_token_budget_runs_alone_instead_of_never():
+def test_requests_larger_than_the_token_budget_run_one_at_a_time_and_keep_no_small_one_out():
     scheduler = make_scheduler(max_num_batched_tokens=10)
-    scheduler.add_request(vllm_request("huge", toy_request(image_tokens=5000, steps=1)))
-    scheduler.add_request(vllm_request("small", toy_request(steps=1)))
+    for name in ("huge", "huge too"):
+        scheduler.add_request(vllm_request(name, toy_request(image_tokens=5000, steps=1)))
+    scheduler.add_request(vllm_request("small", toy_request("x", steps=1)))
     encoded(scheduler)
     last = scheduler.schedule()
-    assert running_ids(last) == [0]
+    assert running_ids(last) == [0, 2]
     finish(scheduler, last)
     encoded(scheduler)
     assert running_ids(scheduler.schedule()) == [1]

@@ -1,8 +1,8 @@
 """Who may join the running batch: first come first served under two budgets, with bounded bypass. Pure.
 
 A request that does not fit yet may be overtaken by later ones that do, so that a large one at the head blocks nobody
-behind it; but by at most `MAX_OVERTAKEN` of them, so that it does not starve: from then on nobody behind it joins, the
-batch drains, and it is the next one in. One that is too large for the token budget joins an empty batch.
+behind it; but by at most `MAX_OVERTAKEN` of them, so that it does not starve: from then on nobody behind it joins until
+it has.
 """
 
 from __future__ import annotations

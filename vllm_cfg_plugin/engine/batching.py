@@ -8,7 +8,7 @@ argument, so that `benchmarks/simulate.py` runs this very code in virtual time. 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -170,25 +170,32 @@ class StepBatch:
         return request
 
     def _admit(self) -> list[ScheduledRequest]:
-        """Requests that join now; one too large for the token budget runs alone."""
+        """Requests that join now.
+
+        One that is larger than the token budget by itself does not count against it, but only one such runs at a time:
+        it neither has to wait for an empty batch nor keeps smaller ones out of its own.
+        """
         if not self._may_admit or not self.waiting:
             return []
         members = [*self.preparing.values(), *self.running.values()]
         loads = _loads(members, self._ranks, lambda request: request.costs)
-        tokens = _loads(members, self._ranks, lambda request: request.branch_tokens)
+        counted = [request for request in members if not request.is_oversized]
+        tokens = _loads(counted, self._ranks, lambda request: request.branch_tokens)
+        has_oversized = len(counted) < len(members)
 
         def fits(request: ScheduledRequest) -> bool:
-            if len(self._known) >= self._max_requests:
-                return False
+            nonlocal has_oversized
             owners = self._placement.owners_of_newcomer(request, loads)
-            joined = list(tokens)
-            for owner, more in zip(owners, request.branch_tokens, strict=True):
-                joined[owner] += more
-            if any(tokens) and max(joined) > self._max_tokens:
+            request.is_oversized = max(_pour([0] * self._ranks, owners, request.branch_tokens)) > self._max_tokens
+            joined = tokens if request.is_oversized else _pour(list(tokens), owners, request.branch_tokens)
+            if len(self._known) >= self._max_requests or max(joined) > self._max_tokens:
                 return False
-            request.owners, tokens[:] = owners, joined
-            for owner, cost in zip(owners, request.costs, strict=True):
-                loads[owner] += cost
+            if request.is_oversized and has_oversized:
+                return False
+            has_oversized = has_oversized or request.is_oversized
+            tokens[:] = joined
+            _pour(loads, owners, request.costs)
+            request.owners = owners
             self._start_preparing(request)
             return True
 
@@ -237,6 +244,12 @@ def _loads(
     """Each rank's sum of its branches' sizes."""
     loads = [0] * ranks
     for request in requests:
-        for owner, size in zip(request.owners, sizes(request), strict=True):
-            loads[owner] += size
+        _pour(loads, request.owners, sizes(request))
+    return loads
+
+
+def _pour(loads: list[int], owners: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Add one request's branches to the loads, in place."""
+    for owner, size in zip(owners, sizes, strict=True):
+        loads[owner] += size
     return loads

@@ -25,6 +25,7 @@ class ScheduledRequest:
         arrived, admitted, began, denoised: seconds of the engine's clock.
         encode_ms: of the text that took longest.
         overtaken: requests that came later and were admitted earlier.
+        is_oversized: it alone gives some rank more tokens than the budget.
         owners: cfg rank that forwards each branch; while it prepares, that will.
         asked, holders: for each branch the ranks that were told to encode its text, and those that have.
         first_tick, done_steps: the engine's count of steps at its first step; its steps in reports received.
@@ -42,6 +43,7 @@ class ScheduledRequest:
     denoised: float = 0.0
     encode_ms: float = 0.0
     overtaken: int = 0
+    is_oversized: bool = False
     owners: tuple[int, ...] = ()
     asked: list[set[int]] = field(default_factory=list)
     holders: list[set[int]] = field(default_factory=list)
