@@ -32,11 +32,13 @@ WITHOUT_VLLM = (
     "vllm_cfg_plugin.engine.batching",
     "vllm_cfg_plugin.engine.request",
     "vllm_cfg_plugin.engine.result",
+    "vllm_cfg_plugin.worker.calibration",
     "vllm_cfg_plugin.worker.exchange",
     "vllm_cfg_plugin.worker.packing",
     "vllm_cfg_plugin.worker.state",
     "vllm_cfg_plugin.pipelines.base",
     "vllm_cfg_plugin.worker.runner",
+    "vllm_cfg_plugin.worker.stopwatch",
 )
 
 

@@ -8,12 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
 # Doubling a pack must lower the time per token by this share to be worth everybody's waiting.
 WORTHWHILE_GAIN = 0.05
+# Measurements lie on a line if none is off by a larger share.
+LINE_TOLERANCE = 0.15
+
+
+Cost = Annotated[float, msgspec.Meta(ge=0)]  # microseconds
 
 
 class CostModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,13 +34,13 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         decode_us, decode_token_us: per image, and per token of it.
     """
 
-    step_us: float
-    token_us: float
-    square_us: float
-    encode_us: float
-    encode_token_us: float
-    decode_us: float
-    decode_token_us: float
+    step_us: Cost
+    token_us: Cost
+    square_us: Cost
+    encode_us: Cost
+    encode_token_us: Cost
+    decode_us: Cost
+    decode_token_us: Cost
 
     def forward(self, tokens: int) -> int:
         """Microseconds that one sequence adds to a packed forward; at least 1."""
@@ -63,7 +69,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     cost: CostModel
-    token_budget: int
+    token_budget: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class PackSample(msgspec.Struct, frozen=True):
@@ -103,7 +109,7 @@ def fit_non_negative(rows: Sequence[Sequence[float]], times: Sequence[float]) ->
 
     Args:
         rows: one row of factors per measurement.
-        times: what was measured; above 0.
+        times: what was measured; above 0, at least one.
     """
     measured = np.asarray(times, dtype=float)
     matrix = np.asarray(rows, dtype=float) / measured[:, None]
@@ -124,19 +130,29 @@ def fit_non_negative(rows: Sequence[Sequence[float]], times: Sequence[float]) ->
 def find_token_budget(samples: Sequence[PackSample]) -> int:
     """Where time per token stops falling: the smallest pack from which doubling it lowers that by less than 5 %.
 
-    A doubling is judged by all larger packs, so that one disturbed measurement does not end the search early. Where
-    the largest pack is still worth its doubling, the next doubling is taken for worthwhile too and not the ones after.
+    Measurements that lie on one line are judged by that line, which evens out their noise. Others (an accelerator takes
+    the same time for every small pack) are judged as they are. The result is at most twice the largest pack measured.
 
     Args:
         samples: packs of different numbers of sequences of one length; at least one.
     """
     ordered = sorted(samples, key=lambda sample: sample.tokens)
-    for index, sample in enumerate(ordered):
-        larger = ordered[index + 1 :]
-        if not any(_gains(sample, other) for other in larger):
-            still_falls = index > 0 and not larger
-            return sample.tokens * (2 if still_falls else 1)
-    raise ValueError("there are no measured packs: measure at least one")
+    step_us, token_us = fit_line([(sample.tokens, sample.us) for sample in ordered])
+    if any(abs(step_us + token_us * sample.tokens - sample.us) > LINE_TOLERANCE * sample.us for sample in ordered):
+        return _measured_budget(ordered)
+    # Doubling n tokens gains g where (step / 2 + token * n) = (1 - g) * (step + token * n).
+    gain = WORTHWHILE_GAIN
+    smallest, largest = ordered[0].tokens, 2 * ordered[-1].tokens
+    tokens = step_us * (1 - 2 * gain) / (2 * gain * token_us) if token_us else largest
+    return round(min(max(tokens, smallest), largest))
+
+
+def _measured_budget(ordered: Sequence[PackSample]) -> int:
+    """A doubling is judged by all larger packs, so that one disturbed measurement does not end the search early."""
+    for sample in ordered[:-1]:
+        if not any(_gains(sample, larger) for larger in ordered if larger.tokens > sample.tokens):
+            return sample.tokens
+    return 2 * ordered[-1].tokens
 
 
 def _gains(small: PackSample, large: PackSample) -> bool:

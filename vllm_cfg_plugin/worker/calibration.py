@@ -1,0 +1,203 @@
+"""Times the real pipeline on this rank at start-up and fits the cost model to it; kept on disk for the next start.
+
+All ranks of a host calibrate at the same time, because that is how they will run. Must not import vLLM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+import msgspec
+import torch
+
+from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, Checkpoint, PipelineInfo
+from vllm_cfg_plugin.config import PLUGIN_NAME
+from vllm_cfg_plugin.engine.cost import Calibration, CostModel, find_token_budget, fit_forward, fit_line
+from vllm_cfg_plugin.logs import get_logger
+from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
+from vllm_cfg_plugin.pipelines.registry import describe, family_of
+from vllm_cfg_plugin.worker.stopwatch import Run, Stopwatch
+
+logger = get_logger(__name__)
+
+_PROMPTS = ("a cat", "a photograph of a cat on a chair, " * 8)
+# Sides of images against those of the model's own size; tokens go with the square.
+_FORWARD_SCALES = (0.25, 0.5, 1, 2, 4)
+_DECODE_SCALES = (0.25, 0.5, 1)
+_MOST_SEQUENCES = 256
+
+_COMPONENTS = ("transformer", "vae", "text_encoder")
+
+
+def calibrate_rank(pipeline: EnginePipeline, checkpoint: Checkpoint, folder: Path, ranks: int) -> Calibration:
+    """This rank's calibration: from `folder` if an earlier start left it there, measured otherwise.
+
+    Args:
+        folder: where calibrations are kept, one file per model, device and software; need not exist.
+        ranks: how many run side by side and share what the machine has.
+    """
+    path = folder / f"{_key(pipeline, checkpoint, ranks)}.json"
+    calibration = _load(path)
+    if calibration is None:
+        calibration = calibrate(pipeline, describe(checkpoint))
+        _store(path, calibration)
+    return calibration
+
+
+@torch.inference_mode()
+def calibrate(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration:
+    """Measure encodes, decodes and packed forwards of growing sizes, then all of them again while there is time."""
+    stopwatch = Stopwatch(next(pipeline.transformer.parameters()).device)
+    texts: dict[str, torch.Tensor] = {}
+    encodes = stopwatch.climb(_encode_runs(pipeline, texts))
+    text = texts[_PROMPTS[0]]
+    decodes = stopwatch.climb(_decode_runs(pipeline, _requests(info, _DECODE_SCALES)))
+    branches = [_branch(pipeline, request, text) for request in _requests(info, _FORWARD_SCALES)]
+    forwards = stopwatch.climb(_forward_run(pipeline, [branch]) for branch in branches)
+    default_tokens = _request(info, 1).image_tokens + text.shape[0]
+    single = max(index for index, run in enumerate(forwards) if index == 0 or run.tokens <= default_tokens)
+    packs = stopwatch.climb(_pack_runs(pipeline, branches[single]), [forwards[single]], _has_found_budget)
+    stopwatch.repeat_all()
+    step_us, token_us, square_us = fit_forward([run.sample for run in forwards + packs[1:]])
+    encode_us, encode_token_us = fit_line(
+        [(embeds.shape[0], run.us) for embeds, run in zip(texts.values(), encodes, strict=True)]
+    )
+    decode_us, decode_token_us = fit_line([(run.tokens, run.us) for run in decodes])
+    return Calibration(
+        cost=CostModel(
+            step_us=step_us,
+            token_us=token_us,
+            square_us=square_us,
+            encode_us=encode_us,
+            encode_token_us=encode_token_us,
+            decode_us=decode_us,
+            decode_token_us=decode_token_us,
+        ),
+        token_budget=max(default_tokens, find_token_budget([run.sample for run in packs])),
+    )
+
+
+def _encode_runs(pipeline: EnginePipeline, texts: dict[str, torch.Tensor]) -> Iterator[Run]:
+    """Encodes of a short and a long text, which leave the embeddings in `texts`."""
+
+    def encode(prompt: str) -> None:
+        texts[prompt] = pipeline.encode_branch(prompt)
+
+    for prompt in _PROMPTS:
+        yield Run(partial(encode, prompt), (len(prompt),))
+
+
+def _decode_runs(pipeline: EnginePipeline, requests: Iterable[DiffusionRequest]) -> Iterator[Run]:
+    for request in requests:
+        yield Run(partial(pipeline.decode, pipeline.draw_noise(request), request), (request.image_tokens,))
+
+
+def _pack_runs(pipeline: EnginePipeline, branch: BranchInput) -> Iterator[Run]:
+    """2, 4, 8, ... of one sequence."""
+    count = 2
+    while count <= _MOST_SEQUENCES:
+        yield _forward_run(pipeline, [branch] * count)
+        count *= 2
+
+
+def _forward_run(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> Run:
+    lengths = tuple(branch.latents.shape[1] + branch.prompt_embeds.shape[0] for branch in branches)
+    return Run(lambda: pipeline.predict_noise(**pipeline.pack_branches(branches)), lengths)
+
+
+def _has_found_budget(packs: Sequence[Run]) -> bool:
+    return find_token_budget([run.sample for run in packs]) < packs[-1].tokens
+
+
+def _requests(info: PipelineInfo, scales: Iterable[float]) -> list[DiffusionRequest]:
+    """Requests of growing size; scales that come to the same size give one."""
+    return list({request.image_tokens: request for request in (_request(info, scale) for scale in scales)}.values())
+
+
+def _request(info: PipelineInfo, scale: float) -> DiffusionRequest:
+    """A request for an image of the model's own size, its sides scaled."""
+    default = info.default_params
+    height, width = (
+        max(1, round(cast(int, side) * scale / info.size_multiple)) * info.size_multiple
+        for side in (default.height, default.width)
+    )
+    return DiffusionRequest(
+        prompts=[_PROMPTS[0]],
+        text_tokens=[len(_PROMPTS[0])],
+        image_tokens=info.image_tokens(height, width),
+        height=height,
+        width=width,
+        num_inference_steps=max(2, info.min_steps),
+        true_cfg_scale=1.0,
+        seed=0,
+    )
+
+
+def _branch(pipeline: EnginePipeline, request: DiffusionRequest, text: torch.Tensor) -> BranchInput:
+    return BranchInput(
+        latents=pipeline.draw_noise(request),
+        prompt_embeds=text,
+        timestep=pipeline.make_noise_scheduler(request).timesteps[0],
+        height=request.height,
+        width=request.width,
+    )
+
+
+def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int) -> str:
+    """Names everything that the figures depend on."""
+    weight = next(pipeline.transformer.parameters())
+    facts = [
+        *(checkpoint.read_json(f"{component}/config.json") for component in _COMPONENTS),
+        checkpoint.read_json(DEFAULTS_FILE),
+        family_of(checkpoint).implementation,
+        torch.cuda.get_device_name(weight.device) if weight.is_cuda else _processor(),
+        str(weight.dtype),
+        torch.__version__,
+        version(PLUGIN_NAME),
+        torch.get_num_threads(),
+        ranks,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    model = next((line for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _load(path: Path) -> Calibration | None:
+    """An earlier start's calibration; None where there is none that can be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        logger.debug("Calibration %s can't be read and is measured again: %s", path, error)
+        return None
+
+
+def _store(path: Path, calibration: Calibration) -> None:
+    """Write for the next start; several ranks may do so at once, each a whole file."""
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(msgspec.json.encode(calibration))
+        temporary.replace(path)
+    except OSError as error:
+        logger.debug("Calibration can't be kept in %s: %s", path, error)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
