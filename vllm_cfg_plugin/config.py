@@ -13,14 +13,23 @@ import msgspec
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import RequestLimits
 from vllm_cfg_plugin.pipelines.registry import check_servable
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_cfg_plugin.engine.cost import Calibration
+
+logger = get_logger(__name__)
+
 CONFIG_FORMAT = "diffusers"
 PLUGIN_NAME = "vllm_cfg_plugin"  # of our entry points, in every group
+
+# `max_num_batched_tokens` of a user who gives none: the budget is found at start-up. vLLM
+# fills in an empty one, so this is a number that nobody asks for, above any `max_num_seqs` as vLLM demands.
+FIND_TOKEN_BUDGET = 2**20 - 1
 
 # What vLLM's own flags default to for a diffusion model. A text prompt never reaches vLLM, so there is no tokenizer to
 # load.
@@ -31,9 +40,9 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     "enable_prefix_caching": False,
     # Requests that may share a step.
     "max_num_seqs": 32,
-    # Image and text tokens per rank and step. Two images of 1024x1024: sharing a step gains nothing once it is
-    # compute-bound and makes everybody wait for everybody, so past this budget first come is first served.
-    "max_num_batched_tokens": 8448,
+    # Image and text tokens per rank and step: sharing a step gains nothing once it is compute-bound and makes everybody
+    # wait for everybody, so past this budget first come is first served.
+    "max_num_batched_tokens": FIND_TOKEN_BUDGET,
     # Seconds for running requests to finish after SIGTERM; vLLM's own default aborts them at once.
     "shutdown_timeout": 5,
 }
@@ -80,6 +89,18 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def limits(self) -> RequestLimits:
         return RequestLimits(max_image_pixels=self.max_image_pixels, max_inference_steps=self.max_inference_steps)
+
+
+def token_budget(vllm_config: VllmConfig, calibration: Calibration) -> int:
+    """Image and text tokens per rank and step: what the user asked for, else what was found at start-up; logs that."""
+    asked = vllm_config.scheduler_config.max_num_batched_tokens
+    if asked != FIND_TOKEN_BUDGET:
+        return asked
+    logger.info(
+        "Token budget: %d tokens per rank and step (found at start-up; --max-num-batched-tokens overrides it)",
+        calibration.token_budget,
+    )
+    return calibration.token_budget
 
 
 def default_dtype(on_cpu: bool) -> str:

@@ -16,12 +16,13 @@ from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER, regi
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.config import CONFIG_FORMAT
+from vllm_cfg_plugin.config import CONFIG_FORMAT, FIND_TOKEN_BUDGET
 from vllm_cfg_plugin.pipelines.registry import FAMILIES, family_of
 
 # vLLM's own prompt of a request is one placeholder token; the text travels in the request's parameters.
 PLACEHOLDER_PROMPT: Any = {"type": "token", "prompt_token_ids": [0]}
-_MAX_PROMPT_TOKENS = 512
+# vLLM warns where max_num_batched_tokens is more than max_num_seqs prompts of this length.
+_MAX_PROMPT_TOKENS = FIND_TOKEN_BUDGET
 
 
 class DiffusionModel(torch.nn.Module):

@@ -9,7 +9,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_cfg_plugin.cli import all_plugin_names
-from vllm_cfg_plugin.config import ENGINE_DEFAULTS, EngineSettings
+from vllm_cfg_plugin.config import ENGINE_DEFAULTS, FIND_TOKEN_BUDGET, EngineSettings
 from vllm_cfg_plugin.errors import ConfigurationError
 
 
@@ -83,11 +83,23 @@ def test_what_the_user_gives_wins_over_our_defaults(parse, model, model_first):
     assert args.shutdown_timeout == 60
 
 
+@pytest.mark.parametrize("asked", [None, 777])
+@pytest.mark.parametrize("source", ["before", "after", "yaml"])
+def test_the_users_token_budget_is_told_from_the_one_to_find(parse, model, tmp_path, source, asked):
+    flag = [] if asked is None else ["--max-num-batched-tokens", asked]
+    file = tmp_path / "serve.yaml"
+    file.write_text("max-num-seqs: 5\n" + ("" if asked is None else f"max-num-batched-tokens: {asked}\n"))
+    arguments = {"before": [*flag, model], "after": [model, *flag], "yaml": [model, "--config", file]}[source]
+    tokens = AsyncEngineArgs.from_cli_args(parse(*arguments)).max_num_batched_tokens
+    assert tokens == (FIND_TOKEN_BUDGET if asked is None else asked)
+
+
 def test_another_model_is_left_alone(parse, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     args = parse(tmp_path)
     assert args.config_format == "auto"
     assert args.dtype == "auto"
+    assert args.max_num_batched_tokens is None
     assert "VLLM_PLUGINS" not in os.environ
 
 

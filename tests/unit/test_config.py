@@ -1,8 +1,14 @@
-"""Engine arguments for offline use."""
+"""Engine arguments for offline use, and the token budget that they leave open or set."""
+
+from types import SimpleNamespace
 
 import pytest
+from vllm.config import scheduler
+from vllm.engine.arg_utils import EngineArgs
 
-from vllm_cfg_plugin.config import diffusion_engine_args
+from vllm_cfg_plugin import config
+from vllm_cfg_plugin.config import FIND_TOKEN_BUDGET, diffusion_engine_args, token_budget
+from vllm_cfg_plugin.engine.cost import UNCALIBRATED, Calibration
 from vllm_cfg_plugin.errors import ConfigurationError
 
 
@@ -30,3 +36,44 @@ def test_vllm_plugins_without_us_is_said_clearly(qwen_image_folders, monkeypatch
     monkeypatch.setenv("VLLM_PLUGINS", "another_plugin")
     with pytest.raises(ConfigurationError, match="add vllm_cfg_plugin to it, or unset it"):
         diffusion_engine_args(str(qwen_image_folders["tiny"]), 2)
+
+
+FOUND = Calibration(cost=UNCALIBRATED, token_budget=1234)
+
+
+def budget_of(model, **engine_args):
+    args = diffusion_engine_args(model, 1, **engine_args)
+    scheduling = SimpleNamespace(max_num_batched_tokens=args["max_num_batched_tokens"])
+    return token_budget(SimpleNamespace(scheduler_config=scheduling), FOUND)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(config.logger, "info", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+def test_the_token_budget_is_what_start_up_found_and_is_said(qwen_image_folders, said):
+    assert budget_of(str(qwen_image_folders["tiny"])) == 1234
+    (line,) = said
+    assert line.startswith("Token budget: 1234 tokens per rank and step")
+
+
+@pytest.mark.parametrize("tokens", [1, 8448, 1_000_000])
+def test_the_callers_token_budget_wins(qwen_image_folders, said, tokens):
+    assert budget_of(str(qwen_image_folders["tiny"]), max_num_batched_tokens=tokens) == tokens
+    assert not said
+
+
+@pytest.mark.parametrize(
+    "engine_args", [{}, {"max_num_seqs": 1}, {"max_num_seqs": 1, "max_num_batched_tokens": 90_000}]
+)
+def test_vllm_takes_the_token_budget_without_a_word(qwen_image_folders, monkeypatch, engine_args):
+    """Neither its check against `max_num_seqs` nor the one against its own prompt length means anything here."""
+    warnings = []
+    monkeypatch.setattr(scheduler.logger, "warning", lambda *args: warnings.append(args))
+    args = diffusion_engine_args(str(qwen_image_folders["tiny"]), 1, **engine_args)
+    asked = EngineArgs(**args).create_engine_config().scheduler_config.max_num_batched_tokens
+    assert asked == engine_args.get("max_num_batched_tokens", FIND_TOKEN_BUDGET)
+    assert not warnings
