@@ -12,6 +12,8 @@ from tests.toy_pipeline import ToyPipeline
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.engine.cost import CostModel, PackSample
 from vllm_cfg_plugin.params import DiffusionParams
+from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
+from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.worker import calibration, stopwatch
 from vllm_cfg_plugin.worker.calibration import calibrate, calibrate_rank
 from vllm_cfg_plugin.worker.stopwatch import Run, Stopwatch
@@ -107,6 +109,7 @@ def test_a_huge_model_is_measured_once_in_its_smallest_work(clock):
     found = calibrate(pipeline, INFO)
     assert (len(pipeline.packs), len(pipeline.decoded), len(pipeline.encoded)) == (1, 1, 1)
     assert found.cost.forward(21) == pytest.approx(1000 * (MADE_OF.step_us + MADE_OF.forward(6)) / 6 * 21, rel=0.01)
+    assert found.cost.encode(100) == pytest.approx(1000 * MADE_OF.encode(5))
     assert found.token_budget == 16 + 5  # one image of the model's own size with the short text
 
 
@@ -148,6 +151,24 @@ def test_growth_ends_where_the_next_run_would_take_too_long(clock):
         PackSample((1,), pytest.approx(1e4)),
         PackSample((2,), pytest.approx(2e4)),
     ]
+
+
+def test_a_busy_machine_ends_the_repeats_by_the_clock_on_the_wall(monkeypatch):
+    own, wall = FakeClock(), FakeClock()
+    monkeypatch.setattr(stopwatch.time, "thread_time", own)
+    monkeypatch.setattr(stopwatch.time, "perf_counter", wall)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+    def action():
+        own.seconds += 0.1
+        wall.seconds += 0.8  # others had the core
+
+    watch = Stopwatch(torch.device("cpu"))
+    (run,) = watch.climb([Run(action, (1,))])
+    watch.repeat_all()
+    assert run.us == pytest.approx(1e5)
+    assert 1.6 < wall.seconds < stopwatch.BUSY_MACHINE_SECONDS + 0.8
+    assert own.seconds < stopwatch.ALL_RUNS_SECONDS / 2
 
 
 # ---- kept on disk ----
@@ -224,3 +245,13 @@ def test_a_write_that_fails_halfway_leaves_nothing(checkpoint, measured, tmp_pat
         patched.setattr(calibration.Path, "replace", disk_full)
         calibrate_rank(ToyPipeline(), checkpoint, tmp_path, 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_real_pipeline_is_calibrated_and_the_next_start_reads_it(checkpoint, tmp_path, monkeypatch):
+    pipeline = QwenImagePipeline.load(checkpoint.model, dtype=torch.float32, device=torch.device("cpu"))
+    found = calibrate_rank(pipeline, checkpoint, tmp_path, 1)
+    default = describe(checkpoint).default_params
+    assert found.token_budget >= describe(checkpoint).image_tokens(default.height, default.width)
+    assert found.cost.forward(1000) > found.cost.forward(10)
+    monkeypatch.setattr(pipeline, "predict_noise", None)
+    assert calibrate_rank(pipeline, checkpoint, tmp_path, 1) == found

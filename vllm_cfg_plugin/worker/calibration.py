@@ -21,7 +21,14 @@ import torch
 
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, Checkpoint, PipelineInfo
 from vllm_cfg_plugin.config import PLUGIN_NAME
-from vllm_cfg_plugin.engine.cost import Calibration, CostModel, find_token_budget, fit_forward, fit_line
+from vllm_cfg_plugin.engine.cost import (
+    Calibration,
+    CostModel,
+    find_token_budget,
+    fit_forward,
+    fit_line,
+    fit_non_negative,
+)
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
@@ -31,6 +38,7 @@ from vllm_cfg_plugin.worker.stopwatch import Run, Stopwatch
 logger = get_logger(__name__)
 
 _PROMPTS = ("a cat", "a photograph of a cat on a chair, " * 8)
+_TEMPLATE_CHARACTERS = 200  # about as many as a pipeline puts around a prompt
 # Sides of images against those of the model's own size; tokens go with the square.
 _FORWARD_SCALES = (0.25, 0.5, 1, 2, 4)
 _DECODE_SCALES = (0.25, 0.5, 1)
@@ -69,8 +77,9 @@ def calibrate(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration:
     packs = stopwatch.climb(_pack_runs(pipeline, branches[single]), [forwards[single]], _has_found_budget)
     stopwatch.repeat_all()
     step_us, token_us, square_us = fit_forward([run.sample for run in forwards + packs[1:]])
-    encode_us, encode_token_us = fit_line(
-        [(embeds.shape[0], run.us) for embeds, run in zip(texts.values(), encodes, strict=True)]
+    # Where only one text could be measured: what a pipeline wraps a prompt in is most of its work.
+    encode_us, encode_token_us = fit_non_negative(
+        [(1, embeds.shape[0]) for embeds in texts.values()], [run.us for run in encodes]
     )
     decode_us, decode_token_us = fit_line([(run.tokens, run.us) for run in decodes])
     return Calibration(
@@ -94,7 +103,7 @@ def _encode_runs(pipeline: EnginePipeline, texts: dict[str, torch.Tensor]) -> It
         texts[prompt] = pipeline.encode_branch(prompt)
 
     for prompt in _PROMPTS:
-        yield Run(partial(encode, prompt), (len(prompt),))
+        yield Run(partial(encode, prompt), (_TEMPLATE_CHARACTERS + len(prompt),))
 
 
 def _decode_runs(pipeline: EnginePipeline, requests: Iterable[DiffusionRequest]) -> Iterator[Run]:
