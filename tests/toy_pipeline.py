@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
+from vllm_cfg_plugin.config import keep_calibration
+from vllm_cfg_plugin.engine.cost import UNCALIBRATED, Calibration
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
@@ -86,10 +88,12 @@ def toy_request(prompt="a cat", negative="", steps=3, seed=0, image_tokens=4, sc
 
 
 def toy_vllm_config(ranks=2, max_num_seqs=4, max_num_batched_tokens=1000):
-    return SimpleNamespace(
+    config = SimpleNamespace(
         additional_config={"cfg_parallel_size": ranks},
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
     )
+    keep_calibration(config, Calibration(cost=UNCALIBRATED, token_budget=500))
+    return config
 
 
 class InlineSideWork(SideWork):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.engine.cost import Calibration
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import RequestLimits
@@ -20,16 +21,16 @@ from vllm_cfg_plugin.pipelines.registry import check_servable
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_cfg_plugin.engine.cost import Calibration
-
 logger = get_logger(__name__)
 
 CONFIG_FORMAT = "diffusers"
 PLUGIN_NAME = "vllm_cfg_plugin"  # of our entry points, in every group
 
-# `max_num_batched_tokens` of a user who gives none: the budget is found at start-up. vLLM
-# fills in an empty one, so this is a number that nobody asks for, above any `max_num_seqs` as vLLM demands.
+# `max_num_batched_tokens` of a user who gives none: the budget is found at start-up. vLLM fills in an empty one, so
+# this is a number that nobody asks for, above any `max_num_seqs` as vLLM demands.
 FIND_TOKEN_BUDGET = 2**20 - 1
+
+_CALIBRATION = "calibration"  # key of `additional_config`
 
 # What vLLM's own flags default to for a diffusion model. A text prompt never reaches vLLM, so there is no tokenizer to
 # load.
@@ -69,8 +70,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ConfigurationError: naming the setting, its value and what is allowed.
         """
-        additional = vllm_config.additional_config
-        return cls.from_dict(additional if isinstance(additional, dict) else {})
+        return cls.from_dict(_additional(vllm_config))
 
     @classmethod
     def from_dict(cls, additional: dict[str, Any]) -> EngineSettings:
@@ -91,16 +91,31 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         return RequestLimits(max_image_pixels=self.max_image_pixels, max_inference_steps=self.max_inference_steps)
 
 
-def token_budget(vllm_config: VllmConfig, calibration: Calibration) -> int:
+def keep_calibration(vllm_config: VllmConfig, calibration: Calibration) -> None:
+    """Leave the calibration where `calibration_of` finds it, in the engine's own copy of the configuration."""
+    vllm_config.additional_config = {**_additional(vllm_config), _CALIBRATION: msgspec.to_builtins(calibration)}
+
+
+def calibration_of(vllm_config: VllmConfig) -> Calibration:
+    """What `keep_calibration` left."""
+    return msgspec.convert(_additional(vllm_config)[_CALIBRATION], Calibration)
+
+
+def token_budget(vllm_config: VllmConfig) -> int:
     """Image and text tokens per rank and step: what the user asked for, else what was found at start-up; logs that."""
     asked = vllm_config.scheduler_config.max_num_batched_tokens
     if asked != FIND_TOKEN_BUDGET:
         return asked
+    found = calibration_of(vllm_config).token_budget
     logger.info(
-        "Token budget: %d tokens per rank and step (found at start-up; --max-num-batched-tokens overrides it)",
-        calibration.token_budget,
+        "Token budget: %d tokens per rank and step (found at start-up; --max-num-batched-tokens overrides it)", found
     )
-    return calibration.token_budget
+    return found
+
+
+def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
+    additional = vllm_config.additional_config
+    return additional if isinstance(additional, dict) else {}
 
 
 def default_dtype(on_cpu: bool) -> str:

@@ -7,7 +7,7 @@ from vllm.config import scheduler
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_cfg_plugin import config
-from vllm_cfg_plugin.config import FIND_TOKEN_BUDGET, diffusion_engine_args, token_budget
+from vllm_cfg_plugin.config import FIND_TOKEN_BUDGET, diffusion_engine_args, keep_calibration, token_budget
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED, Calibration
 from vllm_cfg_plugin.errors import ConfigurationError
 
@@ -44,7 +44,9 @@ FOUND = Calibration(cost=UNCALIBRATED, token_budget=1234)
 def budget_of(model, **engine_args):
     args = diffusion_engine_args(model, 1, **engine_args)
     scheduling = SimpleNamespace(max_num_batched_tokens=args["max_num_batched_tokens"])
-    return token_budget(SimpleNamespace(scheduler_config=scheduling), FOUND)
+    vllm_config = SimpleNamespace(scheduler_config=scheduling, additional_config=args["additional_config"])
+    keep_calibration(vllm_config, FOUND)
+    return token_budget(vllm_config)
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.abstract import Executor, FailureCallback
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.config import keep_calibration
 from vllm_cfg_plugin.engine import plan as wire
+from vllm_cfg_plugin.engine.cost import slowest
 from vllm_cfg_plugin.engine.plan import StepReport
 from vllm_cfg_plugin.engine.rank_pool import Frames, RankPool
 from vllm_cfg_plugin.engine.step_result import SideResult, StepResult, merge_reports
@@ -39,6 +41,8 @@ class CfgExecutor(Executor):
             # The API server started this process. Without this, killing it with -9 would leave the engine behind.
             die_with_parent()
         self._pool = RankPool(self.vllm_config, self.parallel_config.world_size, self._process_context(), _read_answer)
+        # For the scheduler, which vLLM makes later and gives nothing but this configuration.
+        keep_calibration(self.vllm_config, slowest(self.collective_rpc("calibrate")))
         # Weakly: the monitor thread must not keep an executor alive that its engine let go of.
         self._pool.watch(partial(_call_if_alive, weakref.WeakMethod(self._notify_failure)))
 

@@ -15,9 +15,8 @@ from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutpu
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_cfg_plugin.config import EngineSettings
+from vllm_cfg_plugin.config import EngineSettings, calibration_of, token_budget
 from vllm_cfg_plugin.engine.batching import PlannedStep, StepBatch
-from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport
 from vllm_cfg_plugin.engine.progress import ProgressPublisher
 from vllm_cfg_plugin.engine.request import ScheduledRequest
@@ -67,8 +66,8 @@ class StepScheduler(SchedulerInterface):
     ) -> None:
         settings = EngineSettings.from_vllm_config(vllm_config)
         limits = vllm_config.scheduler_config
-        cost = UNCALIBRATED
-        self.batch = StepBatch(settings.cfg_parallel_size, limits.max_num_seqs, limits.max_num_batched_tokens, cost)
+        cost = calibration_of(vllm_config).cost
+        self.batch = StepBatch(settings.cfg_parallel_size, limits.max_num_seqs, token_budget(vllm_config), cost)
         self._include_finished_set = include_finished_set
         self._log_stats = log_stats
         self._progress = ProgressPublisher(settings.progress_address) if settings.progress_address else None

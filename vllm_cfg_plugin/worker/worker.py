@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from vllm import envs
 from vllm.distributed import init_distributed_environment
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.config import EngineSettings
+from vllm_cfg_plugin.config import PLUGIN_NAME, EngineSettings
 from vllm_cfg_plugin.distributed import parallel_state, shared_memory
+from vllm_cfg_plugin.engine.cost import Calibration
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.registry import family_of
+from vllm_cfg_plugin.worker.calibration import calibrate_rank
 from vllm_cfg_plugin.worker.exchange import AllGather
 from vllm_cfg_plugin.worker.runner import StepRunner
 from vllm_cfg_plugin.worker.side_work import SideWork
@@ -58,7 +62,7 @@ class DiffusionWorker(WorkerBase):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint's pipeline; every rank holds all of it, because any rank may own any branch."""
-        checkpoint = Checkpoint(self.model_config.model, self.model_config.revision)
+        checkpoint = self._checkpoint
         module, _, name = family_of(checkpoint).implementation.partition(":")
         pipeline_class = resolve_obj_by_qualname(f"{module}.{name}")
         pipeline = pipeline_class.load(
@@ -71,6 +75,15 @@ class DiffusionWorker(WorkerBase):
             self._all_gather,
             SideWork(self.rank, self.device),
         )
+
+    def calibrate(self) -> Calibration:
+        """What work costs on this rank; to be called before there is any."""
+        folder = Path(envs.VLLM_CACHE_ROOT) / PLUGIN_NAME
+        return calibrate_rank(self.runner.pipeline, self._checkpoint, folder, self.parallel_config.world_size)
+
+    @property
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.model_config.model, self.model_config.revision)
 
     def get_model(self) -> torch.nn.Module:
         return self.runner.pipeline.transformer
