@@ -1,4 +1,4 @@
-"""Packed rows: layout, padding, and the arithmetic that gives every sequence its own factors."""
+"""Packed rows: layout and padding."""
 
 import pytest
 import torch
@@ -46,21 +46,13 @@ def test_join_then_split_is_identity(lengths):
 
 
 @pytest.mark.parametrize("lengths", MIXES)
-@pytest.mark.parametrize("channels", [20, 1000])  # a narrow stream gathers its factors, a wide one goes run by run
-def test_scale_gives_each_sequence_its_own_factors(lengths, channels):
+def test_cuts_cover_every_row_and_the_padding_once(lengths):
     packed = PackedRows(lengths, CPU)
-    factors, offsets = torch.randn(2, len(lengths) + 3, channels)
-    stream = packed.join([torch.randn(length, channels) for length in lengths])
-    sequences = [rows.clone() for rows in packed.split(stream)]
-    result = packed.split(packed.scale_(stream, factors, offsets))
-    for i, rows in enumerate(sequences):
-        assert torch.equal(result[i], rows * factors[i] + offsets[i])
-
-
-def test_scale_without_offsets():
-    packed = PackedRows((2, 3), CPU)
-    stream = packed.scale_(packed.join([torch.ones(2, 4), torch.ones(3, 4)]), torch.tensor([[2.0] * 4, [3.0] * 4]))
-    assert [rows.unique().tolist() for rows in packed.split(stream)] == [[2.0], [3.0]]
+    rows = torch.arange(sum(packed.sizes))
+    firsts = [0, *range(1, len(lengths), 2)]
+    pieces = [rows[cut] for cut in packed.cut(firsts)]
+    assert torch.equal(torch.cat(pieces), rows)
+    assert [piece[0].item() for piece in pieces] == [sum(lengths[:first]) for first in firsts]
 
 
 def test_interleave_puts_the_two_rows_of_a_sequence_together():

@@ -25,6 +25,9 @@ class BranchInput:
         prompt_embeds: [text_tokens, dim].
         timestep: a scalar, one element of the noise scheduler's `timesteps`.
         height, width: pixels of the image.
+        timesteps_ahead: those of the following steps, [any number], a view of the same `timesteps`: what depends on a
+            timestep alone may be computed ahead and remembered, as weights do not change; None forbids that. Both may
+            stay on the CPU, which spares a GPU's queue from being waited for.
     """
 
     latents: torch.Tensor
@@ -32,6 +35,7 @@ class BranchInput:
     timestep: torch.Tensor
     height: int
     width: int
+    timesteps_ahead: torch.Tensor | None = None
 
 
 class EnginePipeline(CFGParallelMixin, ABC):

@@ -191,9 +191,12 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
         return scheduler
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
+        dtype = branches[0].latents.dtype
+        ahead = [branch.timesteps_ahead for branch in branches if branch.timesteps_ahead is not None]
         return {
             "hidden_states": torch.cat([branch.latents for branch in branches], dim=1),
-            "timestep": torch.stack([branch.timestep for branch in branches]).to(branches[0].latents.dtype) / 1000,
+            "timestep": torch.stack([branch.timestep for branch in branches]).to(dtype) / 1000,
+            "timesteps_ahead": torch.cat(ahead).to(dtype) / 1000 if len(ahead) == len(branches) else None,
             "guidance": None,
             "encoder_hidden_states": torch.cat([branch.prompt_embeds for branch in branches])[None],
             "encoder_hidden_states_mask": None,

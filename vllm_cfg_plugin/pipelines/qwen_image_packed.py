@@ -14,18 +14,15 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    dispatch_attention_fn,
-)
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.worker.packing import PackedRows, interleave, pad_rows
+from vllm_cfg_plugin.pipelines.linear import feed_forward, linear
+from vllm_cfg_plugin.pipelines.modulation import Factors, Modulation, ModulationCache, compute_modulations
+from vllm_cfg_plugin.pipelines.qwen_image_attention import JointLayout, attend, rms_norm
+from vllm_cfg_plugin.worker.packing import PackedRows, pad_rows
 
 ImageShape = tuple[tuple[int, int, int], ...]  # (frames, height, width) in tokens of each image of one sequence
 
@@ -34,25 +31,19 @@ _MAX_LAYOUTS = 32
 
 
 @dataclass(frozen=True)
-class JointLayout:
-    """Where the sequences of one packed batch lie, and what follows from it alone.
+class _Span:
+    """Neighbouring sequences at one timestep: its modulation, and their rows of both streams."""
 
-    Attributes:
-        text, image: the two streams.
-        joint: the stream of attention: text then image of sequence 0, of sequence 1, ...
-        rotation: complex rotary factors of the joint stream, [rows, 1, head_dim / 2].
-    """
-
-    text: PackedRows
-    image: PackedRows
-    joint: PackedRows
-    rotation: torch.Tensor
+    modulation: Modulation
+    text: slice
+    image: slice
 
 
 class PackedQwenImageTransformer(QwenImageTransformer2DModel):
     """diffusers' QwenImageTransformer2DModel with a packed forward; for inference only."""
 
     _layouts: dict[Any, JointLayout]
+    modulations: ModulationCache
 
     @classmethod
     def adopt(cls, transformer: QwenImageTransformer2DModel) -> Self:
@@ -67,6 +58,7 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         packed = cls.__new__(cls)
         packed.__dict__ = transformer.__dict__
         packed._layouts = {}
+        packed.modulations = ModulationCache()
         return packed
 
     @apply_lora_scale("attention_kwargs")
@@ -81,6 +73,7 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         guidance: None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        timesteps_ahead: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict noise for n sequences, packed or as an ordinary batch.
 
@@ -93,6 +86,8 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
             txt_seq_lens: text tokens of each sequence; needed to tell packed sequences apart.
             guidance: Qwen-Image has no guidance embedding.
             attention_kwargs: `scale` weighs the LoRA layers.
+            timesteps_ahead: timesteps of later calls, [any number], which are modulated on the side; None where weights
+                may change between calls: then nothing of a timestep is remembered.
 
         Returns:
             Predictions, laid out like `hidden_states`.
@@ -110,24 +105,35 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         _check_fills("hidden_states", hidden_states, image_lengths)
         layout = self._layout_of(shapes, image_lengths, text_lengths, hidden_states.device)
         text = _text_rows(encoder_hidden_states, text_lengths)
-        sample = self._forward_rows(hidden_states.flatten(0, 1), text, timestep, layout)
+        modulations = self._modulations(timestep, timesteps_ahead, hidden_states.dtype)
+        sample = self._forward_rows(hidden_states.flatten(0, 1), text, modulations, layout)
         sample = sample.view(*hidden_states.shape[:2], -1)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _forward_rows(
-        self, latents: torch.Tensor, prompts: torch.Tensor, timestep: torch.Tensor, layout: JointLayout
+        self, latents: torch.Tensor, prompts: torch.Tensor, modulations: Sequence[Modulation], layout: JointLayout
     ) -> torch.Tensor:
         """[image tokens, channels] of all sequences from latents and prompt embeddings, both [tokens, ...]."""
-        image = self.img_in(pad_rows(latents))
-        text = self.txt_in(_rms_norm(self.txt_norm, pad_rows(prompts)))
-        embedded = self.time_text_embed(pad_rows(timestep.to(image.dtype)), image)  # [>= n, dim]
-        time = F.silu(embedded)
-        for block in self.transformer_blocks:
-            is_last = block is self.transformer_blocks[-1]
-            image, text = _forward_block(block, image, text, time, layout, is_last)
-        scale, shift = self.norm_out.linear(time).chunk(2, dim=1)
-        image = layout.image.scale_(self.norm_out.norm(image), 1 + scale, shift)
-        return self.proj_out(image)[: layout.image.total]
+        spans = _spans(modulations, layout)
+        image = linear(self.img_in, pad_rows(latents))
+        text = linear(self.txt_in, rms_norm(self.txt_norm, pad_rows(prompts)))
+        for number, block in enumerate(self.transformer_blocks):
+            is_last = number == len(self.transformer_blocks) - 1
+            _forward_block(block, image, text, spans, number, layout, is_last)
+        factors = [(span.modulation.shift, span.modulation.scale) for span in spans]
+        image = _modulate(self.norm_out.norm, image, [span.image for span in spans], factors, 0)
+        return linear(self.proj_out, image)[: layout.image.total]
+
+    def _modulations(
+        self, timestep: torch.Tensor, timesteps_ahead: torch.Tensor | None, dtype: torch.dtype
+    ) -> list[Modulation]:
+        """The modulation of each sequence: one object for equal timesteps."""
+        timesteps = timestep.to(dtype).tolist()
+        if timesteps_ahead is not None:
+            return self.modulations.get(self, timesteps, timesteps_ahead.to(dtype), dtype)
+        distinct = list(dict.fromkeys(timesteps))
+        of_timestep = dict(zip(distinct, compute_modulations(self, distinct, dtype), strict=True))
+        return [of_timestep[t] for t in timesteps]
 
     def _layout_of(
         self,
@@ -162,106 +168,64 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         return JointLayout(text, image, joint, rotation[:, None])
 
 
+def _spans(modulations: Sequence[Modulation], layout: JointLayout) -> list[_Span]:
+    """The sequences in maximal spans of one modulation."""
+    firsts = [i for i, own in enumerate(modulations) if i == 0 or own is not modulations[i - 1]]
+    texts, images = layout.text.cut(firsts), layout.image.cut(firsts)
+    return [_Span(modulations[i], text, image) for i, text, image in zip(firsts, texts, images, strict=True)]
+
+
 def _forward_block(
     block: Any,
     image: torch.Tensor,
     text: torch.Tensor,
-    time: torch.Tensor,
+    spans: Sequence[_Span],
+    number: int,
     layout: JointLayout,
     is_last: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One of diffusers' dual-stream blocks on image and text [rows, dim], both changed in place; time is [>= n, dim].
+) -> None:
+    """Block `number` of diffusers' dual-stream blocks, on image and text [rows, dim]: both are changed in place.
 
     Nothing reads the last block's text, so that is not computed.
     """
-    image_mod = block.img_mod[1](time).chunk(6, dim=-1)  # shift, scale, gate of attention, then of the MLP
-    text_mod = block.txt_mod[1](time).chunk(6, dim=-1)
-    image_out, text_out = _attend(
+    factors = [span.modulation.blocks[number] for span in spans]
+    images, texts = [span.image for span in spans], [span.text for span in spans]
+    image_out, text_out = attend(
         block.attn,
-        layout.image.scale_(block.img_norm1(image), 1 + image_mod[1], image_mod[0]),
-        layout.text.scale_(block.txt_norm1(text), 1 + text_mod[1], text_mod[0]),
+        _modulate(block.img_norm1, image, images, factors, 0),
+        _modulate(block.txt_norm1, text, texts, factors, 6),
         layout,
     )
-    image += layout.image.scale_(image_out, image_mod[2])
-    image_in = layout.image.scale_(block.img_norm2(image), 1 + image_mod[4], image_mod[3])
-    image += layout.image.scale_(block.img_mlp(image_in), image_mod[5])
+    _add_gated(image, linear(block.attn.to_out[0], image_out), images, factors, 2)
+    image_in = _modulate(block.img_norm2, image, images, factors, 3)
+    _add_gated(image, feed_forward(block.img_mlp, image_in), images, factors, 5)
     if is_last:
-        return image, text
-    text += layout.text.scale_(text_out, text_mod[2])
-    text_in = layout.text.scale_(block.txt_norm2(text), 1 + text_mod[4], text_mod[3])
-    text += layout.text.scale_(block.txt_mlp(text_in), text_mod[5])
+        return
+    _add_gated(text, linear(block.attn.to_add_out, text_out), texts, factors, 8)
+    text_in = _modulate(block.txt_norm2, text, texts, factors, 9)
+    _add_gated(text, feed_forward(block.txt_mlp, text_in), texts, factors, 11)
     if image.dtype == torch.float16:  # like upstream: keep an overflow finite
-        image, text = image.clip_(-65504, 65504), text.clip_(-65504, 65504)
-    return image, text
+        image.clip_(-65504, 65504)
+        text.clip_(-65504, 65504)
 
 
-def _attend(
-    attn: Any, image: torch.Tensor, text: torch.Tensor, layout: JointLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Joint attention of each sequence's text and image; streams are [rows, dim]."""
-    heads = (-1, attn.inner_dim // attn.heads)  # under tensor parallelism a rank holds some of the heads
-    query_key = interleave(
-        layout.text,
-        layout.image,
-        (
-            _rms_norm(attn.norm_added_q, attn.add_q_proj(text).unflatten(-1, heads)),
-            _rms_norm(attn.norm_q, attn.to_q(image).unflatten(-1, heads)),
-            _rms_norm(attn.norm_added_k, attn.add_k_proj(text).unflatten(-1, heads)),
-            _rms_norm(attn.norm_k, attn.to_k(image).unflatten(-1, heads)),
-        ),
-    )
-    value = interleave(layout.text, layout.image, (attn.add_v_proj(text), attn.to_v(image)))[0].unflatten(-1, heads)
-    query, key = _rotate(query_key, layout.rotation).unbind(0)
-    attended = _attend_sequences(query, key, value, layout, attn.processor)
-    texts, images = zip(
-        *(rows.split((t, i)) for rows, t, i in zip(attended, layout.text.lengths, layout.image.lengths, strict=True)),
-        strict=True,
-    )
-    return attn.to_out[0](layout.image.join(images)), attn.to_add_out(layout.text.join(texts))
+def _modulate(
+    norm: Any, stream: torch.Tensor, rows: Sequence[slice], factors: Sequence[Factors], shift: int
+) -> torch.Tensor:
+    """The layer norm of each span's rows, with the span's own scale and shift (`factors[shift + 1]`, `[shift]`)."""
+    pieces = [
+        F.layer_norm(stream[span], norm.normalized_shape, own[shift + 1], own[shift], norm.eps)
+        for span, own in zip(rows, factors, strict=True)
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _rms_norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """diffusers' RMSNorm as the one operation that torch has for it; the same numbers in float32."""
-    return F.rms_norm(x, norm.dim, norm.weight, norm.eps)
-
-
-def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of [..., rows, heads, head_dim], neighbours paired as complex numbers."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
-
-
-def _attend_sequences(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: JointLayout, processor: Any
-) -> list[torch.Tensor]:
-    """Each sequence's attention to itself, [length, heads * head_dim]; inputs are [rows, heads, head_dim]."""
-    joint = layout.joint
-    if _has_varlen_kernel(query, processor):
-        from torch.nn.attention.varlen import varlen_attn
-
-        query, key, value = (stream[: joint.total] for stream in (query, key, value))
-        longest = max(joint.lengths)
-        out: Any = varlen_attn(query, key, value, joint.boundaries, joint.boundaries, longest, longest)
-        return joint.split(out.flatten(1))
-    attended: list[torch.Tensor] = []
-    for run in joint.runs:
-        # A kernel works on one sequence and head at a time: a run of equal lengths gives the same bits as one by one.
-        out = dispatch_attention_fn(
-            run.block(query), run.block(key), run.block(value), backend=processor._attention_backend
-        )
-        attended += out.flatten(2).unbind(0)
-    return attended
-
-
-def _has_varlen_kernel(query: torch.Tensor, processor: Any) -> bool:
-    """Whether torch's varlen flash attention runs here and the user chose no other backend for diffusers."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and processor._attention_backend is None
-        and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
-    )
+def _add_gated(
+    stream: torch.Tensor, change: torch.Tensor, rows: Sequence[slice], factors: Sequence[Factors], gate: int
+) -> None:
+    """Add a change to the stream in place, weighed by each span's own gate (`factors[gate]`)."""
+    for span, own in zip(rows, factors, strict=True):
+        stream[span].addcmul_(change[span], own[gate])
 
 
 def _image_shapes(img_shapes: Sequence[Any], count: int) -> tuple[ImageShape, ...]:

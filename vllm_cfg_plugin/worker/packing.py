@@ -1,10 +1,10 @@
-"""Sequences laid end to end: lengths, boundaries and row arithmetic; must import nothing but torch.
+"""Sequences laid end to end: lengths, padding and runs; must import nothing but torch.
 
 A packed stream holds the rows of n sequences one after the other, then padding rows that belong to none, up to a
 multiple of `ROW_MULTIPLE`. On a CPU with one thread per rank, this is what makes a sequence's numbers independent of
 its neighbours: a matrix product gives a row the same bits for every row count from 16 up (measured with torch 2.13,
-float32), and an elementwise loop over whole vectors never falls into the scalar tail whose `exp` or `tanh` may round
-otherwise.
+float32, MKL and oneDNN), and an elementwise loop over whole vectors never falls into the scalar tail whose `exp` or
+`tanh` may round otherwise.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ import torch
 import torch.nn.functional as F
 
 ROW_MULTIPLE = 16
-
-# Below so many numbers per run, gathering every row's factors costs less than one operation per run (measured, CPU).
-_GATHER_BELOW = 1 << 15
 
 
 def padding_rows(rows: int) -> int:
@@ -89,16 +86,14 @@ class PackedRows:
         return runs
 
     @cached_property
-    def boundaries(self) -> torch.Tensor:
-        """First row of each sequence and the end of the last: int32 [n + 1], as varlen attention kernels take it."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+    def starts(self) -> list[int]:
+        """First row of each sequence, then the end of the last."""
+        return [0, *accumulate(self.lengths)]
 
     @cached_property
-    def sequence_of_row(self) -> torch.Tensor:
-        """For every row its sequence, for padding the last one: [rows]."""
-        rows = torch.tensor(self.sizes, device=self.device)
-        sequences = torch.arange(len(self.sizes), device=self.device).repeat_interleave(rows)
-        return sequences.clamp_(max=len(self.lengths) - 1)
+    def boundaries(self) -> torch.Tensor:
+        """First row of each sequence and the end of the last: int32 [n + 1], as varlen attention kernels take it."""
+        return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
 
     def split(self, stream: torch.Tensor) -> list[torch.Tensor]:
         """Views of the sequences in a stream [rows, ...], without the padding."""
@@ -111,24 +106,10 @@ class PackedRows:
             pieces.append(pieces[0].new_zeros(self.sizes[-1], *pieces[0].shape[1:]))
         return torch.cat(pieces)
 
-    def scale_(self, stream: torch.Tensor, factors: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
-        """Multiply every row of each sequence by its own factors, then add its own offsets, in place.
-
-        Two roundings, like the two operations it stands for: the result does not depend on the way it is computed.
-
-        Args:
-            stream: [rows, channels]; what becomes of padding rows is undefined.
-            factors, offsets: one row per sequence, [>= n, channels].
-        """
-        if len(self.runs) > 1 and stream.numel() < len(self.runs) * _GATHER_BELOW:
-            stream.mul_(factors.index_select(0, self.sequence_of_row))
-            return stream if offsets is None else stream.add_(offsets.index_select(0, self.sequence_of_row))
-        for run in self.runs:
-            block = run.block(stream)
-            block.mul_(factors[run.sequences, None])
-            if offsets is not None:
-                block.add_(offsets[run.sequences, None])
-        return stream
+    def cut(self, firsts: Sequence[int]) -> list[slice]:
+        """The rows from each of the sequences `firsts` up to the next one's; the last end with the padding."""
+        starts = [self.starts[first] for first in firsts]
+        return [slice(start, end) for start, end in zip(starts, [*starts[1:], None], strict=True)]
 
 
 def interleave(first: PackedRows, second: PackedRows, streams: Sequence[torch.Tensor]) -> torch.Tensor:

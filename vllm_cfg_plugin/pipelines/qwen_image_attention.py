@@ -1,0 +1,109 @@
+"""Joint attention of Qwen-Image's blocks over packed sequences, on diffusers' own modules; must not import vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+from diffusers.models.normalization import RMSNorm
+
+from vllm_cfg_plugin.pipelines.linear import linear
+from vllm_cfg_plugin.worker.packing import PackedRows, interleave
+
+
+@dataclass(frozen=True)
+class JointLayout:
+    """Where the sequences of one packed batch lie, and what follows from it alone.
+
+    Attributes:
+        text, image: the two streams.
+        joint: the stream of attention: text then image of sequence 0, of sequence 1, ...
+        rotation: complex rotary factors of the joint stream, [rows, 1, head_dim / 2].
+    """
+
+    text: PackedRows
+    image: PackedRows
+    joint: PackedRows
+    rotation: torch.Tensor
+
+
+def attend(
+    attn: Any, image: torch.Tensor, text: torch.Tensor, layout: JointLayout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each sequence's image and text get from both, before the output projections; streams are [rows, dim]."""
+    heads = (-1, attn.inner_dim // attn.heads)  # under tensor parallelism a rank holds some of the heads
+    query_key_value = interleave(
+        layout.text,
+        layout.image,
+        (
+            rms_norm(attn.norm_added_q, linear(attn.add_q_proj, text).unflatten(-1, heads)),
+            rms_norm(attn.norm_q, linear(attn.to_q, image).unflatten(-1, heads)),
+            rms_norm(attn.norm_added_k, linear(attn.add_k_proj, text).unflatten(-1, heads)),
+            rms_norm(attn.norm_k, linear(attn.to_k, image).unflatten(-1, heads)),
+            linear(attn.add_v_proj, text).unflatten(-1, heads),
+            linear(attn.to_v, image).unflatten(-1, heads),
+        ),
+    )
+    query, key = _rotate(query_key_value[:2], layout.rotation)
+    attended = _attend_sequences(query, key, query_key_value[2], layout, attn.processor)
+    texts, images = zip(
+        *(rows.split((t, i)) for rows, t, i in zip(attended, layout.text.lengths, layout.image.lengths, strict=True)),
+        strict=True,
+    )
+    return layout.image.join(images), layout.text.join(texts)
+
+
+def rms_norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """diffusers' RMSNorm, the same numbers in float32 but for the last bit."""
+    if not (x.is_cpu and x.dtype == torch.float32):
+        return F.rms_norm(x, norm.dim, norm.weight, norm.eps)
+    # torch has no fused kernel for the CPU: these four operations take half the time of its seven.
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.addcmul(x.new_tensor(norm.eps), length, length, value=1 / x.shape[-1]).rsqrt_()
+    return x * scale if norm.weight is None else (x * scale).mul_(norm.weight)
+
+
+def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of [..., rows, heads, head_dim], neighbours paired as complex numbers; may change x."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs.mul_(rotation)).flatten(-2).type_as(x)
+
+
+def _attend_sequences(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: JointLayout, processor: Any
+) -> list[torch.Tensor]:
+    """Each sequence's attention to itself, [length, heads * head_dim]; inputs are [rows, heads, head_dim]."""
+    joint = layout.joint
+    if _has_varlen_kernel(query, processor):
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = (stream[: joint.total] for stream in (query, key, value))
+        longest = max(joint.lengths)
+        out: Any = varlen_attn(query, key, value, joint.boundaries, joint.boundaries, longest, longest)
+        return joint.split(out.flatten(1))
+    attended: list[torch.Tensor] = []
+    for run in joint.runs:
+        # A kernel works on one sequence and head at a time: a run of equal lengths gives the same bits as one by one.
+        out = dispatch_attention_fn(
+            run.block(query), run.block(key), run.block(value), backend=processor._attention_backend
+        )
+        attended += out.flatten(2).unbind(0)
+    return attended
+
+
+def _has_varlen_kernel(query: torch.Tensor, processor: Any) -> bool:
+    """Whether torch's varlen flash attention runs here and the user chose no other backend for diffusers."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and processor._attention_backend is None
+        and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
+    )
