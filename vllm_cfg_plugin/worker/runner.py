@@ -217,10 +217,12 @@ class StepRunner:
 
 
 def _branch_input(state: RequestState, branch: int) -> BranchInput:
+    timesteps = state.noise_scheduler.timesteps
     return BranchInput(
         latents=state.latents,
         prompt_embeds=state.prompt_embeds[branch],
-        timestep=state.noise_scheduler.timesteps[state.index],
+        timestep=timesteps[state.index],
         height=state.request.height,
         width=state.request.width,
+        timesteps_ahead=timesteps[state.index + 1 :],
     )
