@@ -67,8 +67,8 @@ class SideWork:
     def _submit(
         self, thread: SideThread, id: int, branch: int, doing: str, work: Callable[[], torch.Tensor | None]
     ) -> None:
-        futures = [future for future in self._queued.pop(id, ()) if not future.done()]
-        self._queued[id] = [*futures, thread.submit(self._run, id, branch, doing, work, thread)]
+        # Filled in place: a short decode may have ended, and forgotten its list, before the next line is done.
+        self._queued.setdefault(id, []).append(thread.submit(self._run, id, branch, doing, work, thread))
 
     def _run(
         self, id: int, branch: int, doing: str, work: Callable[[], torch.Tensor | None], thread: SideThread

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -51,9 +52,19 @@ class EmbeddingCache:
         self._capacity_bytes = capacity_bytes
         self._bytes = 0
         self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._lock = Lock()  # texts are encoded on a thread beside the one that clears
 
     def get(self, prompt: str) -> torch.Tensor:
         """The prompt's embedding [text_tokens, dim], encoded if it is not here."""
+        with self._lock:
+            return self._get(prompt)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self._bytes = 0
+
+    def _get(self, prompt: str) -> torch.Tensor:
         if (embeds := self._entries.get(prompt)) is not None:
             self._entries.move_to_end(prompt)
             return embeds
@@ -64,7 +75,3 @@ class EmbeddingCache:
             _, evicted = self._entries.popitem(last=False)
             self._bytes -= evicted.nbytes
         return embeds
-
-    def clear(self) -> None:
-        self._entries.clear()
-        self._bytes = 0
