@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.toy_pipeline import toy_request
-from vllm_cfg_plugin.engine.admission import MAX_OVERTAKEN
+from vllm_cfg_plugin.engine.admission import LOOK_AHEAD, MAX_OVERTAKEN
 from vllm_cfg_plugin.engine.batching import StepBatch
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepPlan
@@ -157,9 +157,9 @@ def test_a_steady_batch_has_plans_without_any_change():
     batch, ranks = StepBatch(2, 300, 10**6, UNCALIBRATED), PlayedRanks(2)
     for i in range(256):
         batch.add(str(i), 0, toy_request(steps=50))
-    for report, _ in ranks.run(batch.next_plan().plan).side:
-        batch.note_side_report(report)
-    ranks.run(batch.next_plan().plan)
+    while len(batch.running) < 256:
+        for report, _ in ranks.run(batch.next_plan().plan).side:
+            batch.note_side_report(report)
     plan = batch.next_plan().plan
     assert plan == StepPlan(plan.step, [], [], [], [], True, [])
 
@@ -196,3 +196,10 @@ def test_requests_that_are_taken_out_anywhere_leave_no_trace():
     assert not batch.awaits_side_work
     assert len(batch) == 0
     assert batch.next_plan().plan.is_empty()
+
+
+def test_more_requests_than_one_look_at_the_line_join_while_there_is_room():
+    batch = StepBatch(2, max_requests=LOOK_AHEAD + 8, max_tokens=10**6, cost=UNCALIBRATED)
+    for n in range(LOOK_AHEAD + 8):
+        batch.add(str(n), 0, toy_request(seed=n))
+    assert [len(batch.next_plan().admitted) for _ in range(3)] == [LOOK_AHEAD, 8, 0]

@@ -200,7 +200,7 @@ class StepBatch:
             return True
 
         admitted = list(self.waiting.take(fits))
-        self._may_admit = False
+        self._may_admit = bool(admitted)  # one look at the line may not have reached its end
         return admitted
 
     def _start_preparing(self, request: ScheduledRequest) -> None:
