@@ -1,4 +1,4 @@
-"""Random-weight Qwen-Image checkpoints of a few small sizes, made of diffusers' own classes; shared by all tests."""
+"""Random-weight Qwen-Image checkpoints of a few small sizes, made of diffusers' own classes; shared by tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ SIZES = {
     "odd": ModelSize(heads=3, head_dim=20, rope_axes=(4, 8, 8), layers=2),  # no power of two divides its width
     "small": ModelSize(heads=4, head_dim=32, rope_axes=(8, 12, 12), layers=4),
 }
+# For the benchmarks: milliseconds per forward on one core at 64, 128 and 256 px.
+BENCHMARK_SIZES = {
+    "light": ModelSize(heads=4, head_dim=64, rope_axes=(16, 24, 24), layers=4),  # 5, 10, 30
+    "mid": ModelSize(heads=6, head_dim=64, rope_axes=(16, 24, 24), layers=6),  # 15, 30, 90
+}
 
 
 def build_qwen_image(folder: Path, *, size: str = "tiny", seed: int = 0) -> Path:
@@ -42,15 +47,16 @@ def build_qwen_image(folder: Path, *, size: str = "tiny", seed: int = 0) -> Path
 
     One image token is 16 x 16 pixels, and the noise schedule is the real Qwen-Image's.
     """
+    shape = (SIZES | BENCHMARK_SIZES)[size]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = Qwen2Tokenizer.from_pretrained(TOKENIZER)
         QwenImagePipeline(
             scheduler=noise_scheduler(),
             vae=_vae(),
-            text_encoder=_text_encoder(len(tokenizer), SIZES[size].text_width),
+            text_encoder=_text_encoder(len(tokenizer), shape.text_width),
             tokenizer=tokenizer,
-            transformer=transformer(SIZES[size]),
+            transformer=transformer(shape),
         ).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(TOKENIZER / name, folder / "tokenizer" / name)

@@ -1,0 +1,194 @@
+"""Where a step's time goes on each rank: a timeline of a mixed batch, and a profile of steps with 5 ms forwards.
+
+    python -m benchmarks.trace_steps [--quick] [--model emoji] --out DIR
+
+Puts timers around the verbs of every rank's runner (`HOOKS`) and runs a mixed batch. Writes DIR/trace.json, which
+chrome://tracing and ui.perfetto.dev open, and DIR/timeline.png, both with all ranks on one clock; prints, for that
+batch and for one guided request of the light model at 64 px, how many ms of a step each verb takes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import (
+    Job,
+    arguments,
+    engine,
+    equal_jobs,
+    generate,
+    machine,
+    model_folder,
+    on_ranks,
+    report,
+)
+from vllm_cfg_plugin import DiffusionLLM
+
+STEP = "step"
+# (attribute path from the worker, label); a hook inside another is subtracted from it. "exchange" is the collective,
+# the wait for a slower rank included.
+HOOKS = (
+    ("runner.run", STEP),
+    ("runner._admit", "admit"),
+    ("runner._encode", "encode"),
+    ("runner._forward", "forward"),
+    ("runner._all_gather", "exchange"),
+    ("runner._advance", "advance"),
+    ("runner._decode", "decode"),
+)
+COLOURS = {
+    STEP: "0.75",
+    "admit": "tab:brown",
+    "encode": "tab:purple",
+    "forward": "tab:blue",
+    "exchange": "tab:red",
+    "advance": "tab:orange",
+    "decode": "tab:green",
+}
+REST, NO_PLAN = "rest of the step", "between two steps"
+LABELS = [*(label for _, label in HOOKS if label != STEP), REST, NO_PLAN]
+
+Event = tuple[str, float, float]  # label, began, ended: seconds of the machine's monotonic clock
+
+
+def _install_timers(worker: Any) -> None:
+    """Wrap every hook of this rank; the events gather in a list of the worker."""
+    events: list[Event] = []
+
+    def timed(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            began = time.monotonic()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                events.append((label, began, time.monotonic()))
+
+        return wrapper
+
+    for path, label in HOOKS:
+        *owners, name = path.split(".")
+        owner = worker
+        for attribute in owners:
+            owner = getattr(owner, attribute)
+        setattr(owner, name, timed(getattr(owner, name), label))
+    worker.trace_events = events
+
+
+def _take_events(worker: Any) -> list[Event]:
+    taken = list(worker.trace_events)
+    worker.trace_events.clear()
+    return taken
+
+
+def mixed_jobs() -> list[Job]:
+    """Half of them guided, three sizes, four step counts."""
+    sides, steps = (64, 128, 192), (4, 8, 12, 16)
+    return [
+        Job(f"a panda on a blue background, {n}", sides[n % 3], steps[n % 4], guided=n % 2 == 0, seed=n)
+        for n in range(10)
+    ]
+
+
+def self_seconds(events: Iterable[Event]) -> dict[str, float]:
+    """Seconds per label of one rank, without what other hooks inside took."""
+    seconds: dict[str, float] = defaultdict(float)
+    enclosing: list[Event] = []
+    for event in sorted(events, key=lambda event: (event[1], -event[2])):
+        label, began, ended = event
+        while enclosing and enclosing[-1][2] <= began:
+            enclosing.pop()
+        if enclosing:
+            seconds[enclosing[-1][0]] -= ended - began
+        seconds[label] += ended - began
+        enclosing.append(event)
+    return dict(seconds)
+
+
+def profile(events: Sequence[Event]) -> list[float]:
+    """Milliseconds per step of one rank, in the order of LABELS; they add up to the time from step to step."""
+    steps = sorted((began, ended) for label, began, ended in events if label == STEP)
+    seconds = self_seconds(events)
+    seconds[REST] = seconds.pop(STEP)
+    seconds[NO_PLAN] = sum(later[0] - earlier[1] for earlier, later in zip(steps, steps[1:], strict=False))
+    return [1e3 * seconds.get(label, 0.0) / len(steps) for label in LABELS]
+
+
+def profile_rows(what: str, ranks: Sequence[Sequence[Event]]) -> list[tuple[str | int | float, ...]]:
+    rows = []
+    for rank, events in enumerate(ranks):
+        milliseconds = profile(events)
+        steps = sum(label == STEP for label, _, _ in events)
+        rows.append((what, rank, steps, sum(milliseconds), *milliseconds))
+    return rows
+
+
+def write_chrome_trace(path: Path, ranks: Sequence[Sequence[Event]]) -> None:
+    start = min(began for events in ranks for _, began, _ in events)
+    trace = [
+        {"name": label, "ph": "X", "pid": 0, "tid": rank, "ts": 1e6 * (began - start), "dur": 1e6 * (ended - began)}
+        for rank, events in enumerate(ranks)
+        for label, began, ended in events
+    ]
+    names = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": rank, "args": {"name": f"cfg rank {rank}"}}
+        for rank in range(len(ranks))
+    ]
+    path.write_text(json.dumps({"traceEvents": names + trace}))
+
+
+def plot_timeline(path: Path, ranks: Sequence[Sequence[Event]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    start = min(began for events in ranks for _, began, _ in events)
+    figure, axes = pyplot.subplots(figsize=(16, 1 + 1.2 * len(ranks)), layout="constrained")
+    for _, label in HOOKS:  # a step first, its parts over it
+        for rank, events in enumerate(ranks):
+            bars = [(1e3 * (began - start), 1e3 * (ended - began)) for name, began, ended in events if name == label]
+            axes.broken_barh(
+                bars, (rank - 0.4, 0.8), color=COLOURS[label], label=None if rank else label, rasterized=True
+            )
+    axes.set_yticks(range(len(ranks)), [f"cfg rank {rank}" for rank in range(len(ranks))])
+    axes.set_xlabel("ms")
+    axes.invert_yaxis()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=len(HOOKS), frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def traced(llm: DiffusionLLM, warm_up: Sequence[Job], jobs: Sequence[Job]) -> list[list[Event]]:
+    """The events of every rank while it ran `jobs`."""
+    on_ranks(llm, _install_timers)
+    generate(llm, warm_up)
+    on_ranks(llm, _take_events)
+    generate(llm, jobs)
+    return on_ranks(llm, _take_events)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default="emoji", help="of the mixed batch: emoji, light or mid (default emoji)")
+    parser.set_defaults(out=Path("benchmark_results"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    on = machine()
+    with model_folder(args.model) as folder, engine(folder, 2) as llm:
+        mixed = traced(llm, mixed_jobs(), mixed_jobs())
+    write_chrome_trace(args.out / "trace.json", mixed)
+    plot_timeline(args.out / "timeline.png", mixed)
+    rows = profile_rows(f"{args.model}, mixed batch", mixed)
+    with model_folder("light") as folder, engine(folder, 2) as llm:
+        warm_up, jobs = (equal_jobs(1, 64, 20 if args.quick else 100, True, number) for number in range(2))
+        rows += profile_rows("light, 64 px, one guided request", traced(llm, warm_up, jobs))
+    report("trace_steps", args.out, on, ("batch", "rank", "steps", "ms per step", *LABELS), rows)
+
+
+if __name__ == "__main__":
+    main()
