@@ -6,10 +6,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_OUT := benchmark_results
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -c 3)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test unit check format clean
+.PHONY: install demo test unit bench check format clean
 
 install: $(STAMP)
 
@@ -34,6 +35,14 @@ test: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest tests/unit
 
+# A short version of every benchmark; benchmarks/README.md says what each shows.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.cfg_speedup --quick --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.throughput --quick --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.serving --quick --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.engine_overhead --quick --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.trace_steps --quick --out $(BENCH_OUT)
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,4 +53,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info demo_output $(BENCH_OUT) .pytest_cache .mypy_cache .ruff_cache

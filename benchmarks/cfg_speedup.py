@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from benchmarks.common import (
     Job,
     Timing,
-    arguments,
     engine,
     equal_jobs,
     generate,
@@ -23,6 +22,7 @@ from benchmarks.common import (
     median_timing,
     model_folder,
     report,
+    start,
 )
 from benchmarks.rivals import diffusers_process, hand_made_pair
 
@@ -86,7 +86,7 @@ def row(label: str, steps: int, median: dict[str, Timing]) -> Row:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = start(__doc__)
     parser.add_argument("--model", action="append", help=f"MODEL:PIXELS, repeatable (default {DEFAULT_MODELS})")
     parser.add_argument("--steps", type=int, help="denoising steps (default 50, Qwen-Image's own)")
     args = parser.parse_args()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import statistics
@@ -19,13 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-# vLLM hands a function to the ranks only with this; the values that come back are plain.
-os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-# Only the results are to be read.
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("TQDM_DISABLE", "1")
-
+import diffusers
 import torch
+import transformers
 
 from tests.models import build_qwen_image
 from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
@@ -36,9 +33,6 @@ SCALE = 4.0
 NEGATIVE = " "
 
 T = TypeVar("T")
-
-# One thread, also before a fork: a child of a process whose thread pool has run can't use its own.
-torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -172,8 +166,17 @@ def machine() -> str:
     return f"{name}, {len(CORES)} cores, torch {torch.__version__}, load before the run {load}"
 
 
-def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+def start(doc: str | None) -> argparse.ArgumentParser:
+    """Prepare this process; returns a parser with what every benchmark takes."""
+    # vLLM hands a function to the ranks only with this; the values that come back are plain.
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    # Only the results are to be read.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    # Also before a fork: a child of a process whose thread pool has run can't use its own.
+    torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short version, to see that it works")
     parser.add_argument("--rounds", type=int, help="measured rounds; the default depends on --quick")

@@ -15,9 +15,10 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from benchmarks.common import arguments, engine, equal_jobs, generate, machine, model_folder, on_ranks, report
+from benchmarks.common import engine, equal_jobs, generate, machine, model_folder, on_ranks, report, start
 from vllm_cfg_plugin import DiffusionLLM
 from vllm_cfg_plugin.engine import plan as wire
 
@@ -74,7 +75,7 @@ class Steps:
 def steady(spans: Sequence[Span], count: int) -> Steps:
     """Neighbouring steps that forward `count` requests each."""
     steps = Steps([], [], [])
-    for (began, ended, forwards, size), (next_began, _, next_forwards, _) in zip(spans, spans[1:], strict=False):
+    for (began, ended, forwards, size), (next_began, _, next_forwards, _) in pairwise(spans):
         if forwards == next_forwards == count:
             steps.periods_us.append(1e6 * (next_began - began))
             steps.gaps_us.append(1e6 * (next_began - ended))
@@ -109,7 +110,7 @@ def row(llm: DiffusionLLM, count: int, rounds: int) -> tuple[int | float, ...]:
 
 
 def main() -> None:
-    args = arguments(__doc__).parse_args()
+    args = start(__doc__).parse_args()
     rounds = args.rounds or (1 if args.quick else 5)
     on = machine()
     with (

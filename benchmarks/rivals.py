@@ -31,7 +31,8 @@ class Rival:
     def __init__(self, make_runner: Callable[[], Runner], cores: Sequence[int], threads: int) -> None:
         self._pipe, child = multiprocessing.Pipe()
         context = multiprocessing.get_context("fork")
-        self._process = context.Process(target=_serve, args=(child, make_runner, cores, threads), daemon=True)
+        ends = (child, self._pipe)
+        self._process = context.Process(target=_serve, args=(ends, make_runner, cores, threads), daemon=True)
         self._process.start()
         child.close()
 
@@ -62,7 +63,11 @@ class Rival:
         self._process.join()
 
 
-def _serve(pipe: Connection, make_runner: Callable[[], Runner], cores: Sequence[int], threads: int) -> None:
+def _serve(
+    ends: tuple[Connection, Connection], make_runner: Callable[[], Runner], cores: Sequence[int], threads: int
+) -> None:
+    pipe, parents_end = ends
+    parents_end.close()  # the fork copied it; while it is open here, the parent's death goes unnoticed
     pin_process(cores)
     torch.set_num_threads(threads)
     runner = make_runner()
@@ -96,7 +101,8 @@ def hand_made_pair(model: str) -> Iterator[Callable[[Job], Timing]]:
     def run(job: Job) -> Timing:
         for rank in ranks:
             rank.start([job])
-        return [rank.finish() for rank in ranks][0]  # rank 0 also decodes
+        first, _ = [rank.finish() for rank in ranks]
+        return first  # rank 0, which also decodes
 
     try:
         yield run

@@ -1,6 +1,7 @@
 """Images per second of equal requests: guided ones against diffusers' list of prompts, unguided ones on 2 ranks and 1.
 
-    python -m benchmarks.throughput [--quick] [--model emoji --model mid] [--size 64] [--steps 20] [--rounds 5] [--out DIR]
+    python -m benchmarks.throughput [--quick] [--model emoji --model mid] [--size 64] [--steps 20] [--rounds 9]
+                                    [--out DIR]
 
 The list of prompts is the batching that diffusers has: one pipeline call for prompts that agree in size, steps and
 scale, here in a process with 2 threads on the same two cores. Our ranks compute with one thread each. One contestant
@@ -15,7 +16,6 @@ from contextlib import ExitStack
 from benchmarks.common import (
     Job,
     Timing,
-    arguments,
     engine,
     equal_jobs,
     generate,
@@ -23,6 +23,7 @@ from benchmarks.common import (
     machine,
     model_folder,
     report,
+    start,
 )
 from benchmarks.rivals import diffusers_process
 
@@ -66,7 +67,7 @@ def rate(count: int, timing: Timing) -> float:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = start(__doc__)
     parser.add_argument("--model", action="append", help="emoji, light or mid; repeatable (default emoji and mid)")
     parser.add_argument("--size", type=int, default=64, help="pixels of a side (default 64)")
     parser.add_argument("--steps", type=int, help="denoising steps (default 20)")

@@ -13,12 +13,12 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
     Job,
-    arguments,
     engine,
     equal_jobs,
     generate,
@@ -26,6 +26,7 @@ from benchmarks.common import (
     model_folder,
     on_ranks,
     report,
+    start,
 )
 from vllm_cfg_plugin import DiffusionLLM
 
@@ -85,11 +86,12 @@ def _take_events(worker: Any) -> list[Event]:
     return taken
 
 
-def mixed_jobs() -> list[Job]:
-    """Half of them guided, three sizes, four step counts."""
+def mixed_jobs(warm_up: bool) -> list[Job]:
+    """Half of them guided, three sizes, four step counts; the warm-up's prompts differ, so nothing is cached."""
+    background = "blue" if warm_up else "black"
     sides, steps = (64, 128, 192), (4, 8, 12, 16)
     return [
-        Job(f"a panda on a blue background, {n}", sides[n % 3], steps[n % 4], guided=n % 2 == 0, seed=n)
+        Job(f"a panda on a {background} background, {n}", sides[n % 3], steps[n % 4], guided=n % 2 == 0, seed=n)
         for n in range(10)
     ]
 
@@ -114,7 +116,7 @@ def profile(events: Sequence[Event]) -> list[float]:
     steps = sorted((began, ended) for label, began, ended in events if label == STEP)
     seconds = self_seconds(events)
     seconds[REST] = seconds.pop(STEP)
-    seconds[NO_PLAN] = sum(later[0] - earlier[1] for earlier, later in zip(steps, steps[1:], strict=False))
+    seconds[NO_PLAN] = sum(later[0] - earlier[1] for earlier, later in pairwise(steps))
     return [1e3 * seconds.get(label, 0.0) / len(steps) for label in LABELS]
 
 
@@ -128,9 +130,9 @@ def profile_rows(what: str, ranks: Sequence[Sequence[Event]]) -> list[tuple[str 
 
 
 def write_chrome_trace(path: Path, ranks: Sequence[Sequence[Event]]) -> None:
-    start = min(began for events in ranks for _, began, _ in events)
+    origin = min(began for events in ranks for _, began, _ in events)
     trace = [
-        {"name": label, "ph": "X", "pid": 0, "tid": rank, "ts": 1e6 * (began - start), "dur": 1e6 * (ended - began)}
+        {"name": label, "ph": "X", "pid": 0, "tid": rank, "ts": 1e6 * (began - origin), "dur": 1e6 * (ended - began)}
         for rank, events in enumerate(ranks)
         for label, began, ended in events
     ]
@@ -147,11 +149,11 @@ def plot_timeline(path: Path, ranks: Sequence[Sequence[Event]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    start = min(began for events in ranks for _, began, _ in events)
+    origin = min(began for events in ranks for _, began, _ in events)
     figure, axes = pyplot.subplots(figsize=(16, 1 + 1.2 * len(ranks)), layout="constrained")
     for _, label in HOOKS:  # a step first, its parts over it
         for rank, events in enumerate(ranks):
-            bars = [(1e3 * (began - start), 1e3 * (ended - began)) for name, began, ended in events if name == label]
+            bars = [(1e3 * (began - origin), 1e3 * (ended - began)) for name, began, ended in events if name == label]
             axes.broken_barh(
                 bars, (rank - 0.4, 0.8), color=COLOURS[label], label=None if rank else label, rasterized=True
             )
@@ -173,14 +175,14 @@ def traced(llm: DiffusionLLM, warm_up: Sequence[Job], jobs: Sequence[Job]) -> li
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = start(__doc__)
     parser.add_argument("--model", default="emoji", help="of the mixed batch: emoji, light or mid (default emoji)")
     parser.set_defaults(out=Path("benchmark_results"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     on = machine()
     with model_folder(args.model) as folder, engine(folder, 2) as llm:
-        mixed = traced(llm, mixed_jobs(), mixed_jobs())
+        mixed = traced(llm, mixed_jobs(True), mixed_jobs(False))
     write_chrome_trace(args.out / "trace.json", mixed)
     plot_timeline(args.out / "timeline.png", mixed)
     rows = profile_rows(f"{args.model}, mixed batch", mixed)

@@ -1,4 +1,7 @@
-"""Random-weight Qwen-Image checkpoints of a few small sizes, made of diffusers' own classes; shared by tests and benchmarks."""
+"""Random-weight Qwen-Image checkpoints of a few small sizes, made of diffusers' own classes.
+
+Shared by all tests and by the benchmarks.
+"""
 
 from __future__ import annotations
 
