@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from benchmarks.common import engine, equal_jobs, generate, machine, model_folder, on_ranks, report, start
 from vllm_cfg_plugin import DiffusionLLM
 from vllm_cfg_plugin.engine import plan as wire
@@ -40,26 +42,35 @@ Span = tuple[float, float, int, int]  # began, ended, requests forwarded, bytes 
 
 def _do_nothing(worker: Any, work_ms: float) -> None:
     """From now on this rank sleeps `work_ms` a step, computes nothing and answers every plan as if it had."""
-    plans: list[tuple[float, float, wire.StepPlan]] = []
+    steps: list[tuple[float, float, int, wire.StepPlan]] = []
+    running: set[int] = set()
+    blank = torch.zeros(SIDE, SIDE, 3, dtype=torch.uint8)
 
-    def run(plan: wire.StepPlan) -> tuple[wire.StepReport, list[memoryview]]:
+    def run(plan: wire.StepPlan) -> wire.StepReport:
         began = time.perf_counter()
-        if work_ms:
+        running.update(assign.id for assign in plan.assign)
+        if work_ms and plan.advance:
             time.sleep(work_ms / 1e3)
-        images = [wire.DecodedImage(d.id, SIDE, SIDE, 0.0) for d in plan.decodes if d.rank == worker.rank]
+        steps.append((began, time.perf_counter(), len(running) if plan.advance else 0, plan))
+        running.difference_update(plan.retire, (decode.id for decode in plan.decodes))
+        for encode in plan.encodes:
+            if encode.rank == worker.rank:
+                worker.runner.side.deliver(wire.SideReport(encode.id, encode.branch, worker.rank, 0.0), None)
+        for decode in plan.decodes:
+            if decode.rank == worker.rank:
+                report = wire.SideReport(decode.id, wire.DECODED, worker.rank, 0.0, "", SIDE, SIDE)
+                worker.runner.side.deliver(report, blank)
         now = time.monotonic()
-        answer = wire.StepReport(plan.step, worker.rank, now, now, [], [], images)
-        plans.append((began, time.perf_counter(), plan))
-        return answer, [memoryview(bytes(SIDE * SIDE * 3))] * len(images)
+        return wire.StepReport(plan.step, worker.rank, now, now, [])
 
     worker.runner.run = run
-    worker.plans_seen = plans
+    worker.steps_seen = steps
 
 
 def _spans(worker: Any) -> list[Span]:
     """The steps since the last call; encoding the plans again tells their size without slowing the steps."""
-    spans = [(began, ended, len(plan.forwards), len(wire.encode(plan))) for began, ended, plan in worker.plans_seen]
-    worker.plans_seen.clear()
+    spans = [(began, ended, forwards, len(wire.encode(plan))) for began, ended, forwards, plan in worker.steps_seen]
+    worker.steps_seen.clear()
     return spans
 
 

@@ -36,23 +36,27 @@ STEP = "step"
 HOOKS = (
     ("runner.run", STEP),
     ("runner._admit", "admit"),
-    ("runner._encode", "encode"),
+    ("runner._line_up", "line up"),
     ("runner._forward", "forward"),
     ("runner._all_gather", "exchange"),
     ("runner._advance", "advance"),
-    ("runner._decode", "decode"),
+    ("runner._encode_branch", "encode"),
+    ("runner._decode_latents", "decode"),
 )
+BESIDE = ("encode", "decode")  # on threads of their own, beside the steps
 COLOURS = {
     STEP: "0.75",
     "admit": "tab:brown",
-    "encode": "tab:purple",
+    "line up": "tab:olive",
     "forward": "tab:blue",
     "exchange": "tab:red",
     "advance": "tab:orange",
+    "encode": "tab:purple",
     "decode": "tab:green",
 }
 REST, NO_PLAN = "rest of the step", "between two steps"
-LABELS = [*(label for _, label in HOOKS if label != STEP), REST, NO_PLAN]
+LABELS = [*(label for _, label in HOOKS if label not in (STEP, *BESIDE)), REST, NO_PLAN]
+COLUMNS = ("batch", "rank", "steps", "ms per step", *LABELS, *(f"beside: {label}" for label in BESIDE))
 
 Event = tuple[str, float, float]  # label, began, ended: seconds of the machine's monotonic clock
 
@@ -114,7 +118,7 @@ def self_seconds(events: Iterable[Event]) -> dict[str, float]:
 def profile(events: Sequence[Event]) -> list[float]:
     """Milliseconds per step of one rank, in the order of LABELS; they add up to the time from step to step."""
     steps = sorted((began, ended) for label, began, ended in events if label == STEP)
-    seconds = self_seconds(events)
+    seconds = self_seconds(event for event in events if event[0] not in BESIDE)
     seconds[REST] = seconds.pop(STEP)
     seconds[NO_PLAN] = sum(later[0] - earlier[1] for earlier, later in pairwise(steps))
     return [1e3 * seconds.get(label, 0.0) / len(steps) for label in LABELS]
@@ -125,22 +129,35 @@ def profile_rows(what: str, ranks: Sequence[Sequence[Event]]) -> list[tuple[str 
     for rank, events in enumerate(ranks):
         milliseconds = profile(events)
         steps = sum(label == STEP for label, _, _ in events)
-        rows.append((what, rank, steps, sum(milliseconds), *milliseconds))
+        beside = [sum(1e3 * (end - began) for name, began, end in events if name == label) / steps for label in BESIDE]
+        rows.append((what, rank, steps, sum(milliseconds), *milliseconds, *beside))
     return rows
 
 
 def write_chrome_trace(path: Path, ranks: Sequence[Sequence[Event]]) -> None:
     origin = min(began for events in ranks for _, began, _ in events)
     trace = [
-        {"name": label, "ph": "X", "pid": 0, "tid": rank, "ts": 1e6 * (began - origin), "dur": 1e6 * (ended - began)}
+        {
+            "name": label,
+            "ph": "X",
+            "pid": rank,
+            "tid": _lane(label),
+            "ts": 1e6 * (began - origin),
+            "dur": 1e6 * (ended - began),
+        }
         for rank, events in enumerate(ranks)
         for label, began, ended in events
     ]
     names = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": rank, "args": {"name": f"cfg rank {rank}"}}
+        {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"cfg rank {rank}"}}
         for rank in range(len(ranks))
     ]
     path.write_text(json.dumps({"traceEvents": names + trace}))
+
+
+def _lane(label: str) -> int:
+    """0 for what a step consists of, then one for each thread beside it."""
+    return BESIDE.index(label) + 1 if label in BESIDE else 0
 
 
 def plot_timeline(path: Path, ranks: Sequence[Sequence[Event]]) -> None:
@@ -154,9 +171,8 @@ def plot_timeline(path: Path, ranks: Sequence[Sequence[Event]]) -> None:
     for _, label in HOOKS:  # a step first, its parts over it
         for rank, events in enumerate(ranks):
             bars = [(1e3 * (began - origin), 1e3 * (ended - began)) for name, began, ended in events if name == label]
-            axes.broken_barh(
-                bars, (rank - 0.4, 0.8), color=COLOURS[label], label=None if rank else label, rasterized=True
-            )
+            low, height = rank - 0.4 + (0.0, 0.52, 0.68)[_lane(label)], (0.5, 0.14, 0.14)[_lane(label)]
+            axes.broken_barh(bars, (low, height), color=COLOURS[label], label=None if rank else label)
     axes.set_yticks(range(len(ranks)), [f"cfg rank {rank}" for rank in range(len(ranks))])
     axes.set_xlabel("ms")
     axes.invert_yaxis()
@@ -189,7 +205,7 @@ def main() -> None:
     with model_folder("light") as folder, engine(folder, 2) as llm:
         warm_up, jobs = (equal_jobs(1, 64, 20 if args.quick else 100, True, number) for number in range(2))
         rows += profile_rows("light, 64 px, one guided request", traced(llm, warm_up, jobs))
-    report("trace_steps", args.out, on, ("batch", "rank", "steps", "ms per step", *LABELS), rows)
+    report("trace_steps", args.out, on, COLUMNS, rows)
 
 
 if __name__ == "__main__":
