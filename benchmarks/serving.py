@@ -38,7 +38,7 @@ from benchmarks.systems import DiffusersQueue, Servers, System, start_servers
 from benchmarks.traffic import Arrival, Latency
 
 DIFFUSERS_BATCH = 8  # prompts in one list; beyond it this CPU gains nothing
-WARM_UP_STEPS = 6
+WARM_UP_STEPS = 4
 BASE = "dp2"  # what the others are compared with
 SYSTEMS = ("cfg2", BASE, "diffusers", "diffusers-batch")
 COLUMNS = (
