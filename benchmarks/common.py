@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import platform
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,6 +170,8 @@ def machine() -> str:
 
 def start(doc: str | None) -> argparse.ArgumentParser:
     """Prepare this process; returns a parser with what every benchmark takes."""
+    # Told to stop, end what was started and remove what was written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # vLLM hands a function to the ranks only with this; the values that come back are plain.
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     # Only the results are to be read.

@@ -20,8 +20,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -206,8 +204,6 @@ def main() -> None:
     parser.add_argument("--slo", type=float, default=4.0, help="objective, in times of being alone (default 4)")
     parser.add_argument("--system", action="append", choices=SYSTEMS, help=f"beside {BASE}; repeatable (default all)")
     args = parser.parse_args()
-    # The servers are sessions of their own, which end only if we end them.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     on = machine()
     measured = asyncio.run(run(args))
     report("serving", args.out, on, COLUMNS, table(measured))
