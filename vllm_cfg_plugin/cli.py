@@ -22,6 +22,9 @@ _FLAGS = {
     "max_image_pixels": "Largest image, in pixels, that a request may ask for.",
     "max_inference_steps": "Most denoising steps that a request may ask for.",
 }
+_SWITCHES = {
+    "cfg_shared_weights": "One copy of the weights for all ranks of an engine. Default: on, where ranks run on a CPU.",
+}
 # Naming this plugin in VLLM_PLUGINS would opt in to downloads that stock vLLM does not do on its own.
 _OPT_IN_ONLY = {"lora_hf_hub_resolver"}
 
@@ -46,6 +49,8 @@ def add_flags(parser: argparse.ArgumentParser, on_cpu: bool) -> None:
             metavar="N",
             help=f"{text} Default: {default}.",
         )
+    for name, text in _SWITCHES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", action=_SwitchAction, default=argparse.SUPPRESS, help=text)
 
 
 def all_plugin_names() -> str:
@@ -81,22 +86,30 @@ class _MergeConfig(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        namespace.additional_config = {**(namespace.additional_config or {}), **self._settings(values)}
+        settings = self._settings(values, option_string)
+        namespace.additional_config = {**(namespace.additional_config or {}), **settings}
         try:
             EngineSettings.from_dict(namespace.additional_config)
         except ConfigurationError as error:
             parser.error(str(error))
         _check_model(parser, namespace)
 
-    def _settings(self, values: Any) -> dict[str, Any]:
+    def _settings(self, values: Any, option_string: str | None) -> dict[str, Any]:
         return values
 
 
 class _SettingAction(_MergeConfig):
     """A flag of ours, which is one key of `additional_config`."""
 
-    def _settings(self, values: Any) -> dict[str, Any]:
+    def _settings(self, values: Any, option_string: str | None) -> dict[str, Any]:
         return {self.dest: values}
+
+
+class _SwitchAction(_MergeConfig, argparse.BooleanOptionalAction):
+    """A setting that is on or off: `--name` and `--no-name`."""
+
+    def _settings(self, values: Any, option_string: str | None) -> dict[str, Any]:
+        return {self.dest: not str(option_string).startswith("--no-")}
 
 
 class _ModelAction(argparse.Action):
@@ -126,7 +139,7 @@ class _ModelAction(argparse.Action):
 def _check_model(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> None:
     """A model with a CFG-Parallel setting must be one that we serve; whichever of the two is parsed last finds out."""
     model = getattr(namespace, "model_tag", None)
-    settings = set(_FLAGS) & set(getattr(namespace, "additional_config", None) or {})
+    settings = (set(_FLAGS) | set(_SWITCHES)) & set(getattr(namespace, "additional_config", None) or {})
     if isinstance(model, str) and settings:
         checkpoint = _checkpoint(namespace, model)
         if not checkpoint.is_diffusers():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing.connection
 import os
+import signal
 import socket
 import threading
 import warnings
@@ -36,6 +37,17 @@ def _is_listening_tcp(fd: int) -> bool:
         if duplicate.family not in (socket.AF_INET, socket.AF_INET6):
             return False
         return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def release_inherited_wakeup() -> None:
+    """Stop passing this process's signals on to the event loop of the process that forked it.
+
+    Symptom: a SIGTERM or SIGINT of the engine's process reaches the API server's handlers too. Cause: the API server's
+    loop has Python write signal numbers into its socket, and a forked process writes into the same one. Exit condition:
+    vLLM resets `signal.set_wakeup_fd` in the engines that it forks.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
 
 
 def wake_on_engine_death(client: Any) -> None:

@@ -54,11 +54,13 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         cfg_parallel_size: ranks that share the branches of guidance.
+        cfg_shared_weights: one copy of the weights for all ranks of an engine; None: wherever that is possible.
         max_image_pixels, max_inference_steps: what an operator allows a request.
         progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
     """
 
     cfg_parallel_size: int = 1
+    cfg_shared_weights: bool | None = None
     max_image_pixels: int = RequestLimits().max_image_pixels
     max_inference_steps: int = RequestLimits().max_inference_steps
     progress_address: str = ""
@@ -85,6 +87,19 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                     f"{name}={getattr(settings, name)} is not valid: it must be an integer from 1 up"
                 )
         return settings
+
+    def shares_weights(self, device_type: str) -> bool:
+        """Whether the ranks of an engine share their weights: on a CPU, unless it was switched off.
+
+        Raises:
+            ConfigurationError: it was asked for on a device where nothing can be shared.
+        """
+        if self.cfg_shared_weights and device_type != "cpu":
+            raise ConfigurationError(
+                f"cfg_shared_weights=True is not valid on {device_type}: every device holds weights of its own; only "
+                "ranks on a CPU can share them. Leave it out"
+            )
+        return device_type == "cpu" and self.cfg_shared_weights is not False
 
     @property
     def limits(self) -> RequestLimits:
@@ -126,6 +141,9 @@ def default_dtype(on_cpu: bool) -> str:
 def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any) -> dict[str, Any]:
     """Keyword arguments of vLLM's `EngineArgs` for offline use; what the caller gives wins over our defaults.
 
+    Args:
+        engine_args: fields of `EngineSettings`, or anything that `EngineArgs` takes.
+
     Raises:
         ConfigurationError: a model that we don't serve, a setting out of range, or a VLLM_PLUGINS without us.
     """
@@ -133,8 +151,10 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
     from vllm.platforms import current_platform
 
     check_servable(Checkpoint(model, engine_args.get("revision")))
+    settings = {name: engine_args.pop(name) for name in EngineSettings.__struct_fields__ if name in engine_args}
     additional = {
         **engine_args.pop("additional_config", {}),
+        **settings,
         "cfg_parallel_size": cfg_parallel_size,
         "progress_address": f"ipc://@vllm-cfg-progress-{uuid.uuid4().hex}",
     }

@@ -7,6 +7,7 @@ exactly as without this plugin; every hook below first asks whether the model is
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +21,10 @@ from vllm_cfg_plugin.pipelines.registry import FAMILIES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+_START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+# The user's choice: this module is imported before the `vllm` command sets the variable to spawn for everybody.
+_users_start_method = os.environ.get(_START_METHOD)
 
 
 class HostPlatform(Platform):
@@ -104,6 +109,9 @@ class CfgPlatform(_Base):  # type: ignore[misc, valid-type]
             _wire_parallelism(vllm_config, settings)
             _wire_scheduling(vllm_config)
             _check_device_count(cls, vllm_config)
+            settings.shares_weights(cls.device_type)
+            if cls.device_type == "cpu":
+                _fork_the_engine(vllm_config)
 
 
 def is_diffusion(vllm_config: VllmConfig) -> bool:
@@ -139,6 +147,15 @@ def _wire_scheduling(vllm_config: VllmConfig) -> None:
     scheduling.scheduler_cls = "vllm_cfg_plugin.engine.scheduler.StepScheduler"
     # Plan k+1 is queued on the ranks while they run plan k.
     scheduling.async_scheduling = True
+
+
+def _fork_the_engine(vllm_config: VllmConfig) -> None:
+    """Let the engine's process inherit the API server's imports, which halves the time until the server is ready.
+
+    Not with replicas: vLLM's coordinator of replicas survives a kill -9 of the server, and would keep its port.
+    """
+    if _users_start_method is None and vllm_config.parallel_config.data_parallel_size == 1:
+        os.environ[_START_METHOD] = "fork"
 
 
 def _check_device_count(platform: type[Platform], vllm_config: VllmConfig) -> None:

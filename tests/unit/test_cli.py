@@ -51,6 +51,27 @@ def test_every_spelling_reaches_the_engine(parse, model, spelling, model_first):
     assert ("other" in engine_args.additional_config) == any("other" in part for part in spelling)
 
 
+SWITCH_SPELLINGS = [
+    (["--cfg-shared-weights"], True),
+    (["--cfg_shared_weights"], True),
+    (["--no-cfg-shared-weights"], False),
+    (["--no_cfg_shared_weights"], False),
+    (["--additional-config", '{"cfg_shared_weights": false}'], False),
+    (["--no-cfg-shared-weights", "--cfg-shared-weights", "--cfg-parallel-size", "2"], True),
+]
+
+
+@pytest.mark.parametrize(("spelling", "value"), SWITCH_SPELLINGS)
+@pytest.mark.parametrize("model_first", [True, False])
+def test_a_switch_reaches_the_engine(parse, model, spelling, value, model_first):
+    args = parse(*([model, *spelling] if model_first else [*spelling, model]))
+    assert AsyncEngineArgs.from_cli_args(args).additional_config["cfg_shared_weights"] is value
+
+
+def test_a_switch_with_a_model_that_is_not_ours_is_one_clear_line(parse, capsys, tmp_path):
+    assert "is not a diffusers checkpoint" in rejected(parse, capsys, tmp_path, "--cfg-shared-weights")
+
+
 def test_a_yaml_config_file_works_too(parse, model, tmp_path):
     file = tmp_path / "serve.yaml"
     file.write_text("cfg-parallel-size: 3\nmax-num-seqs: 5\n")
@@ -157,6 +178,6 @@ def test_every_installed_plugin_stays_allowed_but_the_one_that_would_opt_in_to_d
 
 def test_settings_refuse_what_makes_no_sense():
     assert EngineSettings.from_dict({"other": 1}) == EngineSettings()
-    for wrong in ({"cfg_parallel_size": "2"}, {"max_image_pixels": 0}):
+    for wrong in ({"cfg_parallel_size": "2"}, {"max_image_pixels": 0}, {"cfg_shared_weights": 1}):
         with pytest.raises(ConfigurationError):
             EngineSettings.from_dict(wrong)

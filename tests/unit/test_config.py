@@ -20,6 +20,14 @@ def test_the_callers_arguments_win_over_our_defaults(qwen_image_folders):
     assert args["additional_config"]["max_image_pixels"] == 4096
 
 
+def test_our_settings_may_be_given_beside_vllms_arguments(qwen_image_folders):
+    args = diffusion_engine_args(str(qwen_image_folders["tiny"]), 2, cfg_shared_weights=False, max_num_seqs=2)
+    assert args["additional_config"]["cfg_shared_weights"] is False
+    assert "cfg_shared_weights" not in args
+    with pytest.raises(ConfigurationError, match="cfg_shared_weights"):
+        diffusion_engine_args(str(qwen_image_folders["tiny"]), 2, cfg_shared_weights="yes")
+
+
 def test_running_requests_may_finish_at_shutdown_unless_the_caller_says_otherwise(qwen_image_folders):
     model = str(qwen_image_folders["tiny"])
     assert diffusion_engine_args(model, 1)["shutdown_timeout"] == 5

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import count
 from typing import Any
@@ -17,16 +16,16 @@ from vllm.utils.system_utils import get_mp_context
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.abstract import Executor, FailureCallback
 
-from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.config import keep_calibration
+from vllm_cfg_plugin.compat import release_inherited_wakeup
+from vllm_cfg_plugin.config import EngineSettings, keep_calibration
 from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.cost import slowest
 from vllm_cfg_plugin.engine.plan import StepReport
 from vllm_cfg_plugin.engine.rank_pool import Frames, RankPool
 from vllm_cfg_plugin.engine.step_result import SideResult, StepResult, merge_reports
-from vllm_cfg_plugin.pipelines.registry import family_of
 from vllm_cfg_plugin.worker import channel
 from vllm_cfg_plugin.worker.lifeline import die_with_parent
+from vllm_cfg_plugin.worker.loading import pipeline_class, pipeline_for_forks
 
 _SIDE_WAIT_SECONDS = 0.002
 
@@ -40,7 +39,11 @@ class CfgExecutor(Executor):
         if multiprocessing.parent_process() is not None:
             # The API server started this process. Without this, killing it with -9 would leave the engine behind.
             die_with_parent()
-        self._pool = RankPool(self.vllm_config, self.parallel_config.world_size, self._process_context(), _read_answer)
+            release_inherited_wakeup()
+        with self._weights_for_ranks():
+            self._pool = RankPool(
+                self.vllm_config, self.parallel_config.world_size, self._process_context(), _read_answer
+            )
         # For the scheduler, which vLLM makes later and gives nothing but this configuration.
         keep_calibration(self.vllm_config, slowest(self.collective_rpc("calibrate")))
         # Weakly: the monitor thread must not keep an executor alive that its engine let go of.
@@ -50,9 +53,14 @@ class CfgExecutor(Executor):
         """Fork on a CPU, which saves every rank the imports; elsewhere vLLM's choice: CUDA does not survive a fork."""
         if self.device_config.device_type != "cpu":
             return get_mp_context()
-        implementation = family_of(Checkpoint(self.model_config.model, self.model_config.revision)).implementation
-        importlib.import_module(implementation.partition(":")[0])
+        pipeline_class(self.model_config)
         return multiprocessing.get_context("fork")
+
+    def _weights_for_ranks(self) -> AbstractContextManager[None]:
+        settings = EngineSettings.from_vllm_config(self.vllm_config)
+        if settings.shares_weights(self.device_config.device_type):
+            return pipeline_for_forks(self.model_config)
+        return nullcontext()
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         """Send the plan to every rank; the future's result is the merged `StepResult`."""

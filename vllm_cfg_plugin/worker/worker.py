@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from vllm import envs
 from vllm.distributed import init_distributed_environment
-from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
@@ -17,9 +16,9 @@ from vllm_cfg_plugin.config import PLUGIN_NAME, EngineSettings
 from vllm_cfg_plugin.distributed import parallel_state, shared_memory
 from vllm_cfg_plugin.engine.cost import Calibration
 from vllm_cfg_plugin.logs import get_logger
-from vllm_cfg_plugin.pipelines.registry import family_of
 from vllm_cfg_plugin.worker.calibration import calibrate_rank
 from vllm_cfg_plugin.worker.exchange import AllGather
+from vllm_cfg_plugin.worker.loading import load_pipeline
 from vllm_cfg_plugin.worker.runner import StepRunner
 from vllm_cfg_plugin.worker.side_work import SideWork
 
@@ -62,14 +61,8 @@ class DiffusionWorker(WorkerBase):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint's pipeline; every rank holds all of it, because any rank may own any branch."""
-        checkpoint = self._checkpoint
-        module, _, name = family_of(checkpoint).implementation.partition(":")
-        pipeline_class = resolve_obj_by_qualname(f"{module}.{name}")
-        pipeline = pipeline_class.load(
-            checkpoint.model, dtype=self.model_config.dtype, device=self.device, revision=checkpoint.revision
-        )
         self.runner = StepRunner(
-            pipeline,
+            load_pipeline(self.model_config, self.device),
             parallel_state.get_classifier_free_guidance_rank(),
             parallel_state.get_classifier_free_guidance_world_size(),
             self._all_gather,

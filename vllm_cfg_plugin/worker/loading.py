@@ -1,0 +1,74 @@
+"""Loads the pipeline: once for every rank, or once in the engine's process for all ranks that it forks afterwards.
+
+A forked rank maps the pages of what was loaded before the fork, and the kernel copies a page only when a process writes
+to it, which no rank does to weights. So there is one copy of them without a file in /dev/shm, without its size limit
+(64 MB in a default container) and without anything to clean up after a kill -9; and a rank whose weights are changed
+after all, by a call on the worker, changes its own. Must not import diffusers.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.logs import get_logger
+from vllm_cfg_plugin.pipelines.base import EnginePipeline
+from vllm_cfg_plugin.pipelines.registry import family_of
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+logger = get_logger(__name__)
+
+_inherited: EnginePipeline | None = None
+
+
+def pipeline_class(model_config: ModelConfig) -> type[EnginePipeline]:
+    """Our class for the checkpoint; importing it also imports diffusers and transformers."""
+    implementation = family_of(Checkpoint(model_config.model, model_config.revision)).implementation
+    return resolve_obj_by_qualname(implementation.replace(":", "."))
+
+
+def load_pipeline(model_config: ModelConfig, device: torch.device) -> EnginePipeline:
+    """The pipeline that this process was forked with, or else a copy of its own."""
+    if _inherited is not None:
+        return _inherited
+    load = pipeline_class(model_config).load
+    dtype = cast(torch.dtype, model_config.dtype)  # vLLM resolved the name that it may have been
+    started = time.perf_counter()
+    pipeline = load(model_config.model, dtype=dtype, device=device, revision=model_config.revision)
+    logger.info("Loaded %s in %.2f s", model_config.model, time.perf_counter() - started)
+    return pipeline
+
+
+@contextmanager
+def pipeline_for_forks(model_config: ModelConfig) -> Iterator[None]:
+    """Processes forked inside share one copy of the weights; this process lets go of it at the end."""
+    global _inherited
+    with _one_thread():
+        _inherited = load_pipeline(model_config, torch.device("cpu"))
+    # The collector writes into the header of every object that it looks at, and so would copy their pages.
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        _inherited = None
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Loads without OpenMP's pool of threads, of which a fork would keep the locks and not the threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
