@@ -6,7 +6,7 @@ Without --model: the bundled model, and one of random weights that is large enou
 bfloat16 on disk and served as float32, so no contestant gets its weights as pages of the file, which would be shared
 anyway. All figures are megabytes. Peak: the most that was resident. PSS: what is resident, a page that n processes map
 counted as 1/n. Private: what nobody else maps. "The second rank adds" compares sums of PSS over all of a server's
-processes. Linux only.
+processes, without pages of files, which processes of other programs map too. Linux only.
 """
 
 from __future__ import annotations
@@ -39,14 +39,20 @@ class Memory(msgspec.Struct):
 
     peak: float
     pss: float
+    pss_not_of_files: float
     private: float
 
     @classmethod
     def of(cls, process: psutil.Process) -> Memory:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        peak_kilobytes = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
+        proc = Path(f"/proc/{process.pid}")
+        peak = _megabytes(proc / "status", "VmHWM")
+        not_of_files = sum(_megabytes(proc / "smaps_rollup", name) for name in ("Pss_Anon", "Pss_Shmem"))
         info = process.memory_full_info()
-        return cls(peak_kilobytes * 1024 / MEGABYTE, info.pss / MEGABYTE, info.uss / MEGABYTE)
+        return cls(peak, info.pss / MEGABYTE, not_of_files, info.uss / MEGABYTE)
+
+
+def _megabytes(file: Path, name: str) -> float:
+    return int(re.findall(rf"^{name}:\s+(\d+) kB", file.read_text(), re.MULTILINE)[0]) * 1024 / MEGABYTE
 
 
 class Diffusers(msgspec.Struct):
@@ -141,7 +147,8 @@ def compare(job: Job) -> None:
     for name, processes in servers.items():
         for title, memory in sorted(processes.items()):
             _print_row(name, title, memory, diffusers)
-    one_rank, *two_ranks = (sum(memory.pss for memory in processes.values()) for processes in servers.values())
+    totals = [sum(memory.pss_not_of_files for memory in processes.values()) for processes in servers.values()]
+    one_rank, *two_ranks = totals
     print()
     for name, total in zip(list(servers)[1:], two_ranks, strict=True):
         added = total - one_rank

@@ -9,6 +9,7 @@ after all, by a call on the worker, changes its own. Must not import diffusers.
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,12 +55,14 @@ def pipeline_for_forks(model_config: ModelConfig) -> Iterator[None]:
     global _inherited
     with _one_thread():
         _inherited = load_pipeline(model_config, torch.device("cpu"))
-    # The collector writes into the header of every object that it looks at, and so would copy their pages.
+    # The collector writes into the header of every object that it looks at, and so would copy their pages: 160 MB in
+    # the engine alone.
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if multiprocessing.parent_process() is None:  # the engine runs in the user's process, whose garbage it is
+            gc.unfreeze()
         _inherited = None
 
 
