@@ -137,22 +137,21 @@ def heavy_model() -> Iterator[str]:
 def compare(job: Job) -> None:
     diffusers = diffusers_in_a_process(job)
     servers = {
-        "1 rank": serve(job, "--cfg-parallel-size", "1"),
-        "2 ranks, a copy each": serve(job, "--cfg-parallel-size", "2", "--no-cfg-shared-weights"),
-        "2 ranks, shared weights": serve(job, "--cfg-parallel-size", "2", "--cfg-shared-weights"),
+        (ranks, weights): serve(job, "--cfg-parallel-size", str(ranks), flag)
+        for weights, flag in (("a copy each", "--no-cfg-shared-weights"), ("shared weights", "--cfg-shared-weights"))
+        for ranks in (1, 2)
     }
     print(f"\n{job.model}, {diffusers.weights:.0f} MB of weights; one guided image of {job.side} px\n")
     print("| contestant | process | peak | PSS | private | peak / diffusers' |\n|---|---|---|---|---|---|")
     _print_row("diffusers", "pipeline", diffusers.memory, diffusers)
-    for name, processes in servers.items():
+    for (ranks, weights), processes in servers.items():
         for title, memory in sorted(processes.items()):
-            _print_row(name, title, memory, diffusers)
-    totals = [sum(memory.pss_not_of_files for memory in processes.values()) for processes in servers.values()]
-    one_rank, *two_ranks = totals
+            _print_row(f"{ranks} rank(s), {weights}", title, memory, diffusers)
+    totals = {key: sum(memory.pss_not_of_files for memory in server.values()) for key, server in servers.items()}
     print()
-    for name, total in zip(list(servers)[1:], two_ranks, strict=True):
-        added = total - one_rank
-        print(f"{name}: the second rank adds {added:.0f} MB, {100 * added / diffusers.weights:.0f} % of the weights")
+    for weights in ("a copy each", "shared weights"):
+        added = totals[2, weights] - totals[1, weights]
+        print(f"{weights}: the second rank adds {added:.0f} MB, {100 * added / diffusers.weights:.0f} % of the weights")
 
 
 def _print_row(contestant: str, title: str, memory: Memory, diffusers: Diffusers) -> None:
