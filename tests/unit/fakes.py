@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
-from vllm_cfg_plugin.engine.result import RequestMetrics, ResultHeader, pack_result
+from vllm_cfg_plugin.engine.metrics import RequestMetrics
+from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits
 
 INFO = PipelineInfo(

@@ -16,7 +16,11 @@ PURE = (
     "vllm_cfg_plugin.cli",
     "vllm_cfg_plugin.tokens",
     "vllm_cfg_plugin.pipelines.registry",
+    "vllm_cfg_plugin.engine.admission",
+    "vllm_cfg_plugin.engine.batching",
     "vllm_cfg_plugin.engine.cost",
+    "vllm_cfg_plugin.engine.metrics",
+    "vllm_cfg_plugin.engine.placement",
     "vllm_cfg_plugin.engine.plan",
     "vllm_cfg_plugin.engine.planner",
     "vllm_cfg_plugin.engine.progress",
@@ -29,8 +33,6 @@ PURE = (
 WITHOUT_VLLM = (
     "vllm_cfg_plugin.distributed.shared_memory",
     "vllm_cfg_plugin.guidance",
-    "vllm_cfg_plugin.engine.batching",
-    "vllm_cfg_plugin.engine.request",
     "vllm_cfg_plugin.engine.result",
     "vllm_cfg_plugin.worker.calibration",
     "vllm_cfg_plugin.worker.exchange",
@@ -38,6 +40,7 @@ WITHOUT_VLLM = (
     "vllm_cfg_plugin.worker.state",
     "vllm_cfg_plugin.pipelines.base",
     "vllm_cfg_plugin.worker.runner",
+    "vllm_cfg_plugin.worker.side_work",
     "vllm_cfg_plugin.worker.stopwatch",
 )
 

@@ -9,7 +9,8 @@ import torch
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.unit.fakes import INFO, LIMITS, answer, fake_pixels
-from vllm_cfg_plugin.engine.result import RequestMetrics, ResultHeader, pack_result
+from vllm_cfg_plugin.engine.metrics import RequestMetrics
+from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.entrypoints import llm as llm_module
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.entrypoints.llm import DiffusionLLM

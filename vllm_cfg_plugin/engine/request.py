@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vllm_cfg_plugin.engine.cost import CostModel
-from vllm_cfg_plugin.engine.result import RequestMetrics
+from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.params import DiffusionRequest
 
 if TYPE_CHECKING:

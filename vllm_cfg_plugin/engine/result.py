@@ -10,29 +10,7 @@ import msgspec
 import numpy as np
 import torch
 
-
-class RequestMetrics(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What happened to one request; times in milliseconds.
-
-    Attributes:
-        queue_ms: from arrival in the engine until its first step was planned.
-        encode_ms, decode_ms: text encoding (slowest rank) and latents to pixels.
-        denoise_ms: from the start of its first step to the end of its last, shared with whatever ran beside it.
-        e2e_time_ms: from the call in the front end to the image; filled in there.
-        steps: denoising steps done.
-        seed: the seed used.
-        guided: whether classifier-free guidance was on, and `guidance_off`: why not, if it was asked for.
-    """
-
-    queue_ms: float = 0.0
-    encode_ms: float = 0.0
-    denoise_ms: float = 0.0
-    decode_ms: float = 0.0
-    e2e_time_ms: float = 0.0
-    steps: int = 0
-    seed: int = 0
-    guided: bool = False
-    guidance_off: str = ""
+from vllm_cfg_plugin.engine.metrics import RequestMetrics
 
 
 class ResultHeader(msgspec.Struct, kw_only=True, omit_defaults=True):

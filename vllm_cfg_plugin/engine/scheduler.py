@@ -17,10 +17,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_cfg_plugin.config import EngineSettings, calibration_of, token_budget
 from vllm_cfg_plugin.engine.batching import PlannedStep, StepBatch
+from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport
 from vllm_cfg_plugin.engine.progress import ProgressPublisher
 from vllm_cfg_plugin.engine.request import ScheduledRequest
-from vllm_cfg_plugin.engine.result import RequestMetrics, ResultHeader, pack_result
+from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.engine.step_result import SideResult, StepResult
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest

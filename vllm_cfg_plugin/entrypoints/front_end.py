@@ -17,7 +17,8 @@ from vllm.pooling_params import PoolingParams
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.config import EngineSettings
-from vllm_cfg_plugin.engine.result import RequestMetrics, unpack_result
+from vllm_cfg_plugin.engine.metrics import RequestMetrics
+from vllm_cfg_plugin.engine.result import unpack_result
 from vllm_cfg_plugin.errors import RequestAbortedError, RequestFailedError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits, resolve_requests
 from vllm_cfg_plugin.pipelines.registry import describe

@@ -19,7 +19,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_cfg_plugin.compat import wake_on_engine_death
 from vllm_cfg_plugin.config import EngineSettings, diffusion_engine_args
-from vllm_cfg_plugin.engine.result import RequestMetrics
+from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output
 from vllm_cfg_plugin.entrypoints.progress_bar import StepBar
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError
