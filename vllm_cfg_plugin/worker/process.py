@@ -21,6 +21,7 @@ from vllm_cfg_plugin.engine.plan import SideReport
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.worker import channel
 from vllm_cfg_plugin.worker.lifeline import die_with_parent
+from vllm_cfg_plugin.worker.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -106,6 +107,8 @@ def _start(vllm_config: VllmConfig, rank: int, init_method: str) -> WorkerWrappe
     wrapper.init_worker([kwargs] * (rank + 1))
     wrapper.init_device()
     wrapper.load_model()
+    if vllm_config.device_config.device_type == "cpu":
+        keep_freed_memory()  # only now: loading frees much that no step needs
     return wrapper
 
 
