@@ -13,7 +13,7 @@ from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.qwen_image_packed import PackedQwenImageTransformer
 
 CHANNELS = 16
-GRIDS = [(1, 1), (2, 3), (4, 4), (8, 8), (5, 7), (12, 12)]  # image tokens: 1 to 144
+GRIDS = [(1, 1), (2, 3), (4, 4), (8, 8), (5, 7), (12, 12), (16, 19)]  # image tokens: 1 to 304, so both CPU kernels
 TEXT_LENGTHS = [1, 1, 3, 5, 16, 17, 40]
 
 
@@ -100,7 +100,7 @@ def test_bits_do_not_depend_on_company(models):
 def test_bits_do_not_depend_on_equal_neighbours(models):
     """Runs of equal lengths take one attention call; it must give the bits of many."""
     _, packed = models
-    for height, width, text in [(8, 8, 5), (4, 4, 1), (5, 7, 16)]:
+    for height, width, text in [(8, 8, 5), (4, 4, 1), (5, 7, 16), (16, 19, 3)]:
         torch.manual_seed(height)
         run = [
             Sequence(
@@ -111,6 +111,42 @@ def test_bits_do_not_depend_on_equal_neighbours(models):
         together = forward_packed(packed, run)
         for sequence, prediction in zip(run, together, strict=True):
             assert torch.equal(prediction, forward_packed(packed, [sequence])[0])
+
+
+@torch.inference_mode()
+def test_bits_do_not_depend_on_the_neighbours_timesteps(models):
+    """Neighbours at one timestep are modulated in one operation, others apart."""
+    _, packed = models
+    sequences = draw_sequences(12, seed=9)
+    for i, sequence in enumerate(sequences):
+        sequence.timestep = torch.tensor([0.9, 0.9, 0.4, 0.9][i % 4])
+    together = forward_packed(packed, sequences)
+    for sequence, prediction in zip(sequences, together, strict=True):
+        assert torch.equal(prediction, forward_packed(packed, [sequence])[0])
+
+
+@torch.inference_mode()
+def test_no_argument_is_changed(models):
+    """The forward works in place: never on the caller's tensors, not even where no padding makes a copy of them."""
+    _, packed = models
+    latents, prompt = torch.randn(1, 16, CHANNELS), torch.randn(1, 16, 48)
+    given = latents.clone(), prompt.clone()
+    packed(latents, prompt, timestep=torch.tensor([0.5]), img_shapes=[[(1, 4, 4)]])
+    assert torch.equal(latents, given[0])
+    assert torch.equal(prompt, given[1])
+
+
+@torch.inference_mode()
+def test_a_layer_with_a_hook_is_called(tiny):
+    """What stands in for a linear layer must not bypass an adapter on it."""
+    sequences = draw_sequences(2, seed=10)
+    before = forward_packed(tiny, sequences)
+    block = tiny.transformer_blocks[0]
+    for layer in (block.attn.to_q, block.img_mlp.net[0].proj, block.img_mlp.net[2], block.txt_mod[1]):
+        hook = layer.register_forward_hook(lambda module, args, output: output * 1.5)
+        assert not torch.equal(forward_packed(tiny, sequences)[0], before[0])
+        hook.remove()
+    assert torch.equal(forward_packed(tiny, sequences)[0], before[0])
 
 
 @torch.inference_mode()

@@ -13,31 +13,42 @@ from diffusers.models.activations import GELU
 from torch import nn
 
 
-def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN, and nobody switched it off."""
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def onednn_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "none", variant: str = ""
+) -> torch.Tensor:
+    """Rows x [rows, channels] by weight [outputs, channels], which is contiguous or the transpose of what is.
+
+    Args:
+        activation, variant: an elementwise function of the outputs, as torch's operator for oneDNN names them.
+    """
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], variant)
+    return output
+
+
+def linear(module: Any, x: torch.Tensor) -> torch.Tensor:
     """`module(x)` for a linear layer and rows x, [rows, channels]."""
-    return _onednn(module, x, "none", "") if _has_onednn(module, x) else module(x)
+    return onednn_linear(x, module.weight, module.bias) if _is_for_onednn(module, x) else module(x)
 
 
 def feed_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     """`module(x)` for diffusers' FeedForward and rows x, [rows, channels]; its dropout does nothing in inference."""
     first, _, last = module.net
-    if not (type(first) is GELU and first.approximate == "tanh" and _has_onednn(first.proj, x)):
+    if not (type(first) is GELU and first.approximate == "tanh" and _is_for_onednn(first.proj, x)):
         return module(x)
-    return linear(last, _onednn(first.proj, x, "gelu", "tanh"))
+    return linear(last, onednn_linear(x, first.proj.weight, first.proj.bias, "gelu", "tanh"))
 
 
-def _has_onednn(module: Any, x: torch.Tensor) -> bool:
+def _is_for_onednn(module: Any, x: torch.Tensor) -> bool:
     """Whether oneDNN can stand in for the layer: an adapter or a hook on it must be called."""
     return (
         type(module) is nn.Linear
         and x.dtype == torch.float32
         and x.is_cpu
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
+        and has_onednn()
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
     )
-
-
-def _onednn(module: Any, x: torch.Tensor, activation: str, variant: str) -> torch.Tensor:
-    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, activation, [], variant)
-    return output

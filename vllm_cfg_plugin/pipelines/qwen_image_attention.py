@@ -14,8 +14,14 @@ from diffusers.models.attention_dispatch import (
 )
 from diffusers.models.normalization import RMSNorm
 
-from vllm_cfg_plugin.pipelines.linear import linear
-from vllm_cfg_plugin.worker.packing import PackedRows, interleave
+from vllm_cfg_plugin.pipelines.linear import has_onednn, linear, onednn_linear
+from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE, PackedRows, interleave
+
+# From so many rows on, attention by oneDNN's products beats torch's kernel (measured, one thread, heads of 32 to 128).
+_ONEDNN_FROM = 256
+
+# Scores computed at a time: 1 MiB of them.
+_SCORES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -89,21 +95,47 @@ def _attend_sequences(
         out: Any = varlen_attn(query, key, value, joint.boundaries, joint.boundaries, longest, longest)
         return joint.split(out.flatten(1))
     attended: list[torch.Tensor] = []
+    is_float_cpu = query.is_cpu and query.dtype == torch.float32 and _is_native(processor) and has_onednn()
     for run in joint.runs:
+        blocks = run.block(query), run.block(key), run.block(value)
+        if is_float_cpu and run.length >= _ONEDNN_FROM:
+            attended += [_attend_onednn(*one) for one in zip(*blocks, strict=True)]
+            continue
         # A kernel works on one sequence and head at a time: a run of equal lengths gives the same bits as one by one.
-        out = dispatch_attention_fn(
-            run.block(query), run.block(key), run.block(value), backend=processor._attention_backend
-        )
-        attended += out.flatten(2).unbind(0)
+        attended += dispatch_attention_fn(*blocks, backend=processor._attention_backend).flatten(2).unbind(0)
     return attended
 
 
+def _attend_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of one long sequence on a CPU in float32, [length, heads * head_dim]; inputs [length, heads, head_dim].
+
+    torch's own kernel is built on MKL's products, see `linear.py`. The scores of some rows at a time stay in the cache.
+    """
+    length = query.shape[0]
+    attended = torch.empty_like(query)
+    query = (query.transpose(0, 1) * query.shape[-1] ** -0.5).contiguous()  # [heads, length, head_dim]
+    key, value = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+    rows = max(ROW_MULTIPLE, _SCORES // length // ROW_MULTIPLE * ROW_MULTIPLE)
+    for head in range(query.shape[0]):
+        for first in range(0, length, rows):
+            some = slice(first, first + rows)
+            scores = onednn_linear(query[head, some], key[head])
+            torch.softmax(scores, dim=-1, out=scores)
+            attended[some, head] = onednn_linear(scores, value[head].t())
+    return attended.flatten(1)
+
+
 def _has_varlen_kernel(query: torch.Tensor, processor: Any) -> bool:
-    """Whether torch's varlen flash attention runs here and the user chose no other backend for diffusers."""
+    """Whether torch's varlen flash attention runs here and the user chose no other."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and processor._attention_backend is None
-        and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
+        and _is_native(processor)
     )
+
+
+def _is_native(processor: Any) -> bool:
+    """Whether the user left diffusers' choice of attention kernel to torch."""
+    backend: AttentionBackendName = _AttentionBackendRegistry.get_active_backend()[0]
+    return processor._attention_backend is None and backend == AttentionBackendName.NATIVE
