@@ -1,0 +1,223 @@
+"""Ranks of the virtual engine: they carry out plans as `worker/runner.py` does, but only count the time it takes.
+
+A rank is a core that three threads share as the kernel shares it: the one that steps, and the two lower-priority ones
+that encode and decode (worker/side_work.py). Their work takes what the cost model says. Times are microseconds. Must
+not import torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vllm_cfg_plugin.engine.cost import CostModel
+from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepPlan
+from vllm_cfg_plugin.engine.step_result import StepResult
+from vllm_cfg_plugin.params import DiffusionRequest
+
+# The kernel's weights of niceness 0, 5 and 10, see worker/side_work.py.
+STEP_WEIGHT, ENCODE_WEIGHT, DECODE_WEIGHT = 1024, 335, 110
+_ROUNDING_US = 1e-3
+_CACHED_TEXT_US = 1.0
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """Microseconds that the cost model leaves out.
+
+    Attributes:
+        exchange_us: per step, for every other rank.
+        request_us: per step, for every running request, on every rank: combine and step the noise scheduler.
+        admit_us: per request, on every rank: noise and noise scheduler.
+        engine_us: from the ranks' reports to the next plan.
+    """
+
+    exchange_us: float = 0.0
+    request_us: float = 0.0
+    admit_us: float = 0.0
+    engine_us: float = 0.0
+
+
+@dataclass
+class SideTask:
+    """An encode of `prompt`, or a decode, of which `left_us` are to be done; `began` when it became the first."""
+
+    id: int
+    branch: int
+    left_us: float
+    prompt: str = ""
+    began: float = -1.0
+
+
+@dataclass
+class SideQueue:
+    """The work of one side thread."""
+
+    weight: int
+    tasks: deque[SideTask] = field(default_factory=deque)
+
+
+class Core:
+    """One rank's core.
+
+    Attributes:
+        now: until when its work is known.
+        busy_us: what it forwarded.
+        texts: prompts whose embeddings it holds; a cache that never overflows.
+        reports: (time, report) of side work that was done and not taken yet, in order of time.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.now = 0.0
+        self.busy_us = 0.0
+        self.texts: set[str] = set()
+        self.reports: deque[tuple[float, SideReport]] = deque()
+        self._encodes = SideQueue(ENCODE_WEIGHT)
+        self._decodes = SideQueue(DECODE_WEIGHT)
+
+    def add_side_work(self, task: SideTask) -> None:
+        queue = self._decodes if task.branch == DECODED else self._encodes
+        queue.tasks.append(task)
+
+    def compute(self, us: float) -> None:
+        """The stepping thread computes for `us`, and shares the core with side work."""
+        while us > _ROUNDING_US and (active := self._active()):
+            total = STEP_WEIGHT + sum(queue.weight for queue in active)
+            took = min(us * total / STEP_WEIGHT, _first_end(active, total))
+            us -= took * STEP_WEIGHT / total
+            self._progress(active, took, total)
+        self.now += us
+
+    def wait(self, until: float) -> None:
+        """The stepping thread waits, and side work has the core."""
+        while self.now < until and (active := self._active()):
+            total = sum(queue.weight for queue in active)
+            self._progress(active, min(until - self.now, _first_end(active, total)), total)
+        self.now = max(self.now, until)
+
+    def next_report(self) -> float:
+        """When the next side work is done if the stepping thread goes on waiting."""
+        if self.reports:
+            return self.reports[0][0]
+        active = self._active()
+        return self.now + _first_end(active, sum(queue.weight for queue in active)) if active else math.inf
+
+    def _active(self) -> list[SideQueue]:
+        active = [queue for queue in (self._encodes, self._decodes) if queue.tasks]
+        for queue in active:
+            task = queue.tasks[0]
+            if task.began < 0:
+                task.began = self.now
+                if task.prompt in self.texts:
+                    task.left_us = _CACHED_TEXT_US
+        return active
+
+    def _progress(self, active: Sequence[SideQueue], us: float, total: int) -> None:
+        self.now += us
+        for queue in active:
+            task = queue.tasks[0]
+            task.left_us -= us * queue.weight / total
+            if task.left_us <= _ROUNDING_US:
+                queue.tasks.popleft()
+                if task.branch != DECODED:
+                    self.texts.add(task.prompt)
+                report = SideReport(task.id, task.branch, self.rank, (self.now - task.began) / 1e3)
+                self.reports.append((self.now, report))
+
+
+def _first_end(active: Sequence[SideQueue], total: int) -> float:
+    """Microseconds until the first of these queues has done a piece."""
+    return min(queue.tasks[0].left_us * total / queue.weight for queue in active)
+
+
+@dataclass
+class RequestOnRanks:
+    """What all ranks know of a request."""
+
+    spec: DiffusionRequest
+    owners: tuple[int, ...] = ()
+    steps: int = 0
+
+
+class VirtualRanks:
+    """Carries out plans as `worker/runner.py` does, and keeps the time that it takes."""
+
+    def __init__(self, ranks: int, cost: CostModel, overheads: Overheads) -> None:
+        self.cores = [Core(rank) for rank in range(ranks)]
+        self._cost = cost
+        self._overheads = overheads
+        self._requests: dict[int, RequestOnRanks] = {}
+        self._running: dict[int, RequestOnRanks] = {}
+        self._loads: list[float] | None = None  # of one step; None: who runs or who owns what has changed
+
+    def run(self, plan: StepPlan, at: float) -> StepResult:
+        """Carry out a plan that the ranks find at a time; the result comes when the slowest has done its part."""
+        for core in self.cores:
+            core.wait(at)
+        began = min(core.now for core in self.cores)
+        for admission in plan.admit:
+            self._requests[admission.id] = RequestOnRanks(admission.request)
+        self._on_all_ranks(len(plan.admit) * self._overheads.admit_us)
+        for encode in plan.encodes:
+            spec = self._requests[encode.id].spec
+            took = self._cost.encode(spec.text_tokens[encode.branch])
+            task = SideTask(encode.id, encode.branch, took, spec.prompts[encode.branch])
+            self.cores[encode.rank].add_side_work(task)
+        for assign in plan.assign:
+            self._running[assign.id] = self._requests[assign.id]
+            self._running[assign.id].owners = assign.owners
+            self._loads = None
+        if plan.advance:
+            self._step()
+        for decode in plan.decodes:
+            spec = self._requests.pop(decode.id).spec
+            took = self._cost.decode(spec.image_tokens)
+            self.cores[decode.rank].add_side_work(SideTask(decode.id, DECODED, took))
+        return StepResult(began / 1e6, max(core.now for core in self.cores) / 1e6)
+
+    def take_reports(self, until: float) -> list[SideReport]:
+        """Side reports that were sent until a time."""
+        taken = []
+        for core in self.cores:
+            core.wait(until)
+            while core.reports and core.reports[0][0] <= until:
+                taken.append(core.reports.popleft())
+        return [report for _, report in sorted(taken, key=lambda sent: sent[0])]
+
+    def next_report(self) -> float:
+        return min(core.next_report() for core in self.cores)
+
+    def _on_all_ranks(self, us: float) -> None:
+        for core in self.cores:
+            core.compute(us)
+
+    def _step(self) -> None:
+        """Every rank forwards what it owns; all wait for the slowest and then step every request."""
+        self._loads = loads = self._loads or self._line_up()
+        for core, load in zip(self.cores, loads, strict=True):
+            core.compute(load)
+            core.busy_us += load
+        exchanged = max(core.now for core in self.cores)
+        for core in self.cores:
+            core.wait(exchanged)
+        others = len(self.cores) - 1
+        self._on_all_ranks(self._overheads.exchange_us * others + self._overheads.request_us * len(self._running))
+        for id, request in list(self._running.items()):
+            request.steps += 1
+            if request.steps == request.spec.num_inference_steps:
+                del self._running[id]
+                self._loads = None
+
+    def _line_up(self) -> list[float]:
+        """Each rank's forward of one step."""
+        loads = [0.0] * len(self.cores)
+        for id, request in self._running.items():
+            spec = request.spec
+            for owner, prompt, text_tokens in zip(request.owners, spec.prompts, spec.text_tokens, strict=True):
+                if prompt not in self.cores[owner].texts:
+                    raise RuntimeError(f"request {id}: rank {owner} shall forward a branch whose text it does not hold")
+                loads[owner] += self._cost.forward(spec.image_tokens + text_tokens)
+        return [load + self._cost.step_us if load else 0.0 for load in loads]
