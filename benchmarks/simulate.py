@@ -180,11 +180,11 @@ def main() -> None:
     parser.add_argument("--cost", type=Path, help="calibration, JSON")
     parser.add_argument("--quick", action="store_true", help="few ranks, loads and requests")
     parser.add_argument("--validate", action="store_true", help="against a real two-rank engine")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 64], help="even numbers")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 64], help="even numbers")
     parser.add_argument("--arrivals", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--loads", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8, 1.0, 1.3])
-    parser.add_argument("--requests-per-rank", type=int, default=40)
-    parser.add_argument("--least-requests", type=int, default=600)
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.6, 0.9, 1.2])
+    parser.add_argument("--requests-per-rank", type=int, default=20)
+    parser.add_argument("--least-requests", type=int, default=400)
     parser.add_argument("--burst", type=int, default=3, help="requests per rank in a burst")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-requests", type=int, default=32, help="per rank")
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--engine-us", type=float, default=200.0, help="from reports to the next plan")
     args = parser.parse_args()
     if args.quick:
-        args.ranks, args.loads, args.least_requests, args.requests_per_rank = [2, 8], [0.4, 0.8, 1.2], 200, 20
+        args.ranks, args.loads, args.least_requests, args.requests_per_rank = [2, 8], [0.4, 1.0], 200, 20
     if any(ranks < 2 or ranks % 2 for ranks in args.ranks):
         parser.error(f"--ranks {args.ranks}: give even numbers from 2 up, because fixed pairs need two ranks each")
     if args.validate:

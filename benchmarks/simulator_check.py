@@ -2,12 +2,14 @@
 
 Requests reach the real engine at their times through vLLM's `LLMEngine`, as `DiffusionLLM` would send them; latency is
 from the time a request was to come until its image is in this process. The simulator gets the same engine's
-calibration.
+calibration. It knows of no other load: "waited" is how long the real ranks' stepping threads were ready to run and had no
+core, as a share of the time; where that is more than a few percent the comparison says little. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import threading
 import time
@@ -33,16 +35,17 @@ PAUSE_US = 1e9  # in virtual time, between the warm-up and the trace
 
 @dataclass(frozen=True)
 class Outcome:
-    """Images per second until the last image, and latencies in seconds."""
+    """Images per second until the last image, latencies in seconds, and the share of the time without a core."""
 
     images_s: float
     p50: float
     p95: float
+    waited: float
 
     @classmethod
-    def of(cls, latencies: Sequence[float], seconds: float) -> Outcome:
+    def of(cls, latencies: Sequence[float], seconds: float, waited: float = 0.0) -> Outcome:
         cuts = statistics.quantiles(latencies, n=20, method="inclusive")
-        return cls(len(latencies) / seconds, cuts[9], cuts[18])
+        return cls(len(latencies) / seconds, cuts[9], cuts[18], waited)
 
 
 def calibrate_bundled_model() -> Calibration:
@@ -65,7 +68,7 @@ def validate(args: argparse.Namespace) -> None:
         machine = Machine(RANKS, calibration.cost, overheads, limits.max_num_seqs // RANKS, calibration.token_budget)
         warm_up = [_resolve(llm, f"a fish, {side}", side, 4, True) for side in SIDES]
         _replay(llm, [Arrival(0.0, spec) for spec in warm_up])
-        print("| trace | | images/s | p50, s | p95, s |\n|---|---|---|---|---|")
+        print("| trace | | images/s | p50, s | p95, s | waited |\n|---|---|---|---|---|---|")
         for load in (0.0, 0.6):
             specs = _mixed(llm, REQUESTS, f"{args.seed}, load {load:g}")
             mean_us = statistics.fmean(work_us(spec, machine.cost) for spec in specs)
@@ -76,9 +79,10 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def _print_rows(trace: str, real: Outcome, virtual: Outcome) -> None:
-    ratios = Outcome(virtual.images_s / real.images_s, virtual.p50 / real.p50, virtual.p95 / real.p95)
-    for name, outcome in (("real", real), ("simulated", virtual), ("ratio", ratios)):
-        print(f"| {trace} | {name} | {outcome.images_s:.3f} | {outcome.p50:.3f} | {outcome.p95:.3f} |", flush=True)
+    print(f"| {trace} | real | {real.images_s:.3f} | {real.p50:.3f} | {real.p95:.3f} | {real.waited:.0%} |")
+    print(f"| {trace} | simulated | {virtual.images_s:.3f} | {virtual.p50:.3f} | {virtual.p95:.3f} | |")
+    ratios = (virtual.images_s / real.images_s, virtual.p50 / real.p50, virtual.p95 / real.p95)
+    print(f"| {trace} | ratio | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} | |", flush=True)
 
 
 def _mixed(llm: DiffusionLLM, count: int, name: str) -> list[DiffusionRequest]:
@@ -105,6 +109,7 @@ def _at_once(specs: Sequence[DiffusionRequest]) -> list[Arrival]:
 def _replay(llm: DiffusionLLM, trace: Sequence[Arrival]) -> Outcome:
     """Send each request at its time, from a thread, and receive the images."""
     engine = llm._engine
+    waited = _seconds_without_core()
     began = time.perf_counter()
     due = {f"{began}-{n}": began + arrival.at / 1e6 for n, arrival in enumerate(trace)}
 
@@ -121,7 +126,19 @@ def _replay(llm: DiffusionLLM, trace: Sequence[Arrival]) -> Outcome:
             if output.finished:
                 latencies[output.request_id] = time.perf_counter() - due[output.request_id]
     sender.join()
-    return Outcome.of(list(latencies.values()), time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Outcome.of(list(latencies.values()), seconds, (_seconds_without_core() - waited) / RANKS / seconds)
+
+
+def _seconds_without_core() -> float:
+    """How long the main threads of all ranks, which are children of the engine, a child of ours, waited for a core."""
+    ranks = [rank for engine in _children(os.getpid()) for rank in _children(engine)]
+    return sum(int(Path(f"/proc/{rank}/schedstat").read_text().split()[1]) for rank in ranks) / 1e9
+
+
+def _children(pid: int) -> list[int]:
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for children in lists for child in children.read_text().split()]
 
 
 def _simulate(machine: Machine, warm_up: Sequence[DiffusionRequest], trace: Sequence[Arrival]) -> Outcome:
