@@ -74,7 +74,7 @@ class Result:
     p50: float
     p95: float
     p99: float
-    guided_p50: float
+    guided_mean: float
 
 
 def run(contestant: Contestant, machine: Machine, kind: str, load: float, args: argparse.Namespace) -> Result:
@@ -100,7 +100,7 @@ def run(contestant: Contestant, machine: Machine, kind: str, load: float, args: 
         p50=percentile(latencies, 50),
         p95=percentile(latencies, 95),
         p99=percentile(latencies, 99),
-        guided_p50=percentile([one.latency for one in served if _was_guided(one)], 50),
+        guided_mean=statistics.fmean(one.latency for one in served if _was_guided(one)),
     )
 
 
@@ -136,9 +136,7 @@ def plot(results: Sequence[Result], path: Path, title: str) -> None:
         for contestant, line in by_name.items():
             style = "-" if contestant.startswith("ours") else "--"
             axis.plot([r.load for r in line], [getattr(r, name) for r in line], style, marker=".", label=contestant)
-        axis.set(xlabel="load", title=label, ylim=(0, None) if name == "images_s" else None)
-        if name != "images_s":
-            axis.set_yscale("log")
+        axis.set(xlabel="load", title=label, yscale="linear" if name == "images_s" else "log")
     axes[0].legend(fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=100)

@@ -2,8 +2,8 @@
 
 Requests reach the real engine at their times through vLLM's `LLMEngine`, as `DiffusionLLM` would send them; latency is
 from the time a request was to come until its image is in this process. The simulator gets the same engine's
-calibration. It knows of no other load: "waited" is how long the real ranks' stepping threads were ready to run and had no
-core, as a share of the time; where that is more than a few percent the comparison says little. Linux only.
+calibration. It knows of no other load: "waited" is the share of the time that the real ranks' stepping threads were
+ready to run and had no core; where that is more than a few percent the comparison says little. Linux only.
 """
 
 from __future__ import annotations
