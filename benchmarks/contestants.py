@@ -1,7 +1,7 @@
 """Ways to use the same ranks, all on the engine's own batching code, and the traffic that they are given.
 
 `StepBatch` takes another placement or another waiting line where a contestant differs from us; ranks, encodes, decodes
-and limits per rank are the same for all. Must not import torch or vLLM.
+and limits per rank are the same for all. Must not import vLLM.
 """
 
 from __future__ import annotations

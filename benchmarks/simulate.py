@@ -1,7 +1,7 @@
 """Many ranks under load, in virtual time: our scheduler and planner against other ways to use the same ranks.
 
     python -m benchmarks.simulate --out simulated [--quick] [--ranks 2 8 64] [--arrivals poisson bursty huge]
-    python -m benchmarks.simulate --validate
+    python -m benchmarks.simulate --validate [--rounds 3]
 
 Scheduler, planner, placement and admission are the engine's own code; only the ranks' work is not done but takes what
 a cost model says: --cost, a calibration as JSON, or else one measured now on the bundled model. What such a model
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import statistics
 import time
 from collections import defaultdict
@@ -40,6 +39,7 @@ import msgspec
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from benchmarks.common import markdown_table, percentile, start
 from benchmarks.contestants import (
     Contestant,
     Machine,
@@ -108,21 +108,8 @@ def _was_guided(served: Served) -> bool:
     return served.spec.true_cfg_scale > 1
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many percent of all don't exceed."""
-    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
-
-
 def as_table(results: Sequence[Result]) -> str:
-    """Markdown."""
-    names = [field.name for field in fields(Result)]
-    rows = [[_as_text(value) for value in asdict(result).values()] for result in results]
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def _as_text(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return markdown_table([field.name for field in fields(Result)], [[*asdict(result).values()] for result in results])
 
 
 def plot(results: Sequence[Result], path: Path, title: str) -> None:
@@ -153,7 +140,6 @@ def read_calibration(path: Path | None) -> Calibration:
 
 def simulate(calibration: Calibration, args: argparse.Namespace) -> None:
     """All contestants under all loads: tables on the screen, and tables and plots in the folder."""
-    args.out.mkdir(parents=True, exist_ok=True)
     overheads = Overheads(args.exchange_us, args.request_us, args.admit_us, args.engine_us)
     every: list[Result] = []
     began = time.monotonic()
@@ -162,21 +148,20 @@ def simulate(calibration: Calibration, args: argparse.Namespace) -> None:
         machine = Machine(ranks, calibration.cost, overheads, args.max_requests, budget)
         grid = itertools.product(args.loads, contestants(ranks))
         results = [run(contestant, machine, kind, load, args) for load, contestant in grid]
-        print(as_table(results), flush=True)
-        plot(results, args.out / f"{kind}_{ranks}_ranks.png", f"{ranks} ranks, {kind} arrivals")
+        print(f"{as_table(results)}\n", flush=True)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            plot(results, args.out / f"simulate_{kind}_{ranks}_ranks.png", f"{ranks} ranks, {kind} arrivals")
         every += results
-    settings = (
-        f"Calibration: {msgspec.json.encode(calibration).decode()}; {overheads}; {args.max_requests} requests per rank"
-    )
-    (args.out / "results.md").write_text(f"{settings}\n\n{as_table(every)}")
-    print(f"{len(every)} simulations took {time.monotonic() - began:.0f} s; see {args.out}")
+    settings = f"{msgspec.json.encode(calibration).decode()}, {overheads}, {args.max_requests} requests per rank"
+    if args.out:
+        (args.out / "simulate.md").write_text(f"{settings}\n\n{as_table(every)}\n")
+    print(f"{len(every)} simulations took {time.monotonic() - began:.0f} s; {settings}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("simulated"), help="folder of results")
+    parser = start(__doc__)
     parser.add_argument("--cost", type=Path, help="calibration, JSON")
-    parser.add_argument("--quick", action="store_true", help="few ranks, loads and requests")
     parser.add_argument("--validate", action="store_true", help="against a real two-rank engine")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 64], help="even numbers")
     parser.add_argument("--arrivals", nargs="+", choices=KINDS, default=KINDS)

@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import msgspec
 
+from benchmarks.common import EMOJI, engine, percentile
 from benchmarks.contestants import SCALE, SIDES, STEPS, Arrival, Contestant, Machine, arrivals, serve, work_us
 from benchmarks.virtual_ranks import Overheads
 from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
@@ -27,7 +29,6 @@ from vllm_cfg_plugin.entrypoints.front_end import pooling_params
 from vllm_cfg_plugin.model import PLACEHOLDER_PROMPT
 from vllm_cfg_plugin.params import DiffusionRequest
 
-MODEL = str(Path(__file__).parents[1] / "examples/models/emoji")
 RANKS = 2
 REQUESTS = 40
 PAUSE_US = 1e9  # in virtual time, between the warm-up and the trace
@@ -44,13 +45,12 @@ class Outcome:
 
     @classmethod
     def of(cls, latencies: Sequence[float], seconds: float, waited: float = 0.0) -> Outcome:
-        cuts = statistics.quantiles(latencies, n=20, method="inclusive")
-        return cls(len(latencies) / seconds, cuts[9], cuts[18], waited)
+        return cls(len(latencies) / seconds, percentile(latencies, 50), percentile(latencies, 95), waited)
 
 
 def calibrate_bundled_model() -> Calibration:
     """What start-up measures on this machine, or an earlier start did."""
-    with DiffusionLLM(MODEL, cfg_parallel_size=RANKS) as llm:
+    with engine(str(EMOJI), RANKS) as llm:
         return _calibration(llm)
 
 
@@ -61,7 +61,7 @@ def _calibration(llm: DiffusionLLM) -> Calibration:
 def validate(args: argparse.Namespace) -> None:
     """Print what both say of two traces: all requests at once, and Poisson arrivals."""
     overheads = Overheads(args.exchange_us, args.request_us, args.admit_us, args.engine_us)
-    with DiffusionLLM(MODEL, cfg_parallel_size=RANKS) as llm:
+    with engine(str(EMOJI), RANKS) as llm:
         calibration = _calibration(llm)
         print(msgspec.json.encode(calibration).decode())
         limits = llm._engine.vllm_config.scheduler_config
@@ -69,8 +69,8 @@ def validate(args: argparse.Namespace) -> None:
         warm_up = [_resolve(llm, f"a fish, {side}", side, 4, True) for side in SIDES]
         _replay(llm, [Arrival(0.0, spec) for spec in warm_up])
         print("| trace | | images/s | p50, s | p95, s | waited |\n|---|---|---|---|---|---|")
-        for load in (0.0, 0.6):
-            specs = _mixed(llm, REQUESTS, f"{args.seed}, load {load:g}")
+        for number, load in product(range(args.rounds or 1), (0.0, 0.6)):
+            specs = _mixed(llm, REQUESTS, f"{args.seed}, round {number}, load {load:g}")
             mean_us = statistics.fmean(work_us(spec, machine.cost) for spec in specs)
             trace = arrivals(specs, load * RANKS * 1e6 / mean_us, 1, args.seed) if load else _at_once(specs)
             real = _replay(llm, trace)
@@ -108,7 +108,6 @@ def _at_once(specs: Sequence[DiffusionRequest]) -> list[Arrival]:
 
 def _replay(llm: DiffusionLLM, trace: Sequence[Arrival]) -> Outcome:
     """Send each request at its time, from a thread, and receive the images."""
-    engine = llm._engine
     waited = _seconds_without_core()
     began = time.perf_counter()
     due = {f"{began}-{n}": began + arrival.at / 1e6 for n, arrival in enumerate(trace)}
@@ -116,13 +115,13 @@ def _replay(llm: DiffusionLLM, trace: Sequence[Arrival]) -> Outcome:
     def send() -> None:
         for (name, at), arrival in zip(due.items(), trace, strict=True):
             time.sleep(max(0.0, at - time.perf_counter()))
-            engine.add_request(name, PLACEHOLDER_PROMPT, pooling_params(arrival.spec))
+            llm._engine.add_request(name, PLACEHOLDER_PROMPT, pooling_params(arrival.spec))
 
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
     latencies: dict[str, float] = {}
     while len(latencies) < len(due):
-        for output in engine.step():
+        for output in llm._engine.step():
             if output.finished:
                 latencies[output.request_id] = time.perf_counter() - due[output.request_id]
     sender.join()
@@ -132,7 +131,7 @@ def _replay(llm: DiffusionLLM, trace: Sequence[Arrival]) -> Outcome:
 
 def _seconds_without_core() -> float:
     """How long the main threads of all ranks, which are children of the engine, a child of ours, waited for a core."""
-    ranks = [rank for engine in _children(os.getpid()) for rank in _children(engine)]
+    ranks = [rank for core in _children(os.getpid()) for rank in _children(core)]
     return sum(int(Path(f"/proc/{rank}/schedstat").read_text().split()[1]) for rank in ranks) / 1e9
 
 

@@ -1,6 +1,6 @@
 """The engine in virtual time: its real `StepBatch` in EngineCore's loop, which keeps two plans under way.
 
-Times are microseconds; the batch's clock shows seconds. Must not import torch or vLLM.
+Times are microseconds; the batch's clock shows seconds. Must not import vLLM.
 """
 
 from __future__ import annotations

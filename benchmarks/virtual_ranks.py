@@ -2,7 +2,7 @@
 
 A rank is a core that three threads share as the kernel shares it: the one that steps, and the two lower-priority ones
 that encode and decode (worker/side_work.py). Their work takes what the cost model says. Times are microseconds. Must
-not import torch or vLLM.
+not import vLLM.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from benchmarks.contestants import (
     request,
     serve,
 )
-from benchmarks.simulate import percentile
 from benchmarks.virtual_ranks import DECODE_WEIGHT, ENCODE_WEIGHT, STEP_WEIGHT, Core, Overheads, SideTask
 from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.plan import DECODED
@@ -143,7 +142,3 @@ def test_side_work_slows_the_stepping_thread_by_its_weight_and_has_the_core_whil
     core.wait(core.now + 1.0)
     assert [report.branch for _, report in core.reports] == [0, DECODED]
     assert core.texts == {"text"}
-
-
-def test_percentiles_are_values_that_occurred():
-    assert [percentile([4, 1, 3, 2], p) for p in (1, 25, 50, 99, 100)] == [1, 1, 2, 4, 4]
