@@ -186,8 +186,9 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
         return self._prepare_noise(1, request.height, request.width, self._weight, generator)
 
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
+        # Its numbers stay on the CPU: reading one from a GPU would wait for all that is queued there.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        self._set_timesteps(scheduler, request.num_inference_steps, request.image_tokens, self._weight.device)
+        self._set_timesteps(scheduler, request.num_inference_steps, request.image_tokens, torch.device("cpu"))
         return scheduler
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:

@@ -153,12 +153,14 @@ def _request(info: PipelineInfo, scale: float) -> DiffusionRequest:
 
 
 def _branch(pipeline: EnginePipeline, request: DiffusionRequest, text: torch.Tensor) -> BranchInput:
+    timesteps = pipeline.make_noise_scheduler(request).timesteps
     return BranchInput(
         latents=pipeline.draw_noise(request),
         prompt_embeds=text,
-        timestep=pipeline.make_noise_scheduler(request).timesteps[0],
+        timestep=timesteps[0],
         height=request.height,
         width=request.width,
+        timesteps_ahead=timesteps[1:],
     )
 
 
