@@ -118,7 +118,7 @@ def test_equal_shapes_keeps_another_shape_out_and_whole_requests_everybody_where
     assert equal[1] > equal[0]
     late = [Arrival(0.0, specs[0]), Arrival(50_000.0, specs[2])]
     _, second = serve(rival("whole requests"), machine(1), late)
-    assert second.metrics.queue_ms > 30  # the first one's steps take 80 ms
+    assert second.metrics.queue_ms > 20  # it came at 50 ms, and the first one steps until 80
     _, second = serve(OURS, machine(1), late)
     assert second.metrics.queue_ms < 10
 

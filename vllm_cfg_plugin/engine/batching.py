@@ -172,7 +172,7 @@ class StepBatch:
     def _admit(self) -> list[ScheduledRequest]:
         """Requests that join now.
 
-        One that is larger than the token budget by itself does not count against it, but only one such runs at a time:
+        One that is larger than the token budget by itself does not count against it, but no rank has two of them:
         it neither has to wait for an empty batch nor keeps smaller ones out of its own.
         """
         if not self._may_admit or not self.waiting:
@@ -181,19 +181,22 @@ class StepBatch:
         loads = _loads(members, self._ranks, lambda request: request.costs)
         counted = [request for request in members if not request.is_oversized]
         tokens = _loads(counted, self._ranks, lambda request: request.branch_tokens)
-        has_oversized = len(counted) < len(members)
+        with_oversized = {owner for request in members if request.is_oversized for owner in request.owners}
 
         def fits(request: ScheduledRequest) -> bool:
-            nonlocal has_oversized
+            if len(self._known) >= self._max_requests:
+                return False
             owners = self._placement.owners_of_newcomer(request, loads)
             request.is_oversized = max(_pour([0] * self._ranks, owners, request.branch_tokens)) > self._max_tokens
-            joined = tokens if request.is_oversized else _pour(list(tokens), owners, request.branch_tokens)
-            if len(self._known) >= self._max_requests or max(joined) > self._max_tokens:
-                return False
-            if request.is_oversized and has_oversized:
-                return False
-            has_oversized = has_oversized or request.is_oversized
-            tokens[:] = joined
+            if request.is_oversized:
+                if with_oversized.intersection(owners):
+                    return False
+                with_oversized.update(owners)
+            else:
+                joined = _pour(list(tokens), owners, request.branch_tokens)
+                if max(joined) > self._max_tokens:
+                    return False
+                tokens[:] = joined
             _pour(loads, owners, request.costs)
             request.owners = owners
             self._start_preparing(request)
@@ -235,6 +238,7 @@ class StepBatch:
         for request in finished:
             self.draining[request.id] = self.running.pop(request.id)
         self._lineup = None
+        self._may_admit = True
         return [self._placement.decode(request, loads) for request in finished]
 
 

@@ -41,7 +41,7 @@ _PROMPTS = ("a cat", "a photograph of a cat on a chair, " * 8)
 _TEMPLATE_CHARACTERS = 200  # about as many as a pipeline puts around a prompt
 # Sides of images against those of the model's own size; tokens go with the square.
 _FORWARD_SCALES = (0.25, 0.5, 1, 2, 4)
-_DECODE_SCALES = (0.25, 0.5, 1)
+_DECODE_SCALES = (0.25, 0.5, 1, 2)
 _MOST_SEQUENCES = 256
 
 _COMPONENTS = ("transformer", "vae", "text_encoder")
