@@ -23,6 +23,7 @@ from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
 from vllm_cfg_plugin.pipelines.qwen_image_packed import PackedQwenImageTransformer
+from vllm_cfg_plugin.pipelines.qwen_image_vae import ImageQwenImageVAE
 
 DEFAULT_CFG_SCALE = 4.0
 MAX_TEXT_TOKENS = 1024
@@ -100,7 +101,8 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
         tokenizer: Qwen2Tokenizer,
         transformer: QwenImageTransformer2DModel,
     ) -> None:
-        super().__init__(scheduler, vae, text_encoder, tokenizer, PackedQwenImageTransformer.adopt(transformer))
+        packed = PackedQwenImageTransformer.adopt(transformer)
+        super().__init__(scheduler, ImageQwenImageVAE.adopt(vae), text_encoder, tokenizer, packed)
 
     @torch.no_grad()
     def __call__(
