@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepPlan
 from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.params import DiffusionRequest
 
-# The kernel's weights of niceness 0, 5 and 10, see worker/side_work.py.
-STEP_WEIGHT, ENCODE_WEIGHT, DECODE_WEIGHT = 1024, 335, 110
+# The kernel's weights of niceness 0 and 5, see worker/side_work.py.
+STEP_WEIGHT, SIDE_WEIGHT = 1024, 335
 _ROUNDING_US = 1e-3
 _CACHED_TEXT_US = 1.0
 
@@ -51,12 +51,7 @@ class SideTask:
     began: float = -1.0
 
 
-@dataclass
-class SideQueue:
-    """The work of one side thread."""
-
-    weight: int
-    tasks: deque[SideTask] = field(default_factory=deque)
+SideQueue = deque[SideTask]  # the work of one side thread
 
 
 class Core:
@@ -75,17 +70,17 @@ class Core:
         self.busy_us = 0.0
         self.texts: set[str] = set()
         self.reports: deque[tuple[float, SideReport]] = deque()
-        self._encodes = SideQueue(ENCODE_WEIGHT)
-        self._decodes = SideQueue(DECODE_WEIGHT)
+        self._encodes: SideQueue = deque()
+        self._decodes: SideQueue = deque()
 
     def add_side_work(self, task: SideTask) -> None:
         queue = self._decodes if task.branch == DECODED else self._encodes
-        queue.tasks.append(task)
+        queue.append(task)
 
     def compute(self, us: float) -> None:
         """The stepping thread computes for `us`, and shares the core with side work."""
         while us > _ROUNDING_US and (active := self._active()):
-            total = STEP_WEIGHT + sum(queue.weight for queue in active)
+            total = STEP_WEIGHT + SIDE_WEIGHT * len(active)
             took = min(us * total / STEP_WEIGHT, _first_end(active, total))
             us -= took * STEP_WEIGHT / total
             self._progress(active, took, total)
@@ -94,7 +89,7 @@ class Core:
     def wait(self, until: float) -> None:
         """The stepping thread waits, and side work has the core."""
         while self.now < until and (active := self._active()):
-            total = sum(queue.weight for queue in active)
+            total = SIDE_WEIGHT * len(active)
             self._progress(active, min(until - self.now, _first_end(active, total)), total)
         self.now = max(self.now, until)
 
@@ -103,12 +98,12 @@ class Core:
         if self.reports:
             return self.reports[0][0]
         active = self._active()
-        return self.now + _first_end(active, sum(queue.weight for queue in active)) if active else math.inf
+        return self.now + _first_end(active, SIDE_WEIGHT * len(active)) if active else math.inf
 
     def _active(self) -> list[SideQueue]:
-        active = [queue for queue in (self._encodes, self._decodes) if queue.tasks]
+        active = [queue for queue in (self._encodes, self._decodes) if queue]
         for queue in active:
-            task = queue.tasks[0]
+            task = queue[0]
             if task.began < 0:
                 task.began = self.now
                 if task.prompt in self.texts:
@@ -118,10 +113,10 @@ class Core:
     def _progress(self, active: Sequence[SideQueue], us: float, total: int) -> None:
         self.now += us
         for queue in active:
-            task = queue.tasks[0]
-            task.left_us -= us * queue.weight / total
+            task = queue[0]
+            task.left_us -= us * SIDE_WEIGHT / total
             if task.left_us <= _ROUNDING_US:
-                queue.tasks.popleft()
+                queue.popleft()
                 if task.branch != DECODED:
                     self.texts.add(task.prompt)
                 report = SideReport(task.id, task.branch, self.rank, (self.now - task.began) / 1e3)
@@ -130,7 +125,7 @@ class Core:
 
 def _first_end(active: Sequence[SideQueue], total: int) -> float:
     """Microseconds until the first of these queues has done a piece."""
-    return min(queue.tasks[0].left_us * total / queue.weight for queue in active)
+    return min(queue[0].left_us for queue in active) * total / SIDE_WEIGHT
 
 
 @dataclass

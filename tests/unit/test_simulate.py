@@ -15,7 +15,7 @@ from benchmarks.contestants import (
     request,
     serve,
 )
-from benchmarks.virtual_ranks import DECODE_WEIGHT, ENCODE_WEIGHT, STEP_WEIGHT, Core, Overheads, SideTask
+from benchmarks.virtual_ranks import SIDE_WEIGHT, STEP_WEIGHT, Core, Overheads, SideTask
 from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.plan import DECODED
 
@@ -136,8 +136,8 @@ def test_side_work_slows_the_stepping_thread_by_its_weight_and_has_the_core_whil
     core.add_side_work(SideTask(1, 0, 10_000.0, "text"))
     core.add_side_work(SideTask(2, DECODED, 10_000.0))
     core.compute(1024.0)
-    assert core.now == pytest.approx(STEP_WEIGHT + ENCODE_WEIGHT + DECODE_WEIGHT)
-    left = 20_000.0 - ENCODE_WEIGHT - DECODE_WEIGHT
+    assert core.now == pytest.approx(STEP_WEIGHT + 2 * SIDE_WEIGHT)
+    left = 20_000.0 - 2 * SIDE_WEIGHT
     core.wait(core.now + left)
     core.wait(core.now + 1.0)
     assert [report.branch for _, report in core.reports] == [0, DECODED]

@@ -23,10 +23,8 @@ from vllm_cfg_plugin.logs import get_logger
 
 logger = get_logger(__name__)
 
-# On Linux a thread of niceness 0 weighs 1024 and these 335 and 110: a quarter and a tenth of a core that is contended.
-# Encodes before decodes: a request can't step before its texts are encoded.
-_ENCODE_NICENESS = 5
-_DECODE_NICENESS = 10
+# On Linux a thread of niceness 0 weighs 1024 and one of 5 weighs 335: a quarter of a core that both want.
+_NICENESS = 5
 
 # Sends a report and, after a decode, its image: uint8 [height, width, 3]. Called on the threads of this module.
 Deliver = Callable[[SideReport, torch.Tensor | None], None]
@@ -43,8 +41,8 @@ class SideWork:
 
     def __init__(self, rank: int, device: torch.device) -> None:
         self._rank = rank
-        self._encoder = SideThread("cfg-encode", device, _ENCODE_NICENESS)
-        self._decoder = SideThread("cfg-decode", device, _DECODE_NICENESS)
+        self._encoder = SideThread("cfg-encode", device)
+        self._decoder = SideThread("cfg-decode", device)
         self._queued: dict[int, list[Future[None]]] = {}
 
     def encode(self, id: int, branch: int, work: Callable[[], None]) -> None:
@@ -92,8 +90,7 @@ class SideWork:
 class SideThread:
     """One thread that runs what it is given, in order, at a lower priority and on its own stream."""
 
-    def __init__(self, name: str, device: torch.device, niceness: int) -> None:
-        self._niceness = niceness
+    def __init__(self, name: str, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(1, name, self._prepare)
@@ -110,7 +107,7 @@ class SideThread:
             # As in the stepping thread: with more, a result depends on how the work was split.
             torch.set_num_threads(1)
         if sys.platform == "linux":  # elsewhere a priority belongs to the process
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
     def synchronize(self) -> None:
         """Wait, on this thread, until what it queued on its stream is done."""
