@@ -9,9 +9,19 @@ CPU = torch.device("cpu")
 MIXES = [(5,), (1,), (16,), (4, 4, 4), (1, 7, 7, 2), (16, 16), (3, 200, 200, 200, 1, 1)]
 
 
-@pytest.mark.parametrize(("rows", "padding"), [(1, 15), (15, 1), (16, 0), (17, 15), (32, 0), (0, 16)])
+@pytest.mark.parametrize(
+    ("rows", "padding"),
+    [(1, 15), (15, 1), (16, 0), (17, 15), (32, 0), (0, 16), (256, 0), (257, 15), (513, 31), (1088, 0), (1089, 63)],
+)
 def test_padding_rows(rows, padding):
     assert padding_rows(rows) == padding
+
+
+def test_a_stream_has_one_of_few_sizes_and_little_padding():
+    sizes = {rows + padding_rows(rows) for rows in range(1, 2**15)}
+    assert len(sizes) <= 16 * 8
+    assert all(size % ROW_MULTIPLE == 0 for size in sizes)
+    assert all(padding_rows(rows) <= rows / 16 for rows in range(257, 2**15))
 
 
 def test_pad_rows_keeps_rows_and_adds_zeros():

@@ -1,6 +1,6 @@
 """Sequences laid end to end: lengths, padding and runs; must import nothing but torch.
 
-A packed stream holds the rows of n sequences one after the other, then padding rows that belong to none, up to a
+A packed stream holds the rows of n sequences one after the other, then padding rows that belong to none, up to some
 multiple of `ROW_MULTIPLE`. On a CPU with one thread per rank, this is what makes a sequence's numbers independent of
 its neighbours: a matrix product gives a row the same bits for every row count from 16 up (measured with torch 2.13,
 float32, MKL and oneDNN), and an elementwise loop over whole vectors never falls into the scalar tail whose `exp` or
@@ -21,12 +21,18 @@ ROW_MULTIPLE = 16
 
 
 def padding_rows(rows: int) -> int:
-    """Rows to append to `rows` rows; a stream is never empty."""
-    return -rows % ROW_MULTIPLE if rows else ROW_MULTIPLE
+    """Rows to append to `rows` rows, to the next of 16 sizes in every octave; a stream is never empty.
+
+    Few sizes, because oneDNN makes a kernel for each that is new (milliseconds a model) and keeps a bounded number; at
+    most a sixteenth of the rows is padding where there are more than 256.
+    """
+    if rows == 0:
+        return ROW_MULTIPLE
+    return -rows % max(ROW_MULTIPLE, 1 << max(0, (rows - 1).bit_length() - 5))
 
 
 def pad_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """[rows, ...] with zero rows appended up to a multiple of `ROW_MULTIPLE`."""
+    """[rows, ...] with as many zero rows appended as `padding_rows` says."""
     padding = padding_rows(tensor.shape[0])
     return F.pad(tensor, [0, 0] * (tensor.dim() - 1) + [0, padding]) if padding else tensor
 
