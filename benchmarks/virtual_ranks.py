@@ -17,8 +17,8 @@ from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepPlan
 from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.params import DiffusionRequest
 
-# The kernel's weights of niceness 0 and 5, see worker/side_work.py.
-STEP_WEIGHT, SIDE_WEIGHT = 1024, 335
+# The kernel's weights of niceness 0 and of side threads on average, see worker/side_work.py.
+STEP_WEIGHT, SIDE_WEIGHT = 1024, 495
 _ROUNDING_US = 1e-3
 _CACHED_TEXT_US = 1.0
 

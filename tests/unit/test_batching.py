@@ -145,11 +145,11 @@ def test_the_same_arrivals_make_the_same_plans():
 
 def test_a_large_request_at_the_head_blocks_nobody_and_is_not_starved():
     batch, ranks = StepBatch(1, 100, 100, UNCALIBRATED), PlayedRanks(1)
-    small = [(step, toy_request("x", None, steps=5, image_tokens=40)) for step in range(60)]
-    large = (2, toy_request("x", None, steps=2, image_tokens=90))
+    small = [(step, toy_request("x", None, steps=4 + step % 3, image_tokens=40)) for step in range(60)]
+    large = (5, toy_request("x", None, steps=2, image_tokens=90))
     admitted, _ = play(batch, ranks, sorted([*small, large], key=lambda arrival: arrival[0]))
-    place = admitted.index(3)  # the fourth to arrive: two at most fit beside each other, so it has to wait
-    overtook = [id for id in admitted[:place] if id > 3]
+    id = 6  # two small ones at most fit beside each other, and none beside the large one
+    overtook = [other for other in admitted[: admitted.index(id)] if other > id]
     assert len(overtook) == MAX_OVERTAKEN, "small ones go past it while it does not fit, and then no more"
 
 
@@ -203,3 +203,19 @@ def test_more_requests_than_one_look_at_the_line_join_while_there_is_room():
     for n in range(LOOK_AHEAD + 8):
         batch.add(str(n), 0, toy_request(seed=n))
     assert [len(batch.next_plan().admitted) for _ in range(3)] == [LOOK_AHEAD, 8, 0]
+
+
+def test_an_idle_batch_starts_with_all_whose_texts_are_being_encoded_and_waits_for_no_later_one():
+    batch = StepBatch(1, 8, 10**6, UNCALIBRATED)
+    for n in range(3):
+        batch.add(str(n), 0, toy_request(negative=None))
+    batch.next_plan()
+    batch.note_side_report(SideReport(0, 0, 0, 1.0))
+    assert not batch.next_plan().plan.advance
+    batch.add("late", 0, toy_request(negative=None))
+    batch.note_side_report(SideReport(1, 0, 0, 1.0))
+    assert not batch.next_plan().plan.advance
+    batch.take_out(batch.named("2"))
+    assert [request.id for request in batch.next_plan().running] == [0, 1]
+    batch.note_side_report(SideReport(3, 0, 0, 1.0))
+    assert [request.id for request in batch.next_plan().running] == [0, 1, 3], "a batch that runs waits for nobody"

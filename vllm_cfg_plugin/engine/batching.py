@@ -72,6 +72,7 @@ class StepBatch:
         self.running: dict[int, ScheduledRequest] = {}
         self.draining: dict[int, ScheduledRequest] = {}
         self._lineup: tuple[ScheduledRequest, ...] | None = ()  # None: `running` or who holds what has changed
+        self._awaited: set[int] | None = None  # preparing requests that an idle batch starts together with
         self._next_end = 0  # tick of the next last step of a running request
         self._may_admit = False  # something changed since nobody more could join
         self.retired: list[int] = []  # ids that the ranks must be told to forget
@@ -214,7 +215,7 @@ class StepBatch:
 
     def _line_up(self, encodes: list[Encode]) -> list[Assign]:
         """Let the requests whose texts are encoded join the steps, and level who forwards what if anything changed."""
-        started = [request for request in self.preparing.values() if request.is_ready]
+        started = self._who_starts()
         for request in started:
             request.first_tick = self._tick
             self.running[request.id] = self.preparing.pop(request.id)
@@ -228,6 +229,22 @@ class StepBatch:
             self.running[change.id].owners = change.owners
         moved = {change.id for change in assign}
         return assign + [Assign(request.id, request.owners) for request in started if request.id not in moved]
+
+    def _who_starts(self) -> list[ScheduledRequest]:
+        """The requests whose texts are encoded.
+
+        An idle batch waits for the texts that are being encoded when its first request is ready, and for no others:
+        the encodes have the ranks to themselves then, and all step in full packs from the start.
+        """
+        ready = [request for request in self.preparing.values() if request.is_ready]
+        if not ready or self.running:
+            return ready
+        if self._awaited is None:
+            self._awaited = self.preparing.keys() - {request.id for request in ready}
+        if any(id in self.preparing and not self.preparing[id].is_ready for id in self._awaited):
+            return []
+        self._awaited = None
+        return ready
 
     def _finish_steps(self, running: tuple[ScheduledRequest, ...]) -> list[Decode]:
         """Decodes of the requests whose last step this is."""
