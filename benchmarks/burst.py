@@ -12,10 +12,10 @@ It hands the work to every rank's runner, so it knows the names of `worker/runne
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.common import engine, equal_jobs, generate, interleave, machine, model_folder, on_ranks, report, start
@@ -53,12 +53,12 @@ def _install(worker: Any) -> None:
     runner.run = run
 
 
-def _arm(worker: Any, texts: int, beside: bool, number: int) -> None:
-    """The next request meets a burst; prompts are new in every round, because embeddings are cached."""
+def _arm(worker: Any, side: int, texts: int, beside: bool, number: int) -> None:
+    """The next request meets a burst; its prompts are always new, because embeddings are cached."""
     runner = worker.runner
 
     def encode(text: int) -> None:
-        runner.embeddings.get(f"a house with {text} windows, seen {number} times by {worker.rank}")
+        runner.embeddings.get(f"a house with {text} windows, seen {number} times at {side} px")
 
     def decode() -> Any:
         state = next(iter(runner.states.values()))
@@ -90,7 +90,7 @@ def steps_of(llm: DiffusionLLM, side: int, number: int, arm: Callable[[], None])
     arm()
     generate(llm, equal_jobs(1, side, STEPS, True, number))
     spans, burst_ms = on_ranks(llm, _take)[0]
-    return [1e3 * (later[1] - earlier[1]) for earlier, later in itertools.pairwise(spans)], burst_ms
+    return [1e3 * (later[1] - earlier[1]) for earlier, later in pairwise(spans)], burst_ms
 
 
 def row(llm: DiffusionLLM, side: int, texts: int, rounds: int) -> tuple[int | float, ...]:
@@ -100,8 +100,8 @@ def row(llm: DiffusionLLM, side: int, texts: int, rounds: int) -> tuple[int | fl
     taken = interleave(
         {
             "none": contestant(lambda number: None),
-            "beside": contestant(lambda number: on_ranks(llm, _arm, texts, True, 2 * number) and None),
-            "inside": contestant(lambda number: on_ranks(llm, _arm, texts, False, 2 * number + 1) and None),
+            "beside": contestant(lambda number: on_ranks(llm, _arm, side, texts, True, 2 * number) and None),
+            "inside": contestant(lambda number: on_ranks(llm, _arm, side, texts, False, 2 * number + 1) and None),
         },
         rounds,
     )

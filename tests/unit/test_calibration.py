@@ -91,12 +91,12 @@ def test_calibration_recovers_what_work_costs(clock):
     found = calibrate(TimedPipeline(clock), INFO)
     assert_close(found.cost, MADE_OF, rel=0.01)
     per_token = MADE_OF.forward(21) / 21
-    assert found.token_budget == pytest.approx(9 * MADE_OF.step_us / per_token, rel=0.02)
+    assert found.token_budget == pytest.approx(19 * MADE_OF.step_us / per_token, rel=0.02)
 
 
 def test_a_disturbance_now_and_then_changes_little(clock):
     every_third = (3.0 if i % 3 == 0 else 1.0 for i in count())
-    assert_close(calibrate(TimedPipeline(clock, disturbances=every_third), INFO).cost, MADE_OF, rel=0.05)
+    assert_close(calibrate(TimedPipeline(clock, disturbances=every_third), INFO).cost, MADE_OF, rel=0.1)
 
 
 def test_calibration_keeps_to_its_time(clock):

@@ -80,7 +80,7 @@ def test_the_budget_is_where_time_per_token_stops_falling():
     def gain(tokens):
         return 1 - (step / (2 * tokens) + token) / (step / tokens + token)
 
-    assert gain(budget) == pytest.approx(0.05)
+    assert gain(budget) == pytest.approx(0.025)
 
 
 @pytest.mark.parametrize("seed", range(5))

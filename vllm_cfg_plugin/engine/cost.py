@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 # Doubling a pack must lower the time per token by this share to be worth everybody's waiting.
-WORTHWHILE_GAIN = 0.05
+WORTHWHILE_GAIN = 0.025
 # Measurements lie on a line if none is off by a larger share.
 LINE_TOLERANCE = 0.15
 
@@ -128,7 +128,7 @@ def fit_non_negative(rows: Sequence[Sequence[float]], times: Sequence[float]) ->
 
 
 def find_token_budget(samples: Sequence[PackSample]) -> int:
-    """Where time per token stops falling: the smallest pack from which doubling it lowers that by less than 5 %.
+    """Where time per token stops falling: the smallest pack from which doubling it lowers that by less than 2.5 %.
 
     Measurements that lie on one line are judged by that line, which evens out their noise. Others (an accelerator takes
     the same time for every small pack) are judged as they are. The result is at most twice the largest pack measured.
@@ -156,7 +156,7 @@ def _measured_budget(ordered: Sequence[PackSample]) -> int:
 
 
 def _gains(small: PackSample, large: PackSample) -> bool:
-    """Whether going from one pack to a larger one lowers time per token by 5 % or more for every doubling."""
+    """Whether going from one pack to a larger one lowers time per token by 2.5 % or more for every doubling."""
     doublings = math.log2(large.tokens / small.tokens)
     return large.us / large.tokens <= small.us / small.tokens * math.pow(1 - WORTHWHILE_GAIN, doublings)
 
