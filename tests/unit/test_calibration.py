@@ -96,7 +96,7 @@ def test_calibration_recovers_what_work_costs(clock):
 
 def test_a_disturbance_now_and_then_changes_little(clock):
     every_third = (3.0 if i % 3 == 0 else 1.0 for i in count())
-    assert_close(calibrate(TimedPipeline(clock, disturbances=every_third), INFO).cost, MADE_OF, rel=0.15)
+    assert_close(calibrate(TimedPipeline(clock, disturbances=every_third), INFO).cost, MADE_OF, rel=0.05)
 
 
 def test_calibration_keeps_to_its_time(clock):
