@@ -43,6 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.engine_overhead --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.trace_steps --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.burst --quick --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.simulate --quick --out $(BENCH_OUT)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
