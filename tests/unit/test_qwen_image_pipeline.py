@@ -244,3 +244,19 @@ def test_several_images_per_prompt(tiny):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="can't be loaded"):
         QwenImagePipeline.load(str(tmp_path), dtype=torch.float32, device=CPU)
+
+
+@torch.inference_mode()
+def test_changed_weights_act_once_what_was_computed_from_them_is_forgotten(qwen_image_folders):
+    pipeline = QwenImagePipeline.load(str(qwen_image_folders["tiny"]), dtype=torch.float32, device=torch.device("cpu"))
+    transformer = pipeline.transformer
+    ahead = torch.tensor([0.5, 0.25])
+
+    def modulation():
+        return transformer.modulations.get(transformer, [0.75], ahead, torch.float32)[0].scale.clone()
+
+    before = modulation()
+    transformer.norm_out.linear.weight.mul_(2)
+    assert torch.equal(modulation(), before), "remembered: this is what has to be forgotten"
+    pipeline.forget_derived()
+    assert not torch.equal(modulation(), before)

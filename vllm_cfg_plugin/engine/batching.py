@@ -8,7 +8,7 @@ argument, so that `benchmarks/simulate.py` runs this very code in virtual time. 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 
@@ -16,6 +16,7 @@ from vllm_cfg_plugin.engine.admission import WaitingLine
 from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.placement import Placement
 from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, SideReport, StepPlan
+from vllm_cfg_plugin.engine.planner import rank_loads
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -188,17 +189,17 @@ class StepBatch:
             if len(self._known) >= self._max_requests:
                 return False
             owners = self._placement.owners_of_newcomer(request, loads)
-            request.is_oversized = max(_pour([0] * self._ranks, owners, request.branch_tokens)) > self._max_tokens
+            request.is_oversized = max(rank_loads(request.branch_tokens, owners, self._ranks)) > self._max_tokens
             if request.is_oversized:
                 if with_oversized.intersection(owners):
                     return False
                 with_oversized.update(owners)
             else:
-                joined = _pour(list(tokens), owners, request.branch_tokens)
+                joined = rank_loads(request.branch_tokens, owners, self._ranks, tokens)
                 if max(joined) > self._max_tokens:
                     return False
                 tokens[:] = joined
-            _pour(loads, owners, request.costs)
+            loads[:] = rank_loads(request.costs, owners, self._ranks, loads)
             request.owners = owners
             self._start_preparing(request)
             return True
@@ -265,12 +266,5 @@ def _loads(
     """Each rank's sum of its branches' sizes."""
     loads = [0] * ranks
     for request in requests:
-        _pour(loads, request.owners, sizes(request))
-    return loads
-
-
-def _pour(loads: list[int], owners: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """Add one request's branches to the loads, in place."""
-    for owner, size in zip(owners, sizes, strict=True):
-        loads[owner] += size
+        loads = rank_loads(sizes(request), request.owners, ranks, loads)
     return loads

@@ -41,6 +41,12 @@ def counting_bound(longest_first: Sequence[int], ranks: int) -> int:
     return max((sums[last] - sums[last - last // ranks - 1] for last in range(1, len(sums), ranks)), default=0)
 
 
+def lower_bound(longest_first: Sequence[int], base: Sequence[int]) -> int:
+    """No assignment of items of these costs to ranks that already have `base` has a lighter heaviest rank than this."""
+    counted = counting_bound(longest_first, len(base)) + min(base)
+    return max(counted, water_level(base, sum(longest_first)))
+
+
 class Levelling:
     """One step's items: their costs and the ranks that may own them. Owners are lists of ranks, one for each item."""
 
@@ -113,8 +119,7 @@ class Levelling:
         if not self._order:
             self._order = sorted(range(len(self._costs)), key=self._costs.__getitem__, reverse=True)
         base = self._base
-        counted = counting_bound([self._costs[i] for i in self._order], self._ranks) + min(base)
-        bound = max(counted, water_level(base, sum(loads) - sum(base)))
+        bound = lower_bound([self._costs[i] for i in self._order], base)
         closed = self._reachable(owners, loads.index(max(loads)))
         if len(closed) < self._ranks:
             inside = [base[rank] for rank in closed]

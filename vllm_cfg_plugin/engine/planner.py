@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_cfg_plugin.engine.levelling import Levelling, counting_bound, is_near, rank_loads, water_level
+from vllm_cfg_plugin.engine.levelling import Levelling, is_near, lower_bound, rank_loads
 
 __all__ = ["Item", "Move", "choose_side_rank", "level", "moves_that_pay", "rank_loads"]
 
@@ -101,9 +101,7 @@ class _MoveDraft:
         self._costs = costs = [item.cost for item in items]
         self._loads = rank_loads(costs, owners, ranks, base)
         self._before = tuple(self._loads)
-        floor = list(base) if base is not None else [0] * ranks
-        counted = counting_bound(sorted(costs, reverse=True), ranks) + min(floor)
-        self._bound = max(counted, water_level(floor, sum(costs)))
+        self._bound = lower_bound(sorted(costs, reverse=True), base if base is not None else [0] * ranks)
 
     def net_gain(self, moves: Sequence[Move], makespan: int) -> int:
         """Microseconds that `moves` gain over the steps that are left by this makespan, less those of their encodes."""

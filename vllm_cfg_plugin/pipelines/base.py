@@ -89,6 +89,9 @@ class EnginePipeline(CFGParallelMixin, ABC):
     def decode(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
         """The image of final latents [1, image_tokens, channels]: uint8 [height, width, 3] on the CPU."""
 
+    def forget_derived(self) -> None:
+        """Forget what was computed from the weights alone, because they have changed; a family that keeps any does."""
+
     @abstractmethod
     def exchange_shape(self, request: DiffusionRequest) -> tuple[int, int]:
         """(image_tokens, channels) of one prediction, known without computing it."""

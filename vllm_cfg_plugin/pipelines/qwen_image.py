@@ -216,6 +216,9 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
         pixels = self.image_processor.postprocess(image, output_type="np")[0]  # [height, width, 3] in 0..1
         return torch.from_numpy((pixels * 255).round().astype(np.uint8))  # as diffusers' numpy_to_pil rounds
 
+    def forget_derived(self) -> None:
+        self.transformer.modulations.clear()
+
     def exchange_shape(self, request: DiffusionRequest) -> tuple[int, int]:
         return request.image_tokens, self.transformer.config.in_channels
 

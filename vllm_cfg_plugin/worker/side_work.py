@@ -23,9 +23,8 @@ from vllm_cfg_plugin.logs import get_logger
 
 logger = get_logger(__name__)
 
-# On Linux threads of niceness 0, 2 and 5 weigh 1024, 655 and 335. So where all three want the core the steps get half:
-# no step takes more than twice its time for a burst of arrivals. Encodes weigh more, because the sooner a request may
-# step, the fuller are the packs.
+# On Linux threads of niceness 0, 2 and 5 weigh 1024, 655 and 335. So where all three want the core the steps get half
+# of it. Encodes weigh more, because the sooner a request may step, the fuller are the packs.
 _ENCODE_NICENESS = 2
 _DECODE_NICENESS = 5
 

@@ -82,10 +82,12 @@ class DiffusionWorker(WorkerBase):
         return self.runner.pipeline.transformer
 
     def reset_encoder_cache(self) -> None:
-        """Forget text embeddings, as vLLM asks after weights were changed."""
+        """Forget text embeddings and all else that follows from weights, as vLLM asks after they were changed."""
         self.runner.embeddings.clear()
+        self.runner.pipeline.forget_derived()
 
     def shutdown(self) -> None:
+        self.runner.side.close()
         parallel_state.destroy_model_parallel()
 
 
