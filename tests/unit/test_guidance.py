@@ -1,9 +1,33 @@
-"""The combine formulas against numbers worked by hand and against diffusers' lines."""
+"""The combine formulas against numbers worked by hand, against diffusers' lines and against its guiders."""
 
 import pytest
 import torch
+from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, ClassifierFreeZeroStarGuidance
 
-from vllm_cfg_plugin.guidance import classifier_free_guidance, rescale_to_norm
+from vllm_cfg_plugin.guidance import (
+    adaptive_projected_guidance,
+    classifier_free_guidance,
+    is_guided_step,
+    rescale_to_deviation,
+    rescale_to_norm,
+    zero_star_guidance,
+)
+
+STEPS = 10
+SHAPES = [(1, 33, 20), (2, 64, 64), (3, 4, 16, 24), (1, 16, 3, 8, 12), (2, 16, 5, 6, 6)]  # tokens, image, video
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def draw_predictions(shape, dtype=torch.float32, seed=0):
+    """A positive and a negative prediction that are alike, as those of a model are."""
+    generator = torch.Generator().manual_seed(seed)
+    common, first, second = torch.randn(3, *shape, generator=generator)
+    return (common + 0.4 * first).to(dtype), (0.8 * common + 0.4 * second).to(dtype)
+
+
+def by_guider(guider, step, positive, negative):
+    guider.set_state(step, STEPS, torch.tensor(500))
+    return guider.forward(positive, negative).pred
 
 
 def test_classifier_free_guidance_by_hand():
@@ -40,3 +64,93 @@ def test_rescaled_prediction_has_the_positive_norm_at_every_token():
     positive, combined = torch.randn(1, 9, 16), 5 * torch.randn(1, 9, 16)
     norms = rescale_to_norm(positive, combined).norm(dim=-1)
     torch.testing.assert_close(norms, positive.norm(dim=-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("zero_init_steps", [0, 1, 3])
+def test_zero_star_like_the_guider(shape, dtype, zero_init_steps):
+    positive, negative = draw_predictions(shape, dtype)
+    guider = ClassifierFreeZeroStarGuidance(guidance_scale=4.5, zero_init_steps=zero_init_steps)
+    for step in (0, 1, 2, 3, 9):
+        expected = by_guider(guider, step, positive, negative)
+        assert expected.any() == (step >= zero_init_steps)
+        assert torch.equal(zero_star_guidance(positive, negative, 4.5, step, zero_init_steps), expected)
+
+
+def test_zero_star_leaves_out_what_the_branches_share():
+    """With the negative prediction a multiple of the positive one, nothing is left to guide."""
+    positive = torch.randn(1, 9, 16)
+    torch.testing.assert_close(zero_star_guidance(positive, 3 * positive, 7.5, step=1), positive)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("eta", "norm_threshold"), [(1.0, 15.0), (1.0, 1e9), (0.0, 2.0), (0.5, 0.0)], ids=["default", "long", "cut", "none"]
+)
+def test_projected_like_the_guider(shape, dtype, eta, norm_threshold):
+    positive, negative = draw_predictions(shape, dtype)
+    guider = AdaptiveProjectedGuidance(4.5, adaptive_projected_guidance_rescale=norm_threshold, eta=eta)
+    for step in (0, 4, 9):
+        expected = by_guider(guider, step, positive, negative)
+        assert torch.equal(adaptive_projected_guidance(positive, negative, 4.5, eta, norm_threshold), expected)
+
+
+def test_projected_defaults_are_the_guiders():
+    positive, negative = draw_predictions((1, 64, 64))
+    assert (positive - negative).norm() > 15
+    expected = by_guider(AdaptiveProjectedGuidance(), 0, positive, negative)
+    assert torch.equal(adaptive_projected_guidance(positive, negative, 7.5), expected)
+
+
+def test_projected_without_eta_moves_at_right_angles_to_the_positive_prediction():
+    positive, negative = draw_predictions((1, 9, 16))
+    moved = adaptive_projected_guidance(positive, negative, 7.5, eta=0.0) - negative
+    assert (moved * positive).sum().abs() < 1e-4 * moved.norm() * positive.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rescale", [0.3, 0.7, 1.0])
+def test_rescale_like_the_guiders(shape, dtype, rescale):
+    positive, negative = draw_predictions(shape, dtype)
+    pairs = [
+        (ClassifierFreeGuidance(4.5, rescale), classifier_free_guidance(positive, negative, 4.5)),
+        (ClassifierFreeZeroStarGuidance(4.5, 1, rescale), zero_star_guidance(positive, negative, 4.5, 5)),
+        (
+            AdaptiveProjectedGuidance(4.5, guidance_rescale=rescale),
+            adaptive_projected_guidance(positive, negative, 4.5),
+        ),
+    ]
+    for guider, combined in pairs:
+        expected = by_guider(guider, 5, positive, negative)
+        assert torch.equal(rescale_to_deviation(positive, combined, rescale), expected)
+
+
+def test_rescaled_zeros_stay_zeros():
+    """The zero-init steps of CFG-Zero*: diffusers' rescale divides by their deviation and predicts NaN."""
+    positive, negative = draw_predictions((1, 9, 16))
+    zeros = zero_star_guidance(positive, negative, 4.5, step=0)
+    assert torch.equal(rescale_to_deviation(positive, zeros, 0.7), zeros)
+
+
+def test_a_batch_element_does_not_depend_on_the_others():
+    positive, negative = draw_predictions((3, 33, 20))
+    for combine in (
+        lambda p, n: zero_star_guidance(p, n, 4.5, step=1),
+        lambda p, n: adaptive_projected_guidance(p, n, 4.5, norm_threshold=2.0),
+        lambda p, n: rescale_to_deviation(p, n, 0.7),
+    ):
+        together = combine(positive, negative)
+        for i in range(3):
+            torch.testing.assert_close(together[i : i + 1], combine(positive[i : i + 1], negative[i : i + 1]))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10, 28, 50])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.8), (0.01, 0.2), (0.3, 0.3), (0.29, 0.57), (0.7, 1.0)])
+def test_guided_steps_are_the_guiders(steps, interval):
+    guider = ClassifierFreeGuidance(guidance_scale=4.5, start=interval[0], stop=interval[1])
+    for step in range(steps):
+        guider.set_state(step, steps, torch.tensor(500))
+        assert is_guided_step(step, steps, interval) == (guider.num_conditions == 2)
