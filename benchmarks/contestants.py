@@ -22,7 +22,7 @@ from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.placement import Placement
 from vllm_cfg_plugin.engine.plan import Assign, Encode
 from vllm_cfg_plugin.engine.request import ScheduledRequest
-from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionRequest, Guidance
 
 SIDES = (64, 128, 192, 256)  # pixels
 HUGE_SIDE = 512
@@ -95,7 +95,7 @@ def _finds_nobody(
 
 
 def _shape(spec: DiffusionRequest) -> Hashable:
-    return spec.height, spec.width, spec.num_inference_steps, spec.true_cfg_scale, spec.guided
+    return spec.height, spec.width, spec.num_inference_steps, spec.guidance.scale, spec.guided
 
 
 class FixedPairs(StepBatch):
@@ -197,7 +197,7 @@ def request(side: int, steps: int, guided: bool, text_tokens: int = TEXT_TOKENS[
         height=side,
         width=side,
         num_inference_steps=steps,
-        true_cfg_scale=SCALE if guided else 1.0,
+        guidance=Guidance(scale=SCALE if guided else 1.0),
         seed=0,
     )
 

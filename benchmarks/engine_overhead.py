@@ -58,7 +58,7 @@ def _do_nothing(worker: Any, work_ms: float) -> None:
                 worker.runner.side.deliver(wire.SideReport(encode.id, encode.branch, worker.rank, 0.0), None)
         for decode in plan.decodes:
             if decode.rank == worker.rank:
-                report = wire.SideReport(decode.id, wire.DECODED, worker.rank, 0.0, "", SIDE, SIDE)
+                report = wire.SideReport(decode.id, wire.DECODED, worker.rank, 0.0, "", (1, SIDE, SIDE, 3))
                 worker.runner.side.deliver(report, blank)
         now = time.monotonic()
         return wire.StepReport(plan.step, worker.rank, now, now, [])

@@ -105,7 +105,7 @@ def run(contestant: Contestant, machine: Machine, kind: str, load: float, args: 
 
 
 def _was_guided(served: Served) -> bool:
-    return served.spec.true_cfg_scale > 1
+    return served.spec.guidance.scale > 1
 
 
 def as_table(results: Sequence[Result]) -> str:

@@ -7,8 +7,8 @@ import torch
 from vllm_cfg_plugin.config import keep_calibration
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED, Calibration
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport
-from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import EnginePipeline
+from vllm_cfg_plugin.params import DiffusionRequest, Guidance
+from vllm_cfg_plugin.pipelines.base import EnginePipeline, PromptEmbeds
 from vllm_cfg_plugin.worker.side_work import SideWork
 
 CHANNELS = 4
@@ -24,7 +24,7 @@ class ToyTransformer(torch.nn.Module):
 
     def forward(self, sequences):
         self.fail(sequences)
-        return (torch.cat([s.latents * s.timestep + s.prompt_embeds.mean() for s in sequences], dim=1),)
+        return (torch.cat([s.latents * s.timestep + s.embeds.tokens.mean() for s in sequences], dim=1),)
 
 
 class ToyNoiseScheduler:
@@ -36,22 +36,28 @@ class ToyNoiseScheduler:
 
 
 class ToyPipeline(EnginePipeline):
-    cfg_normalize = False
-
     def __init__(self):
         self.transformer = ToyTransformer()
         self.scheduler = ToyNoiseScheduler(1)
         self.encoded = []
 
     @classmethod
+    def describe(cls, checkpoint):
+        raise NotImplementedError
+
+    @classmethod
     def load(cls, model, *, dtype, device, revision=None):
         return cls()
 
-    def encode_branch(self, prompt):
+    def encode_branch(self, request, branch):
+        prompt = request.prompts[branch]
         self.encoded.append(prompt)
         if prompt == "unencodable":
             raise RuntimeError("no such words")
-        return torch.full((max(len(prompt), 1), 3), float(len(prompt)))
+        return PromptEmbeds(torch.full((max(len(prompt), 1), 3), float(len(prompt))))
+
+    def encode_images(self, request):
+        return [torch.tensor(image.pixels[0], dtype=torch.float32) for image in request.images]
 
     def draw_noise(self, request):
         generator = torch.Generator().manual_seed(request.seed)
@@ -66,14 +72,14 @@ class ToyPipeline(EnginePipeline):
     def unpack_predictions(self, prediction, branches):
         return list(prediction.split([b.latents.shape[1] for b in branches], dim=1))
 
-    def decode(self, latents, request):
-        return torch.full((request.height, request.width, 3), 7, dtype=torch.uint8)
+    def decode(self, latents, request, condition=()):
+        return torch.full((1, request.height, request.width, 3), 7, dtype=torch.uint8)
 
-    def exchange_shape(self, request):
+    def prediction_shape(self, request):
         return request.image_tokens, CHANNELS
 
 
-def toy_request(prompt="a cat", negative="", steps=3, seed=0, image_tokens=4, scale=4.0):
+def toy_request(prompt="a cat", negative="", steps=3, seed=0, image_tokens=4, scale=4.0, **guidance):
     prompts = [prompt] if negative is None else [prompt, negative]
     return DiffusionRequest(
         prompts=prompts,
@@ -82,7 +88,7 @@ def toy_request(prompt="a cat", negative="", steps=3, seed=0, image_tokens=4, sc
         height=2,
         width=2,
         num_inference_steps=steps,
-        true_cfg_scale=scale,
+        guidance=Guidance(scale=scale, **guidance),
         seed=seed,
     )
 

@@ -7,6 +7,7 @@ local folder or a hub repository id; of the latter only the small JSON files are
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,27 +20,78 @@ if TYPE_CHECKING:
 MODEL_INDEX = "model_index.json"
 DEFAULTS_FILE = "generation_config.json"
 
+ImageSize = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """How a family's texts become tokens of a sequence.
+
+    Attributes:
+        max_tokens: longest text that the model takes, in tokens of its sequence.
+        template: what a prompt is wrapped in before the tokenizer sees it.
+        prefix_tokens: leading tokens of the template whose embeddings the model never sees.
+        tokenizer: its folder in the checkpoint.
+        fixed_tokens: what every text takes, where the family pads texts to one length; None where it does not.
+        sees_images: the text encoder reads a request's images too.
+    """
+
+    max_tokens: int
+    template: str = "{}"
+    prefix_tokens: int = 0
+    tokenizer: str = "tokenizer"
+    fixed_tokens: int | None = None
+    sees_images: bool = False
+
 
 @dataclass(frozen=True)
 class PipelineInfo:
-    """What the front end must know of a model to validate a request and to count its tokens.
+    """What a pipeline can do: what the front end must know to validate a request and to count its tokens.
 
     Attributes:
+        text: how texts are tokenized.
         size_multiple: height and width must be multiples of this many pixels.
         pixels_per_token: side of the square of pixels that one image token covers.
-        max_text_tokens: longest text, in tokens of its sequence, that the model takes.
         min_steps: fewest denoising steps for which the noise schedule is finite.
         default_params: what an unset field means for this model.
+        cfg_scale: the field that is the scale of classifier-free guidance, as diffusers' pipeline names it.
+        distilled_scale: the field that is an input of a distilled model; "" where there is none.
+        needs_negative_prompt: without a negative prompt there is no guidance; if not, a missing one is an empty one.
+        options: fields of `DiffusionParams` that this model reads beyond those that every model reads.
+        min_images, max_images: images that a request must and may bring along.
+        produces: "image" or "video".
+        frames_per_latent: frames of a video that one latent frame stands for; frames must be a multiple plus 1.
+        fps: frames per second at which a video is meant to be shown.
+        condition_tokens: (tokens of its sequences, tokens of its text) that images of these (width, height) add.
+        default_size: (height, width) of the result for images of these (width, height); None: `default_params` say.
     """
 
+    text: TextRules
     size_multiple: int
     pixels_per_token: int
-    max_text_tokens: int
     min_steps: int
     default_params: DiffusionParams
+    cfg_scale: str
+    distilled_scale: str = ""
+    needs_negative_prompt: bool = True
+    options: frozenset[str] = frozenset()
+    min_images: int = 0
+    max_images: int = 0
+    produces: str = "image"
+    frames_per_latent: int = 1
+    fps: int = 0
+    condition_tokens: Callable[[Sequence[ImageSize]], tuple[int, int]] = lambda sizes: (0, 0)
+    default_size: Callable[[Sequence[ImageSize]], ImageSize] | None = None
 
-    def image_tokens(self, height: int, width: int) -> int:
-        return (height // self.pixels_per_token) * (width // self.pixels_per_token)
+    def image_tokens(self, height: int, width: int, num_frames: int = 1, layers: int = 0) -> int:
+        """Tokens of the latents; a layered image has one more than its layers."""
+        latent_frames = (num_frames - 1) // self.frames_per_latent + 1 + layers
+        return latent_frames * (height // self.pixels_per_token) * (width // self.pixels_per_token)
+
+    @property
+    def task(self) -> str:
+        """What the model is for, in the words of diffusers' tasks: "text-to-image", "image-to-video", ..."""
+        return f"{'image' if self.min_images else 'text'}-to-{self.produces}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +122,17 @@ class Checkpoint:
         if not isinstance(content, dict):
             raise ConfigurationError(f"model {self.model!r}: {name} must hold a JSON object")
         return content
+
+    def component_config(self, component: str, file: str = "config.json") -> dict[str, Any]:
+        """The configuration of a component.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        config = self.read_json(f"{component}/{file}")
+        if config is None:
+            raise ConfigurationError(f"model {self.model!r} is incomplete: {component}/{file} is missing")
+        return config
 
     def class_name(self) -> str | None:
         """The pipeline class in model_index.json; None where the model is not a diffusers checkpoint."""

@@ -20,7 +20,10 @@ from vllm_cfg_plugin.pipelines.registry import check_servable
 _FLAGS = {
     "cfg_parallel_size": "Ranks that share the branches of classifier-free guidance (1: one rank runs them in turn).",
     "max_image_pixels": "Largest image, in pixels, that a request may ask for.",
+    "max_video_pixels": "Most pixels, of all frames together, of a video that a request may ask for.",
     "max_inference_steps": "Most denoising steps that a request may ask for.",
+    "max_input_images": "Most images that a request may bring along.",
+    "max_input_pixels": "Largest image, in pixels, that a request may bring along.",
 }
 _SWITCHES = {
     "cfg_shared_weights": "One copy of the weights for all ranks of an engine. Default: on, where ranks run on a CPU.",

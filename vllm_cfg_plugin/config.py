@@ -55,14 +55,18 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         cfg_parallel_size: ranks that share the branches of guidance.
         cfg_shared_weights: one copy of the weights for all ranks of an engine; None: wherever that is possible.
-        max_image_pixels, max_inference_steps: what an operator allows a request.
+        max_image_pixels, max_video_pixels, max_inference_steps, max_input_images, max_input_pixels: what an operator
+            allows a request.
         progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
     """
 
     cfg_parallel_size: int = 1
     cfg_shared_weights: bool | None = None
     max_image_pixels: int = RequestLimits().max_image_pixels
+    max_video_pixels: int = RequestLimits().max_video_pixels
     max_inference_steps: int = RequestLimits().max_inference_steps
+    max_input_images: int = RequestLimits().max_input_images
+    max_input_pixels: int = RequestLimits().max_input_pixels
     progress_address: str = ""
 
     @classmethod
@@ -81,7 +85,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             settings = msgspec.convert(ours, cls)
         except msgspec.ValidationError as error:
             raise ConfigurationError(f"additional_config: {error}") from error
-        for name in ("cfg_parallel_size", "max_image_pixels", "max_inference_steps"):
+        for name in ("cfg_parallel_size", *RequestLimits.__struct_fields__):
             if getattr(settings, name) < 1:
                 raise ConfigurationError(
                     f"{name}={getattr(settings, name)} is not valid: it must be an integer from 1 up"
@@ -103,7 +107,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def limits(self) -> RequestLimits:
-        return RequestLimits(max_image_pixels=self.max_image_pixels, max_inference_steps=self.max_inference_steps)
+        return RequestLimits(**{name: getattr(self, name) for name in RequestLimits.__struct_fields__})
 
 
 def keep_calibration(vllm_config: VllmConfig, calibration: Calibration) -> None:

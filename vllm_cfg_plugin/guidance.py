@@ -6,7 +6,12 @@ bitwise the same wherever its inputs were computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+# CFG-Zero* predicts zeros in so many first steps (section 4.2 of its paper), guided or not.
+ZERO_INIT_STEPS = 1
 
 
 def classifier_free_guidance(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
@@ -55,23 +60,17 @@ def rescale_to_deviation(positive: torch.Tensor, combined: torch.Tensor, rescale
     return rescale * (combined * factor) + (1 - rescale) * combined
 
 
-def zero_star_guidance(
-    positive: torch.Tensor, negative: torch.Tensor, scale: float, step: int, zero_init_steps: int = 1
-) -> torch.Tensor:
-    """Zeros in the first steps, then `a * negative + scale * (positive - a * negative)`, a = <p, n> / (|n|^2 + 1e-8).
+def zero_star_guidance(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+    """`a * negative + scale * (positive - a * negative)`, a = <p, n> / (|n|^2 + 1e-8).
 
     CFG-Zero*, Fan et al. 2025, https://arxiv.org/abs/2503.18886: the negative prediction is first scaled by `a`, to
     come as close to the positive one as it can; the form is that of diffusers'
-    `guiders/classifier_free_zero_star_guidance.py`.
+    `guiders/classifier_free_zero_star_guidance.py`. The method's other half, `ZERO_INIT_STEPS`, is the caller's.
 
     Args:
         positive, negative: predictions of the two branches, both [batch, ...]; `a` is one per batch element.
         scale: guidance scale.
-        step: index of the step, from 0.
-        zero_init_steps: in so many first steps the result is zero.
     """
-    if step < zero_init_steps:
-        return torch.zeros_like(positive)
     rows, others = positive.flatten(1).float(), negative.flatten(1).float()
     product = torch.sum(rows * others, dim=1, keepdim=True)
     fit = (product / (torch.sum(others**2, dim=1, keepdim=True) + 1e-8)).to(positive.dtype)
@@ -107,15 +106,8 @@ def adaptive_projected_guidance(
     return negative + scale * (orthogonal.to(difference.dtype) + eta * parallel.to(difference.dtype))
 
 
-def is_guided_step(step: int, steps: int, interval: tuple[float, float]) -> bool:
-    """Whether a step is guided: `int(start * steps) <= step < int(stop * steps)`, as in diffusers' guiders.
-
-    Guidance in an interval of steps, Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724.
-
-    Args:
-        step: index of the step, from 0.
-        steps: how many there are.
-        interval: (start, stop) in fractions of the steps.
-    """
-    start, stop = interval
-    return int(start * steps) <= step < int(stop * steps)
+# Rules other than classifier-free guidance itself: (positive, negative, scale) -> combined.
+RULES: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
+    "cfg_zero_star": zero_star_guidance,
+    "apg": adaptive_projected_guidance,
+}

@@ -17,7 +17,7 @@ from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.config import CONFIG_FORMAT, FIND_TOKEN_BUDGET
-from vllm_cfg_plugin.pipelines.registry import FAMILIES, family_of
+from vllm_cfg_plugin.pipelines.registry import FAMILIES, implementation_of
 
 # vLLM's own prompt of a request is one placeholder token; the text travels in the request's parameters.
 PLACEHOLDER_PROMPT: Any = {"type": "token", "prompt_token_ids": [0]}
@@ -55,7 +55,7 @@ class DiffusersConfigParser(ConfigParserBase):
         **kwargs: Any,
     ) -> tuple[dict[str, Any], PreTrainedConfig]:
         checkpoint = Checkpoint(str(model), revision)
-        family_of(checkpoint)
+        implementation_of(checkpoint)
         # Sizes that vLLM reads of every model; they describe the placeholder prompt, nothing of the pipeline.
         sizes = {"hidden_size": 1, "num_attention_heads": 1, "num_hidden_layers": 1, "vocab_size": 1}
         config = PreTrainedConfig.from_dict(

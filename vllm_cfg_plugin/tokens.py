@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.checkpoint import Checkpoint, TextRules
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.pipelines.registry import PipelineFamily, family_of
 
 _CACHED_PROMPTS = 256
 
@@ -18,13 +17,13 @@ class TokenCounter:
     Prompts repeat (negative prompts above all), so counts of recent ones are kept.
     """
 
-    def __init__(self, tokenizer: Any, family: PipelineFamily) -> None:
+    def __init__(self, tokenizer: Any, rules: TextRules) -> None:
         self._tokenizer = tokenizer
-        self._family = family
+        self._rules = rules
         self._count = lru_cache(maxsize=_CACHED_PROMPTS)(self._count_uncached)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> TokenCounter:
+    def of(cls, checkpoint: Checkpoint, rules: TextRules) -> TokenCounter:
         """Load the tokenizer of a checkpoint, local or on the hub.
 
         Raises:
@@ -34,15 +33,17 @@ class TokenCounter:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.model, subfolder="tokenizer", revision=checkpoint.revision
+                checkpoint.model, subfolder=rules.tokenizer, revision=checkpoint.revision
             )
         except (OSError, ValueError) as error:
-            raise ConfigurationError(f"model {checkpoint.model!r}: its tokenizer/ can't be loaded: {error}") from error
-        return cls(tokenizer, family_of(checkpoint))
+            raise ConfigurationError(
+                f"model {checkpoint.model!r}: its {rules.tokenizer}/ can't be loaded: {error}"
+            ) from error
+        return cls(tokenizer, rules)
 
     def __call__(self, prompt: str) -> int:
         return self._count(prompt)
 
     def _count_uncached(self, prompt: str) -> int:
-        ids = self._tokenizer(self._family.prompt_template.format(prompt)).input_ids
-        return len(ids) - self._family.template_prefix_tokens
+        ids = self._tokenizer(self._rules.template.format(prompt)).input_ids
+        return len(ids) - self._rules.prefix_tokens

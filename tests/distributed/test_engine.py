@@ -13,8 +13,9 @@ from diffusers import QwenImagePipeline
 from tests.distributed.engine_ranks import run_ranks
 from tests.models import build_qwen_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.params import DiffusionParams, RequestLimits, resolve_requests
+from vllm_cfg_plugin.params import DiffusionParams, RequestLimits
 from vllm_cfg_plugin.pipelines.registry import describe
+from vllm_cfg_plugin.resolve import resolve_requests
 from vllm_cfg_plugin.tokens import TokenCounter
 
 pytestmark = pytest.mark.distributed
@@ -35,7 +36,8 @@ ASKED = [
 
 def make_requests(model):
     checkpoint = Checkpoint(str(model))
-    info, count_tokens = describe(checkpoint), TokenCounter.of(checkpoint)
+    info = describe(checkpoint)
+    count_tokens = TokenCounter.of(checkpoint, info.text)
     return [
         resolve_requests(
             prompt,

@@ -3,15 +3,16 @@
 import numpy as np
 import torch
 
-from vllm_cfg_plugin.checkpoint import PipelineInfo
+from vllm_cfg_plugin.checkpoint import PipelineInfo, TextRules
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits
 
 INFO = PipelineInfo(
+    text=TextRules(max_tokens=20),
+    cfg_scale="true_cfg_scale",
     size_multiple=8,
     pixels_per_token=8,
-    max_text_tokens=20,
     min_steps=2,
     default_params=DiffusionParams(
         height=64, width=64, num_inference_steps=20, true_cfg_scale=4.0, negative_prompt=None
@@ -23,7 +24,7 @@ LIMITS = RequestLimits(max_image_pixels=256 * 256, max_inference_steps=50)
 def fake_pixels(request: DiffusionRequest) -> np.ndarray:
     """An image that shows its seed."""
     generator = np.random.default_rng(request.seed)
-    return generator.integers(0, 256, (request.height, request.width, 3), dtype=np.uint8)
+    return generator.integers(0, 256, (1, request.height, request.width, 3), dtype=np.uint8)
 
 
 def answer(request: DiffusionRequest) -> torch.Tensor:
@@ -31,5 +32,5 @@ def answer(request: DiffusionRequest) -> torch.Tensor:
     metrics = RequestMetrics(
         queue_ms=1.0, denoise_ms=10.0, steps=request.num_inference_steps, seed=request.seed, guided=request.guided
     )
-    header = ResultHeader(metrics=metrics, height=request.height, width=request.width)
-    return pack_result(header, fake_pixels(request).tobytes())
+    pixels = fake_pixels(request)
+    return pack_result(ResultHeader(metrics=metrics, shape=pixels.shape), pixels.tobytes())

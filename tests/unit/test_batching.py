@@ -49,7 +49,7 @@ class PlayedRanks:
             request = self.requests.pop(decode.id)
             assert self.steps[decode.id] == request.num_inference_steps
             assert 0 <= decode.rank < self.ranks
-            self.late.append((self.delay, SideReport(decode.id, DECODED, decode.rank, 1.0, "", 2, 2)))
+            self.late.append((self.delay, SideReport(decode.id, DECODED, decode.rank, 1.0, "", (1, 2, 2, 3))))
         due = [report for wait, report in self.late if wait == 0]
         self.late = [(wait - 1, report) for wait, report in self.late if wait]
         for report in due:

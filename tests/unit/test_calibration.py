@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.toy_pipeline import ToyPipeline
-from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
+from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.engine.cost import CostModel, PackSample
 from vllm_cfg_plugin.params import DiffusionParams
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
@@ -21,7 +21,8 @@ from vllm_cfg_plugin.worker.stopwatch import Run, Stopwatch
 INFO = PipelineInfo(
     size_multiple=16,
     pixels_per_token=16,
-    max_text_tokens=1024,
+    text=TextRules(max_tokens=1024),
+    cfg_scale="true_cfg_scale",
     min_steps=1,
     default_params=DiffusionParams(height=64, width=64),
 )
@@ -67,16 +68,16 @@ class TimedPipeline(ToyPipeline):
         self.clock.seconds += us / 1e6 * self.slowness * next(self.disturbances)
 
     def predict_noise(self, **kwargs):
-        lengths = [s.latents.shape[1] + s.prompt_embeds.shape[0] for s in kwargs["sequences"]]
+        lengths = [s.latents.shape[1] + s.embeds.tokens.shape[0] for s in kwargs["sequences"]]
         self.packs.append(lengths)
         self._take(self.cost.step_us + sum(map(self.cost.forward, lengths)))
         return super().predict_noise(**kwargs)
 
-    def encode_branch(self, prompt):
-        self._take(self.cost.encode(len(prompt)))
-        return super().encode_branch(prompt)
+    def encode_branch(self, request, branch):
+        self._take(self.cost.encode(len(request.prompts[branch])))
+        return super().encode_branch(request, branch)
 
-    def decode(self, latents, request):
+    def decode(self, latents, request, condition=()):
         self.decoded.append(request.image_tokens)
         self._take(self.cost.decode(request.image_tokens))
         return super().decode(latents, request)

@@ -5,13 +5,14 @@ import torch
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, ClassifierFreeZeroStarGuidance
 
 from vllm_cfg_plugin.guidance import (
+    ZERO_INIT_STEPS,
     adaptive_projected_guidance,
     classifier_free_guidance,
-    is_guided_step,
     rescale_to_deviation,
     rescale_to_norm,
     zero_star_guidance,
 )
+from vllm_cfg_plugin.params import Guidance
 
 STEPS = 10
 SHAPES = [(1, 33, 20), (2, 64, 64), (3, 4, 16, 24), (1, 16, 3, 8, 12), (2, 16, 5, 6, 6)]  # tokens, image, video
@@ -68,20 +69,19 @@ def test_rescaled_prediction_has_the_positive_norm_at_every_token():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("zero_init_steps", [0, 1, 3])
-def test_zero_star_like_the_guider(shape, dtype, zero_init_steps):
+def test_zero_star_like_the_guider(shape, dtype):
     positive, negative = draw_predictions(shape, dtype)
-    guider = ClassifierFreeZeroStarGuidance(guidance_scale=4.5, zero_init_steps=zero_init_steps)
-    for step in (0, 1, 2, 3, 9):
+    guider = ClassifierFreeZeroStarGuidance(guidance_scale=4.5)
+    assert guider.zero_init_steps == ZERO_INIT_STEPS
+    for step in (1, 2, 9):
         expected = by_guider(guider, step, positive, negative)
-        assert expected.any() == (step >= zero_init_steps)
-        assert torch.equal(zero_star_guidance(positive, negative, 4.5, step, zero_init_steps), expected)
+        assert torch.equal(zero_star_guidance(positive, negative, 4.5), expected)
 
 
 def test_zero_star_leaves_out_what_the_branches_share():
     """With the negative prediction a multiple of the positive one, nothing is left to guide."""
     positive = torch.randn(1, 9, 16)
-    torch.testing.assert_close(zero_star_guidance(positive, 3 * positive, 7.5, step=1), positive)
+    torch.testing.assert_close(zero_star_guidance(positive, 3 * positive, 7.5), positive)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,7 +117,7 @@ def test_rescale_like_the_guiders(shape, dtype, rescale):
     positive, negative = draw_predictions(shape, dtype)
     pairs = [
         (ClassifierFreeGuidance(4.5, rescale), classifier_free_guidance(positive, negative, 4.5)),
-        (ClassifierFreeZeroStarGuidance(4.5, 1, rescale), zero_star_guidance(positive, negative, 4.5, 5)),
+        (ClassifierFreeZeroStarGuidance(4.5, 1, rescale), zero_star_guidance(positive, negative, 4.5)),
         (
             AdaptiveProjectedGuidance(4.5, guidance_rescale=rescale),
             adaptive_projected_guidance(positive, negative, 4.5),
@@ -129,16 +129,16 @@ def test_rescale_like_the_guiders(shape, dtype, rescale):
 
 
 def test_rescaled_zeros_stay_zeros():
-    """The zero-init steps of CFG-Zero*: diffusers' rescale divides by their deviation and predicts NaN."""
-    positive, negative = draw_predictions((1, 9, 16))
-    zeros = zero_star_guidance(positive, negative, 4.5, step=0)
+    """As in the zero-init steps of CFG-Zero*, where diffusers' rescale divides by their deviation and predicts NaN."""
+    positive, _ = draw_predictions((1, 9, 16))
+    zeros = torch.zeros_like(positive)
     assert torch.equal(rescale_to_deviation(positive, zeros, 0.7), zeros)
 
 
 def test_a_batch_element_does_not_depend_on_the_others():
     positive, negative = draw_predictions((3, 33, 20))
     for combine in (
-        lambda p, n: zero_star_guidance(p, n, 4.5, step=1),
+        lambda p, n: zero_star_guidance(p, n, 4.5),
         lambda p, n: adaptive_projected_guidance(p, n, 4.5, norm_threshold=2.0),
         lambda p, n: rescale_to_deviation(p, n, 0.7),
     ):
@@ -151,6 +151,7 @@ def test_a_batch_element_does_not_depend_on_the_others():
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.8), (0.01, 0.2), (0.3, 0.3), (0.29, 0.57), (0.7, 1.0)])
 def test_guided_steps_are_the_guiders(steps, interval):
     guider = ClassifierFreeGuidance(guidance_scale=4.5, start=interval[0], stop=interval[1])
+    guided = Guidance(interval=interval).guided_steps(steps)
     for step in range(steps):
         guider.set_state(step, steps, torch.tensor(500))
-        assert is_guided_step(step, steps, interval) == (guider.num_conditions == 2)
+        assert (step in guided) == (guider.num_conditions == 2)

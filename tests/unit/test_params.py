@@ -8,7 +8,8 @@ import pytest
 from tests.unit.fakes import INFO, LIMITS
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import MAX_SEED, MIN_SEED, DiffusionParams, resolve_requests
+from vllm_cfg_plugin.params import MAX_SEED, MIN_SEED, DiffusionParams
+from vllm_cfg_plugin.resolve import resolve_requests
 
 
 def resolve(prompt="a cat", info=INFO, **fields):
@@ -30,13 +31,13 @@ def test_guided_requests_have_two_branches():
     assert request.prompts == ["a cat", ""]
     assert request.text_tokens == [5, 0]
     assert request.guided
-    assert request.true_cfg_scale == 3.0
+    assert request.guidance.scale == 3.0
 
 
 @pytest.mark.parametrize("scale", [0, 0.5, 1])
 def test_small_scales_are_respected_and_switch_guidance_off(scale):
     (request,) = resolve(negative_prompt="bad", true_cfg_scale=scale)
-    assert request.true_cfg_scale == scale
+    assert request.guidance.scale == scale
     assert not request.guided
     assert "not above 1" in request.guidance_off
 
@@ -57,11 +58,6 @@ def test_null_negative_prompt_overrides_a_models_default():
     )
     assert resolve(info=guided_by_default)[0].guided
     assert not resolve(info=guided_by_default, negative_prompt=None)[0].guided
-
-
-def test_guidance_scale_replaces_the_default_of_true_cfg_scale():
-    assert resolve(guidance_scale=2.0, negative_prompt="")[0].true_cfg_scale == 2.0
-    assert resolve(guidance_scale=2.0, true_cfg_scale=3.0, negative_prompt="")[0].true_cfg_scale == 3.0
 
 
 def test_n_images_have_consecutive_seeds():
@@ -101,8 +97,22 @@ def test_an_unset_seed_is_drawn():
         ({"true_cfg_scale": math.nan}, "true_cfg_scale"),
         ({"true_cfg_scale": math.inf}, "true_cfg_scale"),
         ({"true_cfg_scale": -1.0}, "true_cfg_scale"),
-        ({"guidance_scale": "4"}, "guidance_scale"),
-        ({"guidance_scale": -math.inf, "true_cfg_scale": 4.0}, "guidance_scale"),
+        ({"true_cfg_scale": "4"}, "true_cfg_scale"),
+        ({"guidance_scale": 4.0}, "guidance_scale"),  # this model's is true_cfg_scale
+        ({"guidance_scale_2": 4.0}, "guidance_scale_2"),
+        ({"image_guidance_scale": 4.0}, "image_guidance_scale"),
+        ({"num_frames": 5}, "num_frames"),
+        ({"layers": 2}, "layers"),
+        ({"guidance_interval": (0.5, 0.5)}, "guidance_interval"),
+        ({"guidance_interval": (-0.1, 0.5)}, "guidance_interval"),
+        ({"guidance_interval": (0, 1.5)}, "guidance_interval"),
+        ({"guidance_interval": (math.nan, 1)}, "guidance_interval"),
+        ({"guidance_interval": 0.5}, "guidance_interval"),
+        ({"guidance_interval": [0.1]}, "guidance_interval"),
+        ({"combine_rule": "cfg++"}, "combine_rule"),
+        ({"cfg_normalize": 1}, "cfg_normalize"),
+        ({"guidance_rescale": 1.1}, "guidance_rescale"),
+        ({"guidance_rescale": math.nan}, "guidance_rescale"),
         ({"seed": MAX_SEED + 1}, "seed"),
         ({"seed": MIN_SEED - 1}, "seed"),
         ({"seed": MAX_SEED, "n": 2}, "seed"),

@@ -5,7 +5,7 @@ import msgspec
 from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, SideReport, StepPlan, StepReport
 from vllm_cfg_plugin.engine.step_result import merge_reports
-from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionRequest, Guidance
 
 
 def request(**changes):
@@ -16,7 +16,7 @@ def request(**changes):
         "height": 64,
         "width": 64,
         "num_inference_steps": 20,
-        "true_cfg_scale": 4.0,
+        "guidance": Guidance(scale=4.0),
         "seed": -(2**63),
     }
     return DiffusionRequest(**{**fields, **changes})

@@ -7,13 +7,11 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline as DiffusersQwenImagePipeline
 
-from vllm_cfg_plugin.checkpoint import Checkpoint
+from tests import contract
+from tests.contract import generate
 from vllm_cfg_plugin.distributed import cfg_parallel
 from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
-from vllm_cfg_plugin.params import DiffusionParams, RequestLimits, resolve_requests
-from vllm_cfg_plugin.pipelines.base import BranchInput
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
-from vllm_cfg_plugin.pipelines.registry import describe
 
 CPU = torch.device("cpu")
 CASES = [
@@ -60,26 +58,9 @@ def run(pipeline, **kwargs):
 
 
 def make_request(folder, prompt="a red apple", **params):
-    """A request as the front end would resolve it; token counts don't matter here."""
-    params = DiffusionParams(**{"height": 64, "width": 48, "num_inference_steps": 4, "seed": 42} | params)
-    return resolve_requests(prompt, params, describe(Checkpoint(folder)), RequestLimits(), lambda text: 1)[0]
-
-
-def generate(pipeline, request):
-    """What the engine does for one request on one rank; returns final latents."""
-    latents, scheduler = pipeline.draw_noise(request), pipeline.make_noise_scheduler(request)
-    embeds = [pipeline.encode_branch(prompt) for prompt in request.prompts]
-    pipeline.scheduler, own = scheduler, pipeline.scheduler
-    for t in scheduler.timesteps:
-        branches = [BranchInput(latents, embed, t, request.height, request.width) for embed in embeds]
-        with torch.no_grad():
-            packed = pipeline.predict_noise(**pipeline.pack_branches(branches))
-        noise, *negative = pipeline.unpack_predictions(packed, branches)
-        if negative:
-            noise = pipeline.combine_cfg_noise(noise, *negative, request.true_cfg_scale, pipeline.cfg_normalize)
-        latents = pipeline.scheduler_step(noise, t, latents)
-    pipeline.scheduler = own
-    return latents
+    return contract.make_request(
+        folder, prompt, **{"height": 64, "width": 48, "num_inference_steps": 4, "seed": 42} | params
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -109,11 +90,11 @@ def test_engine_contract_like_diffusers(pipelines, folder, negative_prompt):
     latents = generate(ours, request)
     expected = run(reference, **case, negative_prompt=negative_prompt)
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
-    assert ours.exchange_shape(request) == tuple(latents.shape[1:])
+    assert ours.prediction_shape(request) == tuple(latents.shape[1:])
     pixels = ours.decode(latents, request)
-    assert (pixels.dtype, pixels.shape, pixels.device) == (torch.uint8, (64, 48, 3), CPU)
+    assert (pixels.dtype, pixels.shape, pixels.device) == (torch.uint8, (1, 64, 48, 3), CPU)
     picture = run(reference, **case, negative_prompt=negative_prompt, output_type="pil")[0]
-    assert np.abs(pixels.numpy().astype(np.int16) - np.asarray(picture, np.int16)).max() <= 1
+    assert np.abs(pixels[0].numpy().astype(np.int16) - np.asarray(picture, np.int16)).max() <= 1
 
 
 def test_engine_and_direct_call_are_bitwise_equal(tiny, tiny_folder):
@@ -121,7 +102,7 @@ def test_engine_and_direct_call_are_bitwise_equal(tiny, tiny_folder):
     case = {"prompt": "a red apple", "negative_prompt": "", "true_cfg_scale": 3.0, "width": 48}
     called = run(tiny, **case)
     assert torch.equal(generate(tiny, request), called)
-    assert np.array_equal(tiny.decode(called, request).numpy(), np.asarray(run(tiny, **case, output_type="pil")[0]))
+    assert np.array_equal(tiny.decode(called, request)[0].numpy(), np.asarray(run(tiny, **case, output_type="pil")[0]))
 
 
 @pytest.mark.parametrize("seed", [0, 42, 2**63 - 1, -5])
@@ -143,11 +124,12 @@ def test_noise_schedulers_are_independent(tiny, tiny_folder):
     assert first is not tiny.scheduler
 
 
-def test_text_is_encoded_alike_every_time(tiny):
-    texts = ["a red apple", "", "a lighthouse " * 40]
-    first = [tiny.encode_branch(text) for text in texts]
-    assert all(torch.equal(tiny.encode_branch(text), embeds) for text, embeds in zip(texts, first, strict=True))
-    assert [embeds.dim() for embeds in first] == [2, 2, 2]
+def test_text_is_encoded_alike_every_time(tiny, tiny_folder):
+    texts = ["a red apple", "x", "a lighthouse " * 40]
+    requests = [make_request(tiny_folder, text) for text in texts]
+    first, second = ([tiny.encode_branch(request, 0).tokens for request in requests] for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert [embeds.shape[0] for embeds in first] == [request.text_tokens[0] for request in requests]
 
 
 class ScaledNoise(QwenImagePipeline):

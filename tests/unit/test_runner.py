@@ -1,12 +1,14 @@
 """The step loop on one rank: requests join and leave, and one request's failure is its own."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from tests.toy_pipeline import InlineSideWork, ToyPipeline, toy_request
 from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, StepPlan
 from vllm_cfg_plugin.worker.runner import StepRunner
-from vllm_cfg_plugin.worker.state import EmbeddingCache
+from vllm_cfg_plugin.worker.state import TensorCache
 
 
 def make_runner(pipeline, rank=0, ranks=1, all_gather=lambda row: row.unsqueeze(0)):
@@ -180,7 +182,7 @@ def test_the_cache_forgets_the_least_recently_used_embedding():
         encoded.append(prompt)
         return torch.zeros(4)  # 16 bytes
 
-    cache = EmbeddingCache(encode, capacity_bytes=32)
+    cache = TensorCache(lambda tensor: [tensor], capacity_bytes=32)
     for prompt in ("a", "b", "a", "c", "a", "b"):
-        cache.get(prompt)
+        cache.get(prompt, partial(encode, prompt))
     assert encoded == ["a", "b", "c", "b"]

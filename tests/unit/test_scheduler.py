@@ -30,7 +30,7 @@ def perfect_ranks(output):
     """What ranks that do everything at once report of a plan."""
     plan = output.planned.plan
     encoded = [(SideReport(e.id, e.branch, e.rank, 1.0), None) for e in plan.encodes]
-    decoded = [(SideReport(d.id, DECODED, d.rank, 1.0, "", 2, 2), memoryview(bytes(12))) for d in plan.decodes]
+    decoded = [(SideReport(d.id, DECODED, d.rank, 1.0, "", (1, 2, 2, 3)), memoryview(bytes(12))) for d in plan.decodes]
     return StepResult(began=1.0, denoised=2.0, side=encoded + decoded)
 
 

@@ -74,7 +74,7 @@ class StepBatch:
         self.draining: dict[int, ScheduledRequest] = {}
         self._lineup: tuple[ScheduledRequest, ...] | None = ()  # None: `running` or who holds what has changed
         self._awaited: set[int] | None = None  # preparing requests that an idle batch starts together with
-        self._next_end = 0  # tick of the next last step of a running request
+        self._next_change = 0  # first tick at which a running request forwards other branches, or none
         self._may_admit = False  # something changed since nobody more could join
         self.retired: list[int] = []  # ids that the ranks must be told to forget
 
@@ -220,16 +220,20 @@ class StepBatch:
         for request in started:
             request.first_tick = self._tick
             self.running[request.id] = self.preparing.pop(request.id)
-        if not started and self._lineup is not None:
+        if not started and self._lineup is not None and self._tick < self._next_change:
             return []
         self._lineup = tuple(self.running.values())
-        self._next_end = min((request.last_tick for request in self._lineup), default=0)
-        assign, moves = self._placement.level(self._lineup, self._tick)
-        encodes += moves
-        for change in assign:
-            self.running[change.id].owners = change.owners
-        moved = {change.id for change in assign}
-        return assign + [Assign(request.id, request.owners) for request in started if request.id not in moved]
+        self._next_change = min((request.next_change(self._tick) for request in self._lineup), default=0)
+        encodes += self._placement.level(self._lineup, self._tick)
+        return [assign for request in self._lineup if (assign := self._new_assignment(request))]
+
+    def _new_assignment(self, request: ScheduledRequest) -> Assign | None:
+        """Who forwards the request's branches from this tick on, if the ranks were told otherwise."""
+        owners = request.owners[: request.branches_at(self._tick)]
+        if owners == request.assigned:
+            return None
+        request.assigned = owners
+        return Assign(request.id, owners)
 
     def _who_starts(self) -> list[ScheduledRequest]:
         """The requests whose texts are encoded.
@@ -249,9 +253,11 @@ class StepBatch:
 
     def _finish_steps(self, running: tuple[ScheduledRequest, ...]) -> list[Decode]:
         """Decodes of the requests whose last step this is."""
-        if self._tick < self._next_end:
+        if self._tick + 1 < self._next_change:
             return []
         finished = [request for request in running if request.last_tick == self._tick]
+        if not finished:
+            return []
         loads = _loads(running, self._ranks, lambda request: request.costs)
         for request in finished:
             self.draining[request.id] = self.running.pop(request.id)

@@ -16,6 +16,7 @@ from vllm.utils.system_utils import get_mp_context
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.abstract import Executor, FailureCallback
 
+from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.compat import release_inherited_wakeup
 from vllm_cfg_plugin.config import EngineSettings, keep_calibration
 from vllm_cfg_plugin.engine import plan as wire
@@ -23,9 +24,10 @@ from vllm_cfg_plugin.engine.cost import slowest
 from vllm_cfg_plugin.engine.plan import StepReport
 from vllm_cfg_plugin.engine.rank_pool import Frames, RankPool
 from vllm_cfg_plugin.engine.step_result import SideResult, StepResult, merge_reports
+from vllm_cfg_plugin.pipelines.registry import pipeline_class
 from vllm_cfg_plugin.worker import channel
 from vllm_cfg_plugin.worker.lifeline import die_with_parent
-from vllm_cfg_plugin.worker.loading import pipeline_class, pipeline_for_forks
+from vllm_cfg_plugin.worker.loading import pipeline_for_forks
 
 _SIDE_WAIT_SECONDS = 0.002
 
@@ -53,7 +55,7 @@ class CfgExecutor(Executor):
         """Fork on a CPU, which saves every rank the imports; elsewhere vLLM's choice: CUDA does not survive a fork."""
         if self.device_config.device_type != "cpu":
             return get_mp_context()
-        pipeline_class(self.model_config)
+        pipeline_class(Checkpoint(self.model_config.model, self.model_config.revision))
         return multiprocessing.get_context("fork")
 
     def _weights_for_ranks(self) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from vllm_cfg_plugin.engine import planner
-from vllm_cfg_plugin.engine.plan import DECODED, Assign, Decode, Encode, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, Decode, Encode, SideReport
 from vllm_cfg_plugin.engine.planner import Item
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 
@@ -24,7 +24,7 @@ class Placement:
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
         self._everywhere = frozenset(range(ranks))
-        self._encoded_on: OrderedDict[str, set[int]] = OrderedDict()
+        self._encoded_on: OrderedDict[tuple[str, ...], set[int]] = OrderedDict()
         self._side_work: dict[tuple[int, int, int], int] = {}  # (id, branch, rank) -> predicted microseconds
         self._backlogs = [0] * ranks  # predicted microseconds of side work
 
@@ -44,27 +44,26 @@ class Placement:
         """Encode each branch's text on its owner, and on ranks that have it cached: there it costs nothing."""
         encodes = []
         for branch, owner in enumerate(request.owners):
-            cached = self._encoded_on.get(request.spec.prompts[branch], set())
+            cached = self._encoded_on.get(request.spec.embeds_key(branch), set())
             encodes += [self._encode(request, branch, rank) for rank in sorted({owner, *cached})]
         return encodes
 
-    def level(self, running: Iterable[ScheduledRequest], tick: int) -> tuple[list[Assign], list[Encode]]:
-        """Changes of owners that even out the ranks' loads, and encodes that will let a later call do better.
+    def level(self, running: Iterable[ScheduledRequest], tick: int) -> list[Encode]:
+        """Even out the ranks' loads: sets `owners`, and returns encodes that will let a later call do better.
 
         Args:
-            tick: of the step that is being planned.
+            tick: of the step that is being planned; branches that it does not forward keep their owners.
         """
-        slots = [(request, branch) for request in running for branch in range(len(request.owners))]
+        slots = [(request, branch) for request in running for branch in range(request.branches_at(tick))]
         items = [
             Item(request.costs[branch], request.owners[branch], frozenset(request.holders[branch]))
             for request, branch in slots
         ]
         owners = planner.level(items, self._ranks)
-        changed: dict[int, list[int]] = {}
         for (request, branch), owner in zip(slots, owners, strict=True):
             if owner != request.owners[branch]:
-                changed.setdefault(request.id, list(request.owners))[branch] = owner
-        return [Assign(id, tuple(new)) for id, new in changed.items()], self._moves(slots, items, owners, tick)
+                request.owners = (*request.owners[:branch], owner, *request.owners[branch + 1 :])
+        return self._moves(slots, items, owners, tick)
 
     def _moves(
         self, slots: Sequence[tuple[ScheduledRequest, int]], items: Sequence[Item], owners: Sequence[int], tick: int
@@ -72,7 +71,7 @@ class Placement:
         if any(request.asked[branch] != request.holders[branch] for request, branch in slots):
             return []  # what was asked for will change what pays
         encode_costs = [request.cost.encode(request.spec.text_tokens[branch]) for request, branch in slots]
-        steps_left = [request.last_tick - tick + 1 for request, _ in slots]
+        steps_left = [request.next_change(tick) - tick for request, _ in slots]
         moves = planner.moves_that_pay(items, owners, self._ranks, None, encode_costs, steps_left)
         return [self._encode(*slots[move.index], move.rank) for move in moves]
 
@@ -93,9 +92,9 @@ class Placement:
     def note_encoded(self, report: SideReport, request: ScheduledRequest) -> None:
         """A rank holds the text of a branch."""
         request.holders[report.branch].add(report.rank)
-        prompt = request.spec.prompts[report.branch]
-        self._encoded_on.setdefault(prompt, set()).add(report.rank)
-        self._encoded_on.move_to_end(prompt)
+        key = request.spec.embeds_key(report.branch)
+        self._encoded_on.setdefault(key, set()).add(report.rank)
+        self._encoded_on.move_to_end(key)
         if len(self._encoded_on) > _REMEMBERED_PROMPTS:
             self._encoded_on.popitem(last=False)
 

@@ -28,7 +28,10 @@ class Encode(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Assign(msgspec.Struct, array_like=True, frozen=True):
-    """From this plan on cfg rank `owners[b]` forwards branch b; a request runs from its first assignment on."""
+    """From this plan on cfg rank `owners[b]` forwards branch b, and further branches are not forwarded.
+
+    A request runs from its first assignment on.
+    """
 
     id: int
     owners: tuple[int, ...]
@@ -82,7 +85,7 @@ class SideReport(msgspec.Struct, array_like=True, frozen=True):
     Attributes:
         branch: the branch that was encoded; DECODED for a decode.
         error: why it could not be done; '' if it was.
-        height, width: of a decoded image, whose pixels follow as one frame: uint8 [height, width, 3].
+        shape: of what was decoded, whose pixels follow as one frame: uint8 [number, height, width, channels].
     """
 
     id: int
@@ -90,8 +93,7 @@ class SideReport(msgspec.Struct, array_like=True, frozen=True):
     rank: int
     milliseconds: float
     error: str = ""
-    height: int = 0
-    width: int = 0
+    shape: tuple[int, ...] = ()
 
 
 DECODED = -1

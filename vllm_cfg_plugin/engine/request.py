@@ -27,6 +27,7 @@ class ScheduledRequest:
         overtaken: requests that came later and were admitted earlier.
         is_oversized: it alone gives some rank more tokens than the budget.
         owners: cfg rank that forwards each branch; while it prepares, that will.
+        assigned: the owners that the ranks were told last.
         asked, holders: for each branch the ranks that were told to encode its text, and those that have.
         first_tick, done_steps: the engine's count of steps at its first step; its steps in reports received.
     """
@@ -45,6 +46,7 @@ class ScheduledRequest:
     overtaken: int = 0
     is_oversized: bool = False
     owners: tuple[int, ...] = ()
+    assigned: tuple[int, ...] = ()
     asked: list[set[int]] = field(default_factory=list)
     holders: list[set[int]] = field(default_factory=list)
     first_tick: int = 0
@@ -52,7 +54,8 @@ class ScheduledRequest:
 
     @cached_property
     def branch_tokens(self) -> tuple[int, ...]:
-        return tuple(self.spec.image_tokens + text for text in self.spec.text_tokens)
+        shared = self.spec.image_tokens + self.spec.condition_tokens
+        return tuple(shared + text for text in self.spec.text_tokens)
 
     @cached_property
     def costs(self) -> tuple[int, ...]:
@@ -61,6 +64,14 @@ class ScheduledRequest:
     @property
     def last_tick(self) -> int:
         return self.first_tick + self.spec.num_inference_steps - 1
+
+    def branches_at(self, tick: int) -> int:
+        """Branches that are forwarded at a tick, from branch 0 on: fewer than all outside its guidance interval."""
+        return self.spec.branches_at(tick - self.first_tick)
+
+    def next_change(self, tick: int) -> int:
+        """The first tick after this one at which other branches are forwarded, or none because it has ended."""
+        return self.first_tick + self.spec.next_change(tick - self.first_tick)
 
     @property
     def is_ready(self) -> bool:

@@ -1,7 +1,7 @@
 """The one tensor in which a request's result travels from the scheduler to the front end; must not import vLLM.
 
 vLLM carries one tensor per pooling output and nothing else, so the header (metrics, size, error) leads the pixels in
-it: 4 bytes of header length, the msgpack header, then the image's HWC bytes.
+it: 4 bytes of header length, the msgpack header, then the bytes of the images or frames.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from vllm_cfg_plugin.engine.metrics import RequestMetrics
 
 
 class ResultHeader(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """`error` is None for an image of `height` x `width` pixels, else the message."""
+    """`error` is None for pixels of `shape`, [number, height, width, channels], else the message."""
 
     metrics: RequestMetrics
-    height: int = 0
-    width: int = 0
+    shape: tuple[int, ...] = ()
     error: str | None = None
 
 
@@ -27,7 +26,7 @@ _decoder = msgspec.msgpack.Decoder(ResultHeader)
 
 
 def pack_result(header: ResultHeader, pixels: bytes | memoryview = b"") -> torch.Tensor:
-    """One uint8 tensor [4 + header + height * width * 3]."""
+    """One uint8 tensor [4 + header + pixels]."""
     head = _encoder.encode(header)
     buffer = np.empty(4 + len(head) + len(pixels), dtype=np.uint8)
     buffer[:4] = np.frombuffer(len(head).to_bytes(4, "little"), dtype=np.uint8)
@@ -37,10 +36,10 @@ def pack_result(header: ResultHeader, pixels: bytes | memoryview = b"") -> torch
 
 
 def unpack_result(tensor: torch.Tensor) -> tuple[ResultHeader, np.ndarray | None]:
-    """The header and, unless it holds an error, the image: uint8 [height, width, 3]."""
+    """The header and, unless it holds an error, the images or frames: uint8 [number, height, width, channels]."""
     raw = tensor.numpy()
     end = 4 + int.from_bytes(raw[:4].tobytes(), "little")
     header = _decoder.decode(raw[4:end].data)
     if header.error is not None:
         return header, None
-    return header, raw[end:].reshape(header.height, header.width, 3)
+    return header, raw[end:].reshape(header.shape)

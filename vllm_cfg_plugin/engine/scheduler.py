@@ -155,7 +155,7 @@ class StepScheduler(SchedulerInterface):
     def _finished(self, request: ScheduledRequest, report: SideReport, pixels: memoryview) -> list[ClientOutput]:
         self.batch.finish(request)
         metrics = request.metrics(time.monotonic(), report.milliseconds)
-        header = ResultHeader(metrics=metrics, height=report.height, width=report.width)
+        header = ResultHeader(metrics=metrics, shape=report.shape)
         output = _output(request.request_id, FinishReason.STOP, header, pixels, request.events)
         return [(request.client_index, output)]
 

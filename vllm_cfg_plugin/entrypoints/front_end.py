@@ -5,7 +5,7 @@ The engine sees only what came through `FrontEnd.resolve`. Must not import FastA
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,9 @@ from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.result import unpack_result
 from vllm_cfg_plugin.errors import RequestAbortedError, RequestFailedError
-from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits, resolve_requests
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, ImageInput, RequestLimits
 from vllm_cfg_plugin.pipelines.registry import describe
+from vllm_cfg_plugin.resolve import resolve_requests
 from vllm_cfg_plugin.tokens import TokenCounter
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ logger = init_logger(f"vllm.{__name__}")  # below vLLM's own, see logs.py; with 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One finished request: `pixels` uint8 [height, width, 3] and what happened on the way."""
+    """One finished request: `pixels` uint8 [number, height, width, channels] and what happened on the way."""
 
     pixels: np.ndarray
     metrics: RequestMetrics
@@ -57,15 +58,18 @@ class FrontEnd:
         model_config = vllm_config.model_config
         checkpoint = Checkpoint(model_config.model, model_config.revision)
         limits = EngineSettings.from_vllm_config(vllm_config).limits
-        return cls(describe(checkpoint), limits, TokenCounter.of(checkpoint))
+        info = describe(checkpoint)
+        return cls(info, limits, TokenCounter.of(checkpoint, info.text))
 
-    def resolve(self, prompt: object, params: DiffusionParams) -> list[DiffusionRequest]:
-        """Validate; one request per image.
+    def resolve(
+        self, prompt: object, params: DiffusionParams, images: Sequence[ImageInput] = ()
+    ) -> list[DiffusionRequest]:
+        """Validate; one request per result.
 
         Raises:
             InvalidRequestError: naming the first wrong field.
         """
-        requests = resolve_requests(prompt, params, self.info, self.limits, self.count_tokens)
+        requests = resolve_requests(prompt, params, self.info, self.limits, self.count_tokens, images)
         if requests[0].guidance_off:
             logger.warning_once("Guidance was asked for but is inactive: %s", requests[0].guidance_off)
         return requests
@@ -73,7 +77,7 @@ class FrontEnd:
 
 def pooling_params(request: DiffusionRequest) -> PoolingParams:
     """The request as vLLM carries it to the engine."""
-    return PoolingParams(task="plugin", extra_kwargs=msgspec.to_builtins(request))
+    return PoolingParams(task="plugin", extra_kwargs=msgspec.to_builtins(request, builtin_types=(bytes,)))
 
 
 def read_output(output: PoolingRequestOutput, e2e_time_ms: float) -> GeneratedImage:

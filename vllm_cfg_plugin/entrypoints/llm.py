@@ -21,14 +21,15 @@ from vllm_cfg_plugin.compat import wake_on_engine_death
 from vllm_cfg_plugin.config import EngineSettings, diffusion_engine_args
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output
+from vllm_cfg_plugin.entrypoints.input_images import read_images
 from vllm_cfg_plugin.entrypoints.progress_bar import StepBar
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError
 from vllm_cfg_plugin.model import PLACEHOLDER_PROMPT
-from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, ImageInput
 
 Prompt = str | Mapping[str, Any]
 
-_PROMPT_KEYS = ("prompt", "negative_prompt")
+_PROMPT_KEYS = ("prompt", "negative_prompt", "image")
 _ENGINE_DIED = "the engine has died, see its log above; close this DiffusionLLM and make a new one"
 
 
@@ -64,7 +65,7 @@ class _Running:
 
     request: DiffusionRequest
     started: float
-    image: Image.Image | None = None
+    images: list[Image.Image] = field(default_factory=list)
     error: str | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
@@ -106,8 +107,8 @@ class DiffusionLLM:
         """Generate images; one output per prompt, in order.
 
         Args:
-            prompts: a text, a mapping with "prompt" and "negative_prompt" (which wins over that of `params`), or a
-                sequence of those.
+            prompts: a text, a mapping with "prompt", "negative_prompt" (which wins over that of `params`) and "image"
+                (a PIL image, a path, a file's bytes or a list of those), or a sequence of texts and mappings.
             params: of all prompts, or one each.
             use_tqdm: show a progress bar over the denoising steps.
 
@@ -145,11 +146,15 @@ class DiffusionLLM:
         ):
             try:
                 text, prompt_params = _unpack(prompt, prompt_params)
-                resolved.append(self._front_end.resolve(text, prompt_params))
+                resolved.append(self._front_end.resolve(text, prompt_params, self._images_of(prompt)))
                 texts.append(text)
             except InvalidRequestError as error:
                 raise (error.within(f"prompts[{index}].") if several else error) from None
         return texts, resolved
+
+    def _images_of(self, prompt: Any) -> list[ImageInput]:
+        images = prompt.get("image") if isinstance(prompt, Mapping) else None
+        return [] if images is None else read_images(images, "image", self._front_end.limits.max_input_pixels)
 
     def _run(self, engine: LLMEngine, running: dict[str, _Running], bar: StepBar | None) -> None:
         """Run all requests to their end; on Ctrl-C or any other error abort those that are left."""
@@ -216,7 +221,7 @@ def _unpack(prompt: Any, params: DiffusionParams) -> tuple[Any, DiffusionParams]
     if not isinstance(prompt, Mapping):
         return prompt, params
     if "prompt" not in prompt or not set(prompt) <= set(_PROMPT_KEYS):
-        raise InvalidRequestError("prompt", dict(prompt), 'a text, or {"prompt": ..., "negative_prompt": ...}')
+        raise InvalidRequestError("prompt", dict(prompt), f"a text, or a mapping with keys of {_PROMPT_KEYS}")
     if "negative_prompt" in prompt:
         params = msgspec.structs.replace(params, negative_prompt=prompt["negative_prompt"])
     return prompt["prompt"], params
@@ -228,18 +233,18 @@ def _finish(entry: _Running, output: Any) -> None:
     except CfgPluginError as error:
         entry.error = str(error)
     else:
-        entry.image, entry.metrics = Image.fromarray(done.pixels), done.metrics
+        entry.images, entry.metrics = [Image.fromarray(pixels) for pixels in done.pixels], done.metrics
 
 
 def _output(request_id: str, text: str, entries: list[_Running]) -> DiffusionOutput:
     for entry in entries:
-        if entry.image is None:  # what is known without the engine
+        if not entry.images:  # what is known without the engine
             request = entry.request
             entry.metrics = RequestMetrics(seed=request.seed, guided=request.guided, guidance_off=request.guidance_off)
     return DiffusionOutput(
         request_id=request_id,
         prompt=text,
-        images=[entry.image for entry in entries if entry.image is not None],
+        images=[image for entry in entries for image in entry.images],
         error="; ".join(entry.error for entry in entries if entry.error) or None,
         image_metrics=[entry.metrics for entry in entries],
     )

@@ -14,12 +14,17 @@ from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import DiffusionParams
+from vllm_cfg_plugin.params import COMBINE_RULES, DiffusionParams
 
 MAX_PROMPT_CHARACTERS = 32_000  # OpenAI's limit
 FULL_QUALITY = "high"  # what a response calls the one quality that a model has
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+
+# Fields of a body that are those of `DiffusionParams`.
+_PASSED_ON = (
+    *(name for name in DiffusionParams.__struct_fields__ if name not in ("height", "width", "negative_prompt")),
+)
 
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 _FORMATS: dict[str | None, ImageFormat] = {None: "png", "png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
@@ -43,6 +48,10 @@ class ImagesRequest(BaseModel):
     num_inference_steps: int | None = None
     true_cfg_scale: float | None = None
     guidance_scale: float | None = None
+    guidance_interval: list[float] | None = Field(None, description="[start, stop], fractions of the steps")
+    guidance_rescale: float | None = None
+    cfg_normalize: bool | None = None
+    combine_rule: str | None = Field(None, description=", ".join(COMBINE_RULES))
     response_format: str | None = None
     output_format: str | None = None
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of JPEG and WebP, default 100")
@@ -101,16 +110,10 @@ class ImagesRequest(BaseModel):
             InvalidRequestError: `size` is not WIDTHxHEIGHT.
         """
         width, height = self._sides()
-        return DiffusionParams(
-            negative_prompt=self.negative_prompt if "negative_prompt" in self.model_fields_set else UNSET,
-            height=height,
-            width=width,
-            num_inference_steps=_or_unset(self.num_inference_steps),
-            true_cfg_scale=_or_unset(self.true_cfg_scale),
-            guidance_scale=_or_unset(self.guidance_scale),
-            seed=self.seed,
-            n=1 if self.n is None else self.n,
-        )
+        given = {name: value for name in _PASSED_ON if (value := getattr(self, name, None)) is not None}
+        if "negative_prompt" in self.model_fields_set:
+            given["negative_prompt"] = self.negative_prompt
+        return DiffusionParams(height=height, width=width, **given)
 
     def _sides(self) -> tuple[int | UnsetType, int | UnsetType]:
         if self.size is None or self.size == "auto":
@@ -183,10 +186,6 @@ class ImagesResponse(BaseModel):
     quality: str = FULL_QUALITY
     size: str
     usage: Usage
-
-
-def _or_unset(value: Any) -> Any:
-    return UNSET if value is None else value
 
 
 def _unknown_field(name: str, value: object) -> InvalidRequestError:

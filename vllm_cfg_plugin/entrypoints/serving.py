@@ -59,8 +59,7 @@ class ImagesService:
             images = await self._unless_stopping(work, request_id)
         finally:
             work.cancel()
-        files = await asyncio.gather(*(asyncio.to_thread(_base64_file, image, body) for image in images))
-        return _response(body, requests, images, files)
+        return await asyncio.to_thread(_response, body, requests, images)
 
     def _resolve(self, body: ImagesRequest) -> list[DiffusionRequest]:
         if body.model is not None and body.model not in self._model_names:
@@ -113,26 +112,30 @@ def _shutting_down(request_id: str) -> RequestAbortedError:
 
 
 def encode_image(pixels: np.ndarray, image_format: ImageFormat, lossy_quality: int) -> bytes:
-    """An image file; `pixels` uint8 [height, width, 3], quality 0 to 100 (not for PNG)."""
+    """An image file; `pixels` uint8 [height, width, channels], quality 0 to 100 (not for PNG)."""
     options: dict[str, int] = {} if image_format == "png" else {"quality": lossy_quality}
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=image_format.upper(), **options)
     return buffer.getvalue()
 
 
-def _base64_file(image: GeneratedImage, body: ImagesRequest) -> str:
-    return base64.b64encode(encode_image(image.pixels, body.format, body.lossy_quality)).decode("ascii")
+def _base64_file(pixels: np.ndarray, body: ImagesRequest) -> str:
+    return base64.b64encode(encode_image(pixels, body.format, body.lossy_quality)).decode("ascii")
 
 
-def _response(
-    body: ImagesRequest, requests: list[DiffusionRequest], images: list[GeneratedImage], files: list[str]
-) -> ImagesResponse:
+def _response(body: ImagesRequest, requests: list[DiffusionRequest], images: list[GeneratedImage]) -> ImagesResponse:
+    """The answer; encodes the files, which takes long enough to be kept off the event loop."""
     first = requests[0]
     return ImagesResponse(
         created=int(time.time()),
         data=[
-            ImageData(b64_json=file, seed=image.metrics.seed, metrics=msgspec.structs.asdict(image.metrics))
-            for image, file in zip(images, files, strict=True)
+            ImageData(
+                b64_json=_base64_file(pixels, body),
+                seed=image.metrics.seed,
+                metrics=msgspec.structs.asdict(image.metrics),
+            )
+            for image in images
+            for pixels in image.pixels
         ],
         output_format=body.format,
         size=f"{first.width}x{first.height}",

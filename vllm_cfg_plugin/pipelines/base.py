@@ -5,15 +5,41 @@ Must not import vLLM; diffusers is the business of the families.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 
+from vllm_cfg_plugin import guidance
+from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
+from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionRequest
+
+# Held around every use of a VAE that keeps state on its modules (the feature caches of video VAEs): a rank encodes
+# images on one thread and decodes latents on another.
+VAE_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """What a text became.
+
+    Attributes:
+        tokens: [text_tokens, dim].
+        pooled: [dim], where the family has such a summary.
+    """
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.tokens] if self.pooled is None else [self.tokens, self.pooled]
 
 
 @dataclass(frozen=True)
@@ -21,39 +47,49 @@ class BranchInput:
     """One branch forward of one request in one step.
 
     Attributes:
-        latents: [1, image_tokens, channels].
-        prompt_embeds: [text_tokens, dim].
+        latents: what `draw_noise` made, some steps later.
+        embeds: of this branch's text.
         timestep: a scalar, one element of the noise scheduler's `timesteps`.
-        height, width: pixels of the image.
+        branch: number of the branch.
+        condition: what `encode_images` made of the request's images; empty without any.
         timesteps_ahead: those of the following steps, [any number], a view of the same `timesteps`: what depends on a
             timestep alone may be computed ahead and remembered, as weights do not change; None forbids that. Both may
             stay on the CPU, which spares a GPU's queue from being waited for.
     """
 
+    request: DiffusionRequest
     latents: torch.Tensor
-    prompt_embeds: torch.Tensor
+    embeds: PromptEmbeds
     timestep: torch.Tensor
-    height: int
-    width: int
+    branch: int = 0
+    condition: Sequence[torch.Tensor] = ()
     timesteps_ahead: torch.Tensor | None = None
 
 
 class EnginePipeline(CFGParallelMixin, ABC):
     """A pipeline that the engine can run: many requests' branches in one forward, everything else request by request.
 
-    The engine makes one `predict_noise(**pack_branches(...))` call a step, then, request by request,
-    `combine_cfg_noise` and `scheduler_step`: the mixin's hooks, so an override of any of them acts in the engine as
-    in `diffuse()`.
+    The engine makes one `predict_noise(**pack_branches(...))` call a step for every group of branches, then, request by
+    request, `combine_branches` and `scheduler_step`: the mixin's hooks, so an override of any of them acts in the
+    engine as in `diffuse()`.
 
     Attributes:
-        cfg_normalize: what the engine passes to `combine_cfg_noise`.
         scheduler: the noise scheduler; the engine puts a request's own one here around `scheduler_step`.
+        decode_sees_images: `decode` needs what `encode_images` made.
     """
 
-    cfg_normalize: ClassVar[bool]
+    decode_sees_images: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
+    def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
+        """What a checkpoint can do, from its configuration files alone.
+
+        Raises:
+            ConfigurationError: a file is missing, or asks for something that this pipeline lacks.
+        """
+
+    @classmethod
     def load(cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Self:
         """Load a checkpoint for inference.
 
@@ -64,34 +100,92 @@ class EnginePipeline(CFGParallelMixin, ABC):
         Raises:
             ConfigurationError: the checkpoint can't be loaded or asks for something the packed forward lacks.
         """
+        diffusers_class: Any = cls
+        try:
+            pipeline = diffusers_class.from_pretrained(model, dtype=dtype, revision=revision)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"model {model!r} can't be loaded: {error}") from error
+        return pipeline.to(device)
+
+    # ---- once for a request ----
 
     @abstractmethod
-    def encode_branch(self, prompt: str) -> torch.Tensor:
-        """Embeddings of one prompt, [text_tokens, dim]; bitwise the same at every call."""
+    def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
+        """Embeddings of one branch's text; bitwise the same for an equal `request.embeds_key(branch)`."""
+
+    def encode_images(self, request: DiffusionRequest) -> list[torch.Tensor]:
+        """What the request's images are to the model (their latents, say); not called for a request without any."""
+        raise NotImplementedError(f"{type(self).__name__} takes no images")
 
     @abstractmethod
     def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
-        """First latents, [1, image_tokens, channels], from a CPU generator of the request's own seed."""
+        """First latents, [1, ...], from a CPU generator of the request's own seed."""
 
     @abstractmethod
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
         """A noise scheduler of the request's own, its timesteps set and at its first step."""
 
     @abstractmethod
+    def decode(
+        self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
+        """The images or frames of final latents: uint8 [number, height, width, channels] on the CPU.
+
+        Args:
+            condition: what `encode_images` made, if `decode_sees_images`.
+        """
+
+    # ---- once for a step ----
+
+    def forward_group(self, branch: BranchInput) -> Hashable:
+        """Branches of one group share a packed forward: those that the same model forwards."""
+        return None
+
+    @abstractmethod
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
-        """The arguments of the one `predict_noise` call that forwards all branches."""
+        """The arguments of the one `predict_noise` call that forwards all branches of a group."""
 
     @abstractmethod
     def unpack_predictions(self, prediction: torch.Tensor, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
-        """What `predict_noise` returned, branch by branch, each [1, image_tokens, channels]."""
+        """What `predict_noise` returned, branch by branch, each [1, *prediction_shape]."""
 
     @abstractmethod
-    def decode(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
-        """The image of final latents [1, image_tokens, channels]: uint8 [height, width, 3] on the CPU."""
+    def prediction_shape(self, request: DiffusionRequest) -> tuple[int, ...]:
+        """Shape of one prediction without its leading 1, known without computing it."""
+
+    def guidance_scale_at(self, request: DiffusionRequest, timestep: torch.Tensor) -> float:
+        """The scale of classifier-free guidance at a timestep."""
+        return request.guidance.scale
+
+    def combine_branches(
+        self, predictions: Sequence[torch.Tensor], request: DiffusionRequest, timestep: torch.Tensor, step: int
+    ) -> torch.Tensor:
+        """The prediction of a step from those of its branches, [1, ...] each; override it for more than two branches.
+
+        Args:
+            predictions: of the branches in order; one, where the step is not guided.
+            step: number of the step, from 0 up.
+        """
+        asked = request.guidance
+        if request.guided and asked.rule == "cfg_zero_star" and step < guidance.ZERO_INIT_STEPS:
+            return torch.zeros_like(predictions[0])
+        if len(predictions) == 1:
+            return predictions[0]
+        positive, negative = predictions
+        scale = self.guidance_scale_at(request, timestep)
+        if asked.rule == "cfg":
+            combined = self.combine_cfg_noise(positive, negative, scale, asked.normalize)
+        else:
+            combined = guidance.RULES[asked.rule](positive, negative, scale)
+            combined = self.cfg_normalize_function(positive, combined) if asked.normalize else combined
+        return guidance.rescale_to_deviation(positive, combined, asked.rescale) if asked.rescale else combined
+
+    # ---- weights ----
 
     def forget_derived(self) -> None:
         """Forget what was computed from the weights alone, because they have changed; a family that keeps any does."""
 
-    @abstractmethod
-    def exchange_shape(self, request: DiffusionRequest) -> tuple[int, int]:
-        """(image_tokens, channels) of one prediction, known without computing it."""
+
+def to_uint8(pixels: np.ndarray) -> torch.Tensor:
+    """Pixels in 0..1 rounded to uint8 as diffusers' `numpy_to_pil` rounds them."""
+    return torch.from_numpy((pixels * 255).round().astype(np.uint8))

@@ -6,7 +6,7 @@ Must not import vLLM at module level.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +18,21 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline a
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin, log_once, same_on_all_ranks
-from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
-from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
+from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, to_uint8
 from vllm_cfg_plugin.pipelines.qwen_image_packed import PackedQwenImageTransformer
 from vllm_cfg_plugin.pipelines.qwen_image_vae import ImageQwenImageVAE
 
 DEFAULT_CFG_SCALE = 4.0
 MAX_TEXT_TOKENS = 1024
+PROMPT_TEMPLATE = (  # of diffusers' `__init__`, where only an object has it
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
 
 
 class QwenImageCFGParallelMixin(CFGParallelMixin):
@@ -91,7 +97,29 @@ class QwenImageCFGParallelMixin(CFGParallelMixin):
 class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwenImagePipeline):
     """diffusers' QwenImagePipeline with CFG-Parallel, for the engine or to be called directly."""
 
-    cfg_normalize: ClassVar[bool] = True
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
+        vae = checkpoint.component_config("vae")
+        scheduler = checkpoint.component_config("scheduler", "scheduler_config.json")
+        # diffusers pipeline_qwenimage.py: two latent pixels each way make one token.
+        vae_scale_factor = 2 ** len(vae["temperal_downsample"])
+        side = 128 * vae_scale_factor
+        return PipelineInfo(
+            text=TextRules(MAX_TEXT_TOKENS, PROMPT_TEMPLATE, prefix_tokens=34),
+            size_multiple=2 * vae_scale_factor,
+            pixels_per_token=2 * vae_scale_factor,
+            # With `shift_terminal` the schedule is stretched between its ends: one step divides by zero.
+            min_steps=2 if scheduler.get("shift_terminal") else 1,
+            cfg_scale="true_cfg_scale",
+            default_params=DiffusionParams(
+                height=side,
+                width=side,
+                num_inference_steps=50,
+                true_cfg_scale=DEFAULT_CFG_SCALE,
+                negative_prompt=None,
+                cfg_normalize=True,
+            ),
+        )
 
     def __init__(
         self,
@@ -120,6 +148,7 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
         output_type: str = "pil",
         return_dict: bool = True,
         max_sequence_length: int = MAX_TEXT_TOKENS,
+        cfg_normalize: bool = True,
     ) -> QwenImagePipelineOutput | tuple[Any]:
         """Generate images; under `torchrun` every rank calls this alike and returns the same images.
 
@@ -129,6 +158,7 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
             height, width: pixels.
             generator, latents: source of the first latents, or these themselves.
             output_type: "pil", "np", "pt" or "latent".
+            cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
 
         Raises:
             InvalidRequestError: too few steps for this checkpoint's noise schedule.
@@ -161,7 +191,7 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
             do_true_cfg=do_true_cfg,
             guidance=None,
             true_cfg_scale=scale,
-            cfg_normalize=self.cfg_normalize,
+            cfg_normalize=cfg_normalize,
         )
         images: Any = latents
         if output_type != "latent":
@@ -171,17 +201,10 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
         self.maybe_free_model_hooks()
         return QwenImagePipelineOutput(images=images) if return_dict else (images,)
 
-    @classmethod
-    def load(cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Self:
-        try:
-            pipeline = cls.from_pretrained(model, dtype=dtype, revision=revision)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"model {model!r} can't be loaded: {error}") from error
-        return pipeline.to(device)
-
     @torch.no_grad()
-    def encode_branch(self, prompt: str) -> torch.Tensor:
-        return self.encode_prompt(prompt, self._weight.device, max_sequence_length=MAX_TEXT_TOKENS)[0][0]
+    def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
+        prompt = request.prompts[branch]
+        return PromptEmbeds(self.encode_prompt(prompt, self._weight.device, max_sequence_length=MAX_TEXT_TOKENS)[0][0])
 
     def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
         generator = torch.Generator("cpu").manual_seed(request.seed)
@@ -201,25 +224,26 @@ class QwenImagePipeline(QwenImageCFGParallelMixin, EnginePipeline, DiffusersQwen
             "timestep": torch.stack([branch.timestep for branch in branches]).to(dtype) / 1000,
             "timesteps_ahead": torch.cat(ahead).to(dtype) / 1000 if len(ahead) == len(branches) else None,
             "guidance": None,
-            "encoder_hidden_states": torch.cat([branch.prompt_embeds for branch in branches])[None],
+            "encoder_hidden_states": torch.cat([branch.embeds.tokens for branch in branches])[None],
             "encoder_hidden_states_mask": None,
-            "img_shapes": [[self._image_shape(branch.height, branch.width)] for branch in branches],
-            "txt_seq_lens": [branch.prompt_embeds.shape[0] for branch in branches],
+            "img_shapes": [[self._image_shape(branch.request.height, branch.request.width)] for branch in branches],
+            "txt_seq_lens": [branch.embeds.tokens.shape[0] for branch in branches],
         }
 
     def unpack_predictions(self, prediction: torch.Tensor, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
         return list(prediction.split([branch.latents.shape[1] for branch in branches], dim=1))
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
+    def decode(
+        self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
         image = self._decode_latents(latents, request.height, request.width)
-        pixels = self.image_processor.postprocess(image, output_type="np")[0]  # [height, width, 3] in 0..1
-        return torch.from_numpy((pixels * 255).round().astype(np.uint8))  # as diffusers' numpy_to_pil rounds
+        return to_uint8(self.image_processor.postprocess(image, output_type="np"))
 
     def forget_derived(self) -> None:
         self.transformer.modulations.clear()
 
-    def exchange_shape(self, request: DiffusionRequest) -> tuple[int, int]:
+    def prediction_shape(self, request: DiffusionRequest) -> tuple[int, ...]:
         return request.image_tokens, self.transformer.config.in_channels
 
     @property

@@ -18,6 +18,7 @@ from typing import cast
 
 import msgspec
 import torch
+from msgspec import UNSET
 
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, Checkpoint, PipelineInfo
 from vllm_cfg_plugin.config import PLUGIN_NAME
@@ -30,9 +31,9 @@ from vllm_cfg_plugin.engine.cost import (
     fit_non_negative,
 )
 from vllm_cfg_plugin.logs import get_logger
-from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
-from vllm_cfg_plugin.pipelines.registry import describe, family_of
+from vllm_cfg_plugin.params import DiffusionRequest, Guidance, ImageInput
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds
+from vllm_cfg_plugin.pipelines.registry import describe, implementation_of
 from vllm_cfg_plugin.worker.stopwatch import Run, Stopwatch
 
 logger = get_logger(__name__)
@@ -43,8 +44,9 @@ _TEMPLATE_CHARACTERS = 200  # about as many as a pipeline puts around a prompt
 _FORWARD_SCALES = (0.25, 0.5, 1, 2, 4)
 _DECODE_SCALES = (0.25, 0.5, 1, 2)
 _MOST_SEQUENCES = 256
+_BLANK = ImageInput("blank", "RGB", 64, 64, bytes(64 * 64 * 3))
 
-_COMPONENTS = ("transformer", "vae", "text_encoder")
+_COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder")
 
 
 def calibrate_rank(pipeline: EnginePipeline, checkpoint: Checkpoint, folder: Path, ranks: int) -> Calibration:
@@ -66,20 +68,20 @@ def calibrate_rank(pipeline: EnginePipeline, checkpoint: Checkpoint, folder: Pat
 def calibrate(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration:
     """Measure encodes, decodes and packed forwards of growing sizes, then all of them again while there is time."""
     stopwatch = Stopwatch(next(pipeline.transformer.parameters()).device)
-    texts: dict[str, torch.Tensor] = {}
-    encodes = stopwatch.climb(_encode_runs(pipeline, texts))
-    text = texts[_PROMPTS[0]]
+    texts: dict[str, PromptEmbeds] = {}
+    encodes = stopwatch.climb(_encode_runs(pipeline, info, texts))
     decodes = stopwatch.climb(_decode_runs(pipeline, _requests(info, _DECODE_SCALES)))
+    text = texts[_PROMPTS[0]]
     branches = [_branch(pipeline, request, text) for request in _requests(info, _FORWARD_SCALES)]
     forwards = stopwatch.climb(_forward_run(pipeline, [branch]) for branch in branches)
-    default_tokens = _request(info, 1).image_tokens + text.shape[0]
+    default_tokens = _length(_branch(pipeline, _request(info, 1), text))
     single = max(index for index, run in enumerate(forwards) if index == 0 or run.tokens <= default_tokens)
     packs = stopwatch.climb(_pack_runs(pipeline, branches[single]), [forwards[single]], _has_found_budget)
     stopwatch.repeat_all()
     step_us, token_us, square_us = fit_forward([run.sample for run in forwards + packs[1:]])
     # Where only one text could be measured: what a pipeline wraps a prompt in is most of its work.
     encode_us, encode_token_us = fit_non_negative(
-        [(1, embeds.shape[0]) for embeds in texts.values()], [run.us for run in encodes]
+        [(1, embeds.tokens.shape[0]) for embeds in texts.values()], [run.us for run in encodes]
     )
     decode_us, decode_token_us = fit_line([(run.tokens, run.us) for run in decodes])
     return Calibration(
@@ -96,19 +98,23 @@ def calibrate(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration:
     )
 
 
-def _encode_runs(pipeline: EnginePipeline, texts: dict[str, torch.Tensor]) -> Iterator[Run]:
-    """Encodes of a short and a long text, which leave the embeddings in `texts`."""
+def _encode_runs(pipeline: EnginePipeline, info: PipelineInfo, texts: dict[str, PromptEmbeds]) -> Iterator[Run]:
+    """Encodes of a short and a long text, with images if it must; they leave their embeddings in `texts`."""
 
-    def encode(prompt: str) -> None:
-        texts[prompt] = pipeline.encode_branch(prompt)
+    def encode(request: DiffusionRequest) -> None:
+        if request.images:
+            pipeline.encode_images(request)
+        texts[request.prompts[0]] = pipeline.encode_branch(request, 0)
 
     for prompt in _PROMPTS:
-        yield Run(partial(encode, prompt), (_TEMPLATE_CHARACTERS + len(prompt),))
+        yield Run(partial(encode, _request(info, 1, prompt)), (_TEMPLATE_CHARACTERS + len(prompt),))
 
 
 def _decode_runs(pipeline: EnginePipeline, requests: Iterable[DiffusionRequest]) -> Iterator[Run]:
     for request in requests:
-        yield Run(partial(pipeline.decode, pipeline.draw_noise(request), request), (request.image_tokens,))
+        condition = pipeline.encode_images(request) if pipeline.decode_sees_images and request.images else []
+        run = partial(pipeline.decode, pipeline.draw_noise(request), request, condition)
+        yield Run(run, (request.image_tokens,))
 
 
 def _pack_runs(pipeline: EnginePipeline, branch: BranchInput) -> Iterator[Run]:
@@ -120,8 +126,13 @@ def _pack_runs(pipeline: EnginePipeline, branch: BranchInput) -> Iterator[Run]:
 
 
 def _forward_run(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> Run:
-    lengths = tuple(branch.latents.shape[1] + branch.prompt_embeds.shape[0] for branch in branches)
+    lengths = tuple(_length(branch) for branch in branches)
     return Run(lambda: pipeline.predict_noise(**pipeline.pack_branches(branches)), lengths)
+
+
+def _length(branch: BranchInput) -> int:
+    """Tokens of a branch's sequence."""
+    return branch.request.image_tokens + branch.request.condition_tokens + branch.embeds.tokens.shape[0]
 
 
 def _has_found_budget(packs: Sequence[Run]) -> bool:
@@ -133,33 +144,40 @@ def _requests(info: PipelineInfo, scales: Iterable[float]) -> list[DiffusionRequ
     return list({request.image_tokens: request for request in (_request(info, scale) for scale in scales)}.values())
 
 
-def _request(info: PipelineInfo, scale: float) -> DiffusionRequest:
-    """A request for an image of the model's own size, its sides scaled."""
+def _request(info: PipelineInfo, scale: float, prompt: str = _PROMPTS[0]) -> DiffusionRequest:
+    """A request for an image of the model's own size, its sides and frames scaled, with blank images if it must."""
+    images = [_BLANK] * info.min_images
+    sizes = [(image.width, image.height) for image in images]
     default = info.default_params
-    height, width = (
-        max(1, round(cast(int, side) * scale / info.size_multiple)) * info.size_multiple
-        for side in (default.height, default.width)
-    )
+    sides = (default.height, default.width) if info.default_size is None else info.default_size(sizes)
+    height, width = (max(1, round(cast(int, side) * scale / info.size_multiple)) * info.size_multiple for side in sides)
+    frames = 1 if default.num_frames is UNSET else default.num_frames
+    frames = round((frames - 1) * min(scale, 1) / info.frames_per_latent) * info.frames_per_latent + 1
+    layers = 0 if default.layers is UNSET else default.layers
     return DiffusionRequest(
-        prompts=[_PROMPTS[0]],
-        text_tokens=[len(_PROMPTS[0])],
-        image_tokens=info.image_tokens(height, width),
+        prompts=[prompt],
+        text_tokens=[len(prompt)],
+        image_tokens=info.image_tokens(height, width, frames, layers),
+        condition_tokens=info.condition_tokens(sizes)[0],
+        images=images,
         height=height,
         width=width,
+        num_frames=frames,
+        layers=layers,
         num_inference_steps=max(2, info.min_steps),
-        true_cfg_scale=1.0,
+        guidance=Guidance(distilled=1.0 if info.distilled_scale else None),
         seed=0,
     )
 
 
-def _branch(pipeline: EnginePipeline, request: DiffusionRequest, text: torch.Tensor) -> BranchInput:
+def _branch(pipeline: EnginePipeline, request: DiffusionRequest, embeds: PromptEmbeds) -> BranchInput:
     timesteps = pipeline.make_noise_scheduler(request).timesteps
     return BranchInput(
+        request=request,
         latents=pipeline.draw_noise(request),
-        prompt_embeds=text,
+        embeds=embeds,
         timestep=timesteps[0],
-        height=request.height,
-        width=request.width,
+        condition=pipeline.encode_images(request) if request.images else [],
         timesteps_ahead=timesteps[1:],
     )
 
@@ -170,7 +188,7 @@ def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int) -> str:
     facts = [
         *(checkpoint.read_json(f"{component}/config.json") for component in _COMPONENTS),
         checkpoint.read_json(DEFAULTS_FILE),
-        family_of(checkpoint).implementation,
+        implementation_of(checkpoint),
         torch.cuda.get_device_name(weight.device) if weight.is_cuda else _processor(),
         str(weight.dtype),
         torch.__version__,

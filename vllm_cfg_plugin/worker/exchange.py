@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -34,22 +35,23 @@ class ExchangeLayout:
 
     Attributes:
         width: elements of predictions in a row.
-        shapes: (image_tokens, channels) of each request's predictions.
+        shapes: of each request's predictions, without their leading 1.
     """
 
     cells: tuple[Cell, ...]
     width: int
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, owners: Sequence[tuple[int, ...]], shapes: Sequence[tuple[int, int]], ranks: int) -> ExchangeLayout:
+    def of(cls, owners: Sequence[tuple[int, ...]], shapes: Sequence[tuple[int, ...]], ranks: int) -> ExchangeLayout:
         """`owners`: for each request the rank that forwards each branch."""
         ends = [0] * ranks
         cells = []
-        for position, (branch_owners, (tokens, channels)) in enumerate(zip(owners, shapes, strict=True)):
+        for position, (branch_owners, shape) in enumerate(zip(owners, shapes, strict=True)):
+            size = prod(shape)
             for branch, rank in enumerate(branch_owners):
-                cells.append(Cell((position, branch), rank, ends[rank], tokens * channels))
-                ends[rank] += tokens * channels
+                cells.append(Cell((position, branch), rank, ends[rank], size))
+                ends[rank] += size
         return cls(tuple(cells), max(ends), tuple(shapes))
 
 
@@ -64,7 +66,7 @@ def exchange_predictions(
     """Exchange this rank's predictions.
 
     Args:
-        mine: prediction [1, image_tokens, channels] of each slot of this rank; a missing one is zeros.
+        mine: prediction [1, ...] of each slot of this rank; a missing one is zeros.
         failed: per request, whether this rank can't go on with it.
         like: any tensor of the predictions' dtype and device.
 

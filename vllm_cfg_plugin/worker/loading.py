@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
-from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
-from vllm_cfg_plugin.pipelines.registry import family_of
+from vllm_cfg_plugin.pipelines.registry import pipeline_class
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -31,17 +30,11 @@ logger = get_logger(__name__)
 _inherited: EnginePipeline | None = None
 
 
-def pipeline_class(model_config: ModelConfig) -> type[EnginePipeline]:
-    """Our class for the checkpoint; importing it also imports diffusers and transformers."""
-    implementation = family_of(Checkpoint(model_config.model, model_config.revision)).implementation
-    return resolve_obj_by_qualname(implementation.replace(":", "."))
-
-
 def load_pipeline(model_config: ModelConfig, device: torch.device) -> EnginePipeline:
     """The pipeline that this process was forked with, or else a copy of its own."""
     if _inherited is not None:
         return _inherited
-    load = pipeline_class(model_config).load
+    load = pipeline_class(Checkpoint(model_config.model, model_config.revision)).load
     dtype = cast(torch.dtype, model_config.dtype)  # vLLM resolved the name that it may have been
     started = time.perf_counter()
     pipeline = load(model_config.model, dtype=dtype, device=device, revision=model_config.revision)

@@ -9,7 +9,7 @@ collective comes in as a function.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,14 +17,16 @@ import torch
 
 from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, StepPlan, StepReport
 from vllm_cfg_plugin.logs import get_logger
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
+from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds
 from vllm_cfg_plugin.worker.exchange import AllGather, ExchangeLayout, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.side_work import SideWork
-from vllm_cfg_plugin.worker.state import EmbeddingCache, RequestState
+from vllm_cfg_plugin.worker.state import RequestState, TensorCache
 
 logger = get_logger(__name__)
 
 EMBEDDING_CACHE_BYTES = 256 * 2**20
+CONDITION_CACHE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class StepRunner:
         self.ranks = ranks
         self.side = side
         self.states: dict[int, RequestState] = {}
-        self.embeddings = EmbeddingCache(pipeline.encode_branch, EMBEDDING_CACHE_BYTES)
+        self.embeddings: TensorCache[PromptEmbeds] = TensorCache(lambda embeds: embeds.tensors, EMBEDDING_CACHE_BYTES)
+        self.conditions: TensorCache[list[torch.Tensor]] = TensorCache(lambda tensors: tensors, CONDITION_CACHE_BYTES)
         self._running: dict[int, RequestState] = {}
         self._lineup: Lineup | None = None  # of `_running`; None when that or an owner has changed
         self._failures: list[tuple[int, str]] = []  # to be reported
@@ -109,10 +112,22 @@ class StepRunner:
 
     def _encode_branch(self, state: RequestState, branch: int) -> None:
         """Runs beside the steps."""
-        embeds = self.embeddings.get(state.request.prompts[branch])
-        if embeds.is_cuda:  # made on the side stream, read on the stepping one
-            embeds.record_stream(torch.cuda.default_stream(embeds.device))
+        request = state.request
+        state.condition = self._condition(request)
+        encode = partial(self.pipeline.encode_branch, request, branch)
+        embeds = self.embeddings.get(request.embeds_key(branch), encode)
+        for tensor in (*embeds.tensors, *state.condition):
+            if tensor.is_cuda:  # made on the side stream, read on the stepping one
+                tensor.record_stream(torch.cuda.default_stream(tensor.device))
         state.prompt_embeds[branch] = embeds
+
+    def _condition(self, request: DiffusionRequest) -> list[torch.Tensor]:
+        """What the request's images became."""
+        if not request.images:
+            return []
+        # The size of the result too: some families bring the images to it.
+        key = (*request.condition_key, request.height, request.width, request.num_frames)
+        return self.conditions.get(key, partial(self.pipeline.encode_images, request))
 
     def _assign(self, assign: Assign) -> None:
         state = self.states.get(assign.id)
@@ -130,7 +145,8 @@ class StepRunner:
         """Runs beside the steps."""
         if not torch.isfinite(state.latents).all():
             raise ArithmeticError("its latents are not finite (NaN or infinity)")
-        return self.pipeline.decode(state.latents, state.request).contiguous()
+        condition = self._condition(state.request) if self.pipeline.decode_sees_images else []
+        return self.pipeline.decode(state.latents, state.request, condition).contiguous()
 
     # ---- one denoising step of all running requests ----
 
@@ -141,22 +157,27 @@ class StepRunner:
 
     def _line_up(self) -> Lineup:
         states = list(self._running.values())
-        shapes = [self.pipeline.exchange_shape(state.request) for state in states]
+        shapes = [self.pipeline.prediction_shape(state.request) for state in states]
         layout = ExchangeLayout.of([state.owners for state in states], shapes, self.ranks)
         mine = [cell.slot for cell in layout.cells if cell.rank == self.rank]
-        mine.sort(key=lambda slot: (shapes[slot[0]][0], states[slot[0]].request.text_tokens[slot[1]]))
+        mine.sort(key=lambda slot: _lengths(states[slot[0]].request, slot[1]))
         return Lineup(states, layout, mine)
 
     def _forward(self, lineup: Lineup) -> dict[Slot, torch.Tensor]:
-        """One packed forward of this rank's branches."""
-        slots = [slot for slot in lineup.mine if not lineup.states[slot[0]].error]
-        inputs = [_branch_input(lineup.states[position], branch) for position, branch in slots]
+        """One packed forward of this rank's branches for each model that forwards some of them."""
+        groups: dict[Hashable, dict[Slot, BranchInput]] = {}
+        for slot in lineup.mine:
+            state = lineup.states[slot[0]]
+            if not state.error:
+                branch = _branch_input(state, slot[1])
+                groups.setdefault(self.pipeline.forward_group(branch), {})[slot] = branch
         predictions = {}
-        for slot, outcome in zip(slots, self._predict(inputs), strict=True):
-            if isinstance(outcome, Exception):
-                self._note_failure(lineup.states[slot[0]], "predicting its noise", outcome)
-            else:
-                predictions[slot] = outcome
+        for group in groups.values():
+            for slot, outcome in zip(group, self._predict([*group.values()]), strict=True):
+                if isinstance(outcome, Exception):
+                    self._note_failure(lineup.states[slot[0]], "predicting its noise", outcome)
+                else:
+                    predictions[slot] = outcome
         return predictions
 
     def _predict(self, inputs: Sequence[BranchInput]) -> list[torch.Tensor | Exception]:
@@ -196,15 +217,11 @@ class StepRunner:
 
     def _advance(self, state: RequestState, predictions: Sequence[torch.Tensor]) -> None:
         """Combine the branches and step the request's own noise scheduler, through the pipeline's hooks."""
-        noise = predictions[0]
-        if len(predictions) > 1:
-            noise = self.pipeline.combine_cfg_noise(
-                predictions[0], predictions[1], state.request.true_cfg_scale, self.pipeline.cfg_normalize
-            )
+        timestep = state.noise_scheduler.timesteps[state.index]
+        noise = self.pipeline.combine_branches(predictions, state.request, timestep, state.index)
         # The hook's signature is the seed's: it steps `self.scheduler`, which is the request's for this call.
         own, self.pipeline.scheduler = self.pipeline.scheduler, state.noise_scheduler
         try:
-            timestep = state.noise_scheduler.timesteps[state.index]
             state.latents = self.pipeline.scheduler_step(noise, timestep, state.latents)
         finally:
             self.pipeline.scheduler = own
@@ -219,10 +236,16 @@ class StepRunner:
 def _branch_input(state: RequestState, branch: int) -> BranchInput:
     timesteps = state.noise_scheduler.timesteps
     return BranchInput(
+        request=state.request,
         latents=state.latents,
-        prompt_embeds=state.prompt_embeds[branch],
+        embeds=state.prompt_embeds[branch],
         timestep=timesteps[state.index],
-        height=state.request.height,
-        width=state.request.width,
+        branch=branch,
+        condition=state.condition,
         timesteps_ahead=timesteps[state.index + 1 :],
     )
+
+
+def _lengths(request: DiffusionRequest, branch: int) -> tuple[int, int]:
+    """Tokens of a branch's image (with its conditions) and text."""
+    return request.image_tokens + request.condition_tokens, request.text_tokens[branch]

@@ -28,7 +28,8 @@ logger = get_logger(__name__)
 _ENCODE_NICENESS = 2
 _DECODE_NICENESS = 5
 
-# Sends a report and, after a decode, its image: uint8 [height, width, 3]. Called on the threads of this module.
+# Sends a report and, after a decode, its pixels: uint8 [number, height, width, channels]. Called on the threads of this
+# module.
 Deliver = Callable[[SideReport, torch.Tensor | None], None]
 
 
@@ -52,7 +53,7 @@ class SideWork:
         self._submit(self._encoder, id, branch, "encoding its prompt", work)
 
     def decode(self, id: int, work: Callable[[], torch.Tensor]) -> None:
-        """Run `work`, which decodes request `id` to uint8 [height, width, 3] on the CPU, and report."""
+        """Run `work`, which decodes request `id` to uint8 [number, height, width, channels] on the CPU, and report."""
         self._submit(self._decoder, id, DECODED, "decoding its image", work)
 
     def cancel(self, id: int) -> None:
@@ -77,16 +78,16 @@ class SideWork:
         if branch == DECODED:
             self._queued.pop(id, None)
         try:
-            image = work()
+            pixels = work()
             thread.synchronize()
         except Exception as error:
             logger.error("A request failed while %s", doing, exc_info=error)
             message = f"failed while {doing}: {type(error).__name__}: {error}"
             self.deliver(SideReport(id, branch, self._rank, 0.0, message), None)
             return
-        height, width = image.shape[:2] if image is not None else (0, 0)
+        shape = () if pixels is None else tuple(pixels.shape)
         milliseconds = 1e3 * (time.monotonic() - began)
-        self.deliver(SideReport(id, branch, self._rank, milliseconds, "", height, width), image)
+        self.deliver(SideReport(id, branch, self._rank, milliseconds, "", shape), pixels)
 
 
 class SideThread:

@@ -1,20 +1,24 @@
-"""What a rank remembers of one request, and the cache of text embeddings.
+"""What a rank remembers of one request, and the cache of what texts and images became.
 
 All ranks hold the same latents and noise-scheduler state of every request; a rank holds the embeddings only of the
-branches that it was told to encode. Must not import vLLM or torch.distributed.
+branches that it was told to encode, and what the images became only with them. Must not import vLLM or
+torch.distributed.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import PromptEmbeds
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -22,10 +26,11 @@ class RequestState:
     """One request on this rank.
 
     Attributes:
-        latents: [1, image_tokens, channels].
+        latents: [1, ...].
         noise_scheduler: diffusers' noise scheduler of this request alone, its timesteps set.
-        prompt_embeds: branch -> [text_tokens, dim], of the branches this rank was told to encode.
-        owners: cfg rank that forwards each branch; empty until it runs.
+        prompt_embeds: of the branches this rank was told to encode.
+        condition: what the request's images became, on ranks that encoded a branch.
+        owners: cfg rank that forwards each branch, those of this step only; empty until it runs.
         index: denoising steps taken.
         error: why it can't go on here; '' while it can. The other ranks learn of it in the next exchange.
     """
@@ -34,7 +39,8 @@ class RequestState:
     request: DiffusionRequest
     latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     noise_scheduler: Any = None
-    prompt_embeds: dict[int, torch.Tensor] = field(default_factory=dict)
+    prompt_embeds: dict[int, PromptEmbeds] = field(default_factory=dict)
+    condition: Sequence[torch.Tensor] = ()
     owners: tuple[int, ...] = ()
     index: int = 0
     error: str = ""
@@ -44,34 +50,37 @@ class RequestState:
         return self.index == self.request.num_inference_steps
 
 
-class EmbeddingCache:
-    """Least recently used text embeddings, bounded by their bytes: the empty negative prompt is encoded once."""
+class TensorCache(Generic[Value]):
+    """Least recently used values made of tensors, bounded by their bytes: the empty negative prompt is encoded once.
 
-    def __init__(self, encode: Callable[[str], torch.Tensor], capacity_bytes: int) -> None:
-        self._encode = encode
+    Args:
+        tensors: of a value.
+    """
+
+    def __init__(self, tensors: Callable[[Value], Sequence[torch.Tensor]], capacity_bytes: int) -> None:
+        self._tensors = tensors
         self._capacity_bytes = capacity_bytes
         self._bytes = 0
-        self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._lock = Lock()  # texts are encoded on a thread beside the one that clears
+        self._entries: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = Lock()  # values are made on a thread beside the one that clears
 
-    def get(self, prompt: str) -> torch.Tensor:
-        """The prompt's embedding [text_tokens, dim], encoded if it is not here."""
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value of a key, made if it is not here."""
         with self._lock:
-            return self._get(prompt)
+            if (value := self._entries.get(key)) is not None:
+                self._entries.move_to_end(key)
+                return value
+            value = self._entries[key] = make()
+            self._bytes += self._size(value)
+            while self._bytes > self._capacity_bytes and len(self._entries) > 1:
+                _, evicted = self._entries.popitem(last=False)
+                self._bytes -= self._size(evicted)
+            return value
 
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
             self._bytes = 0
 
-    def _get(self, prompt: str) -> torch.Tensor:
-        if (embeds := self._entries.get(prompt)) is not None:
-            self._entries.move_to_end(prompt)
-            return embeds
-        embeds = self._encode(prompt)
-        self._entries[prompt] = embeds
-        self._bytes += embeds.nbytes
-        while self._bytes > self._capacity_bytes and len(self._entries) > 1:
-            _, evicted = self._entries.popitem(last=False)
-            self._bytes -= evicted.nbytes
-        return embeds
+    def _size(self, value: Value) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors(value))

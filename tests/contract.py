@@ -1,0 +1,57 @@
+"""A pipeline behind the engine's contract, without an engine: requests as the front end makes them, their steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.entrypoints.input_images import read_images
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
+from vllm_cfg_plugin.pipelines.registry import describe
+from vllm_cfg_plugin.resolve import resolve_requests
+from vllm_cfg_plugin.tokens import TokenCounter
+
+
+def make_request(
+    folder: str | Path, prompt: str, images: Sequence[Image.Image] = (), **params: Any
+) -> DiffusionRequest:
+    """A request to the model in a folder, as the front end would resolve it."""
+    checkpoint, limits = Checkpoint(str(folder)), RequestLimits()
+    info = describe(checkpoint)
+    inputs = read_images(list(images), "image", limits.max_input_pixels)
+    count = TokenCounter.of(checkpoint, info.text)
+    return resolve_requests(prompt, DiffusionParams(**params), info, limits, count, inputs)[0]
+
+
+@torch.inference_mode()
+def generate(pipeline: EnginePipeline, request: DiffusionRequest) -> torch.Tensor:
+    """What the engine does for one request on one rank; returns its final latents."""
+    latents, scheduler = pipeline.draw_noise(request), pipeline.make_noise_scheduler(request)
+    condition = pipeline.encode_images(request) if request.images else []
+    embeds = [pipeline.encode_branch(request, branch) for branch in range(len(request.prompts))]
+    own, pipeline.scheduler = pipeline.scheduler, scheduler
+    try:
+        for step, timestep in enumerate(scheduler.timesteps):
+            branches = [
+                BranchInput(request, latents, embeds[branch], timestep, branch, condition)
+                for branch in range(request.branches_at(step))
+            ]
+            predictions = predict(pipeline, branches)
+            assert all(prediction.shape == (1, *pipeline.prediction_shape(request)) for prediction in predictions)
+            noise = pipeline.combine_branches(predictions, request, timestep, step)
+            latents = pipeline.scheduler_step(noise, timestep, latents)
+    finally:
+        pipeline.scheduler = own
+    return latents
+
+
+def predict(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
+    """The predictions of branches that share a forward group, by one packed forward."""
+    assert len({pipeline.forward_group(branch) for branch in branches}) == 1
+    return pipeline.unpack_predictions(pipeline.predict_noise(**pipeline.pack_branches(branches)), branches)

@@ -1,0 +1,264 @@
+"""Validates what a user asks and decides what is left open: parameters in, one `DiffusionRequest` per result out.
+
+Runs once for a request, in the front end; nothing invalid goes further. Must not import torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+
+from msgspec import UNSET
+
+from vllm_cfg_plugin.checkpoint import PipelineInfo
+from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.params import (
+    COMBINE_RULES,
+    MAX_IMAGES_PER_REQUEST,
+    MAX_SEED,
+    MIN_SEED,
+    DiffusionParams,
+    DiffusionRequest,
+    Guidance,
+    ImageInput,
+    RequestLimits,
+)
+
+_SCALES = ("true_cfg_scale", "guidance_scale")
+# Fields that only some models read; `PipelineInfo.options`, `cfg_scale` and `distilled_scale` say which.
+_OPTIONAL = (*_SCALES, "guidance_scale_2", "image_guidance_scale", "num_frames", "layers")
+
+
+def resolve_requests(
+    prompt: object,
+    params: DiffusionParams,
+    info: PipelineInfo,
+    limits: RequestLimits,
+    count_tokens: Callable[[str], int],
+    images: Sequence[ImageInput] = (),
+) -> list[DiffusionRequest]:
+    """Validate one prompt with its parameters; returns `params.n` requests.
+
+    Args:
+        count_tokens: number of sequence tokens that a prompt takes in the model.
+        images: what the request brings along.
+
+    Raises:
+        InvalidRequestError: naming the first wrong field, its value and what is allowed.
+    """
+    asked = params
+    _check_known_fields(asked, info)
+    _check_images(images, info, limits)
+    params = _with_defaults(asked, info, images)
+    text = _checked_prompt("prompt", prompt, info, count_tokens)
+    height, width = _checked_size(params, info, limits)
+    num_frames = _checked_frames(params, info)
+    if height * width * num_frames > limits.max_video_pixels:
+        allowed = f"less: all frames of {width}x{height} have more than {limits.max_video_pixels} pixels"
+        raise InvalidRequestError("num_frames", num_frames, allowed)
+    layers = 0 if params.layers is UNSET else _checked_int("layers", params.layers, 1, 16)
+    steps = _checked_int("num_inference_steps", params.num_inference_steps, info.min_steps, limits.max_inference_steps)
+    count = _checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
+    guidance = _checked_guidance(params, info)
+    branches = [text, *_negative_branches(params, info, guidance, count_tokens)]
+    guided = guidance.scale > 1 and len(branches) > 1 and bool(guidance.guided_steps(steps))
+    branches = branches if guided else branches[:1]
+    sizes = [(image.width, image.height) for image in images]
+    condition_tokens, condition_text_tokens = info.condition_tokens(sizes)
+    first_seed = _checked_seed(params.seed, count)
+    return [
+        DiffusionRequest(
+            prompts=[branch for branch, _ in branches],
+            text_tokens=[tokens + condition_text_tokens for _, tokens in branches],
+            image_tokens=info.image_tokens(height, width, num_frames, layers),
+            condition_tokens=condition_tokens,
+            images=list(images),
+            text_sees_images=info.text.sees_images,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            layers=layers,
+            num_inference_steps=steps,
+            guidance=guidance,
+            seed=first_seed + i,
+            guidance_off="" if guided else _why_guidance_is_off(asked, info, guidance, steps),
+        )
+        for i in range(count)
+    ]
+
+
+def _check_known_fields(asked: DiffusionParams, info: PipelineInfo) -> None:
+    """Refuse what this model does not read: it would be ignored."""
+    for name in _OPTIONAL:
+        value = getattr(asked, name)
+        if value is UNSET or name in info.options or name in (info.cfg_scale, info.distilled_scale):
+            continue
+        remedy = f": this model's guidance scale is {info.cfg_scale}" if name in _SCALES else ": this model has none"
+        raise InvalidRequestError(name, value, f"absent{remedy}")
+
+
+def _check_images(images: Sequence[ImageInput], info: PipelineInfo, limits: RequestLimits) -> None:
+    most = min(info.max_images, limits.max_input_images)
+    if images and not info.max_images:
+        raise InvalidRequestError("image", f"{len(images)} images", f"absent: this model does {info.task}")
+    if not info.min_images <= len(images) <= most:
+        allowed = f"{info.min_images} to {most} images" if most > info.min_images else f"{most} image"
+        raise InvalidRequestError("image", f"{len(images)} images" if images else None, f"{allowed} for this model")
+    for image in images:
+        if image.width * image.height > limits.max_input_pixels:
+            size = f"{image.width}x{image.height}"
+            raise InvalidRequestError("image", size, f"of at most {limits.max_input_pixels} pixels")
+
+
+def _with_defaults(params: DiffusionParams, info: PipelineInfo, images: Sequence[ImageInput]) -> DiffusionParams:
+    fields = {name: getattr(params, name) for name in params.__struct_fields__}
+    if info.default_size is not None and fields["height"] is UNSET and fields["width"] is UNSET:
+        fields["height"], fields["width"] = info.default_size([(image.width, image.height) for image in images])
+    for name, value in fields.items():
+        if value is UNSET:
+            fields[name] = getattr(info.default_params, name)
+    return DiffusionParams(**fields)
+
+
+def _checked_prompt(
+    param: str, prompt: object, info: PipelineInfo, count_tokens: Callable[[str], int], empty_ok: bool = False
+) -> tuple[str, int]:
+    """The prompt and its number of tokens."""
+    if not isinstance(prompt, str):
+        raise InvalidRequestError(param, prompt, "a string")
+    if not empty_ok and not prompt.strip():
+        raise InvalidRequestError(param, prompt, "a non-empty string")
+    if not _is_encodable(prompt):
+        raise InvalidRequestError(param, prompt, "text that UTF-8 can encode (no lone surrogates)")
+    tokens = count_tokens(prompt)
+    if tokens > info.text.max_tokens:
+        raise InvalidRequestError(
+            param, prompt, f"at most {info.text.max_tokens} tokens long for this model, and this one has {tokens}"
+        )
+    return prompt, tokens if info.text.fixed_tokens is None else info.text.fixed_tokens
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _negative_branches(
+    params: DiffusionParams, info: PipelineInfo, guidance: Guidance, count_tokens: Callable[[str], int]
+) -> list[tuple[str, int]]:
+    """The texts of the branches after the positive one, with their tokens."""
+    negative = params.negative_prompt
+    if negative is UNSET or negative is None:
+        if info.needs_negative_prompt:
+            return []
+        negative = ""
+    branch = _checked_prompt("negative_prompt", negative, info, count_tokens, empty_ok=True)
+    return [branch, branch] if guidance.image_scale != 1 else [branch]
+
+
+def _checked_size(params: DiffusionParams, info: PipelineInfo, limits: RequestLimits) -> tuple[int, int]:
+    """(height, width)."""
+    height = _checked_side("height", params.height, info)
+    width = _checked_side("width", params.width, info)
+    if height * width > limits.max_image_pixels:
+        raise InvalidRequestError("size", f"{width}x{height}", f"at most {limits.max_image_pixels} pixels in all")
+    return height, width
+
+
+def _checked_side(param: str, value: object, info: PipelineInfo) -> int:
+    allowed = f"a positive multiple of {info.size_multiple}"
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % info.size_multiple:
+        raise InvalidRequestError(param, value, allowed)
+    return value
+
+
+def _checked_frames(params: DiffusionParams, info: PipelineInfo) -> int:
+    if params.num_frames is UNSET:
+        return 1
+    frames = params.num_frames
+    per_latent = info.frames_per_latent
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1 or (frames - 1) % per_latent:
+        near = 1 if not isinstance(frames, int) or frames < 1 else (frames - 1) // per_latent * per_latent + 1
+        allowed = f"a multiple of {per_latent} plus 1, e.g. {near} or {near + per_latent}"
+        raise InvalidRequestError("num_frames", frames, allowed)
+    return frames
+
+
+def _checked_int(param: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequestError(param, value, f"an integer from {low} to {high}")
+    return value
+
+
+def _checked_guidance(params: DiffusionParams, info: PipelineInfo) -> Guidance:
+    scales = {name: _checked_scale(name, getattr(params, name)) for name in _OPTIONAL if "scale" in name}
+    rule = "cfg" if params.combine_rule is UNSET else params.combine_rule
+    if rule not in COMBINE_RULES:
+        raise InvalidRequestError("combine_rule", rule, f"one of {', '.join(COMBINE_RULES)}")
+    normalize = False if params.cfg_normalize is UNSET else params.cfg_normalize
+    if not isinstance(normalize, bool):
+        raise InvalidRequestError("cfg_normalize", normalize, "true or false")
+    rescale = 0.0 if params.guidance_rescale is UNSET else params.guidance_rescale
+    if not _is_number(rescale) or not 0 <= rescale <= 1:
+        raise InvalidRequestError("guidance_rescale", rescale, "a number from 0 to 1")
+    scale = scales[info.cfg_scale]
+    image_scale = scales["image_guidance_scale"]
+    return Guidance(
+        scale=1.0 if scale is None else scale,
+        scale_2=scales["guidance_scale_2"],
+        image_scale=1.0 if image_scale is None else image_scale,
+        distilled=scales.get(info.distilled_scale),
+        rule=rule,
+        normalize=normalize,
+        rescale=float(rescale),
+        interval=_checked_interval(params.guidance_interval),
+    )
+
+
+def _checked_scale(param: str, value: object) -> float | None:
+    if value is UNSET:
+        return None
+    if not _is_number(value) or value < 0:  # type: ignore[operator]
+        raise InvalidRequestError(param, value, "a finite number from 0 up")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _checked_interval(value: object) -> tuple[float, float]:
+    if value is UNSET:
+        return (0.0, 1.0)
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(edge) for edge in value):
+        start, stop = value
+        if 0 <= start < stop <= 1:
+            return (float(start), float(stop))
+    raise InvalidRequestError(
+        "guidance_interval", value, "[start, stop], fractions of the steps: 0 <= start < stop <= 1"
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _why_guidance_is_off(asked: DiffusionParams, info: PipelineInfo, guidance: Guidance, steps: int) -> str:
+    """The reason, for a user who asked for guidance by giving a part of it; '' for one who did not ask."""
+    if asked.guidance_interval is not UNSET and not guidance.guided_steps(steps):
+        return f"none of {steps} steps is in the guidance interval {list(guidance.interval)}"
+    if isinstance(asked.negative_prompt, str) and guidance.scale <= 1:
+        return f"a negative prompt was given, but {info.cfg_scale} is {guidance.scale:g}, not above 1"
+    if guidance.scale > 1 and getattr(asked, info.cfg_scale) is not UNSET:
+        return f"{info.cfg_scale} is {guidance.scale:g}, but there is no negative prompt (an empty one is enough)"
+    return ""
+
+
+def _checked_seed(value: object, count: int) -> int:
+    """The first of `count` consecutive seeds."""
+    if value is None or value is UNSET:
+        return secrets.randbelow(2**31)
+    allowed = f"an integer from {MIN_SEED} to {MAX_SEED - count + 1}"
+    if isinstance(value, bool) or not isinstance(value, int) or not MIN_SEED <= value <= MAX_SEED - count + 1:
+        raise InvalidRequestError("seed", value, allowed)
+    return value
