@@ -5,7 +5,7 @@ import torch
 
 from tests.models import SIZES, transformer
 from vllm_cfg_plugin.pipelines import modulation
-from vllm_cfg_plugin.pipelines.modulation import ModulationCache, compute_modulations
+from vllm_cfg_plugin.pipelines.modulation import ModulationCache
 from vllm_cfg_plugin.pipelines.qwen_image_packed import PackedQwenImageTransformer
 
 FLOAT = torch.float32
@@ -19,14 +19,14 @@ def model(request):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """The timesteps of every `compute_modulations` call of a cache."""
-    calls = []
+    """The timesteps of every `compute_modulations` call."""
+    calls, compute = [], PackedQwenImageTransformer.compute_modulations
 
     def record(model, timesteps, dtype):
         calls.append(list(timesteps))
-        return compute_modulations(model, timesteps, dtype)
+        return compute(model, timesteps, dtype)
 
-    monkeypatch.setattr(modulation, "compute_modulations", record)
+    monkeypatch.setattr(PackedQwenImageTransformer, "compute_modulations", record)
     return calls
 
 
@@ -40,7 +40,7 @@ def all_factors(entry):
 
 @torch.inference_mode()
 def test_like_diffusers(model):
-    [entry] = compute_modulations(model, [0.7], FLOAT)
+    [entry] = model.compute_modulations([0.7], FLOAT)
     embedded = model.time_text_embed(torch.tensor([0.7]), model.img_in.weight)
     for block, factors in zip(model.transformer_blocks, entry.blocks, strict=True):
         expected = torch.cat([block.img_mod(embedded), block.txt_mod(embedded)], dim=1).view(12, -1)
@@ -54,18 +54,20 @@ def test_like_diffusers(model):
 @torch.inference_mode()
 def test_bits_do_not_depend_on_company(model):
     timesteps = schedule(37)
-    alone = [all_factors(compute_modulations(model, [t], FLOAT)[0]) for t in timesteps]
+    alone = [all_factors(model.compute_modulations([t], FLOAT)[0]) for t in timesteps]
     for count in (2, 15, 16, 17, 37):
-        together = compute_modulations(model, timesteps[:count], FLOAT)
+        together = model.compute_modulations(timesteps[:count], FLOAT)
         assert all(torch.equal(all_factors(entry), own) for entry, own in zip(together, alone, strict=False))
 
 
 @torch.inference_mode()
 def test_the_following_steps_cost_nothing(model, computed):
     cache, timesteps = ModulationCache(), schedule(20)
+    alone = [all_factors(model.compute_modulations([t], FLOAT)[0]) for t in timesteps]
+    computed.clear()
     for i, t in enumerate(timesteps):
         [entry] = cache.get(model, [t], torch.tensor(timesteps[i + 1 :], dtype=torch.float64), FLOAT)
-        assert torch.equal(all_factors(entry), all_factors(compute_modulations(model, [t], FLOAT)[0]))
+        assert torch.equal(all_factors(entry), alone[i])
     assert [len(call) for call in computed] == [16, 4]
 
 
@@ -113,4 +115,4 @@ def test_forward_computes_ahead_only_where_asked(model, computed):
     for _ in range(2):
         prediction = model(**arguments, timesteps_ahead=torch.tensor(schedule(5)))[0]
         assert torch.equal(prediction, expected)
-    assert [len(call) for call in computed] == [6]
+    assert [len(call) for call in computed] == [1, 6]  # nothing ahead, then all of it at once

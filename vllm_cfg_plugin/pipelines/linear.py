@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.activations import GELU
 from torch import nn
 
@@ -40,7 +41,14 @@ def feed_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     first, _, last = module.net
     if not (type(first) is GELU and first.approximate == "tanh" and _is_for_onednn(first.proj, x)):
         return module(x)
-    return linear(last, onednn_linear(x, first.proj.weight, first.proj.bias, "gelu", "tanh"))
+    return linear(last, gelu_linear(first.proj, x))
+
+
+def gelu_linear(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """The tanh approximation of GELU of `module(x)` for a linear layer and rows x, [rows, channels]."""
+    if _is_for_onednn(module, x):
+        return onednn_linear(x, module.weight, module.bias, "gelu", "tanh")
+    return F.gelu(module(x), approximate="tanh")
 
 
 def _is_for_onednn(module: Any, x: torch.Tensor) -> bool:

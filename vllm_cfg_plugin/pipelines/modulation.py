@@ -1,8 +1,9 @@
-"""Qwen-Image's modulation by the timestep alone, computed ahead and remembered; must not import vLLM.
+"""Scales, shifts and gates of packed sequences (adaptive layer norm); must not import vLLM.
 
-A third of the transformer's weights turn a timestep into scales, shifts and gates: the same for every sequence at that
-timestep. A matrix product is padded to `ROW_MULTIPLE` rows anyway, so a request's following timesteps take the
-padding's place, and its next steps read no modulation weight at all.
+Where a model is modulated by the timestep alone, as Qwen-Image is, a third of its weights do nothing else: the result
+is the same for every sequence at that timestep, so it is computed ahead and remembered. A matrix product is padded to
+`ROW_MULTIPLE` rows anyway: a request's following timesteps take the padding's place, and its next steps read no
+modulation weight at all.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from vllm_cfg_plugin.pipelines.linear import linear
-from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE, pad_rows
+from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE
 
 # Timesteps kept: as many as fit in these bytes, but for a large model at least this many (each 4.4 MB in
 # Qwen-Image).
@@ -26,16 +27,14 @@ _MIN_TIMESTEPS = 64
 
 Factors = tuple[torch.Tensor, ...]
 
-_PER_BLOCK = 12  # (shift, scale, gate) of attention, then of the MLP; of the image, then of the text
-_SCALES = slice(1, None, 3)
-
 
 @dataclass(frozen=True)
 class Modulation:
-    """What one timestep does to the activations; each factor is [dim], and scales have their one already added.
+    """What one condition does to the activations; each factor is [dim], and scales have their one already added.
 
     Attributes:
-        blocks: for each block (shift, scale, gate) of the image's attention and MLP, then of the text's.
+        blocks: for each block (shift, scale, gate) of the image's attention and MLP, then of the text's; or what else
+            its layers give, see `project_modulations`.
         scale, shift: after the last block.
         nbytes: of all of it.
     """
@@ -46,20 +45,31 @@ class Modulation:
     nbytes: int
 
 
+class TimestepModulated(Protocol):
+    """A packed model that nothing but the timestep modulates."""
+
+    modulations: ModulationCache
+
+    def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
+        """The modulation of each timestep, as the model's forward is given it; the same bits in any company."""
+
+
 class ModulationCache:
     """Least recently used modulations of one model whose weights do not change."""
 
     def __init__(self) -> None:
         self._entries: OrderedDict[tuple[float, torch.dtype], Modulation] = OrderedDict()
 
-    def get(self, model: Any, timesteps: Sequence[float], ahead: torch.Tensor, dtype: torch.dtype) -> list[Modulation]:
+    def get(
+        self, model: TimestepModulated, timesteps: Sequence[float], ahead: torch.Tensor, dtype: torch.dtype
+    ) -> list[Modulation]:
         """The modulation of each timestep; where one is missing, `ahead` fills the rows that would be padding."""
         missing = [t for t in dict.fromkeys(timesteps) if (t, dtype) not in self._entries]
         if missing:
             later = (t for t in dict.fromkeys(ahead.tolist()) if (t, dtype) not in self._entries and t not in missing)
             batch = [*missing, *islice(later, -len(missing) % ROW_MULTIPLE)]
             # Those needed now go in last, so that they stay.
-            for t, modulation in reversed([*zip(batch, compute_modulations(model, batch, dtype), strict=True)]):
+            for t, modulation in reversed([*zip(batch, model.compute_modulations(batch, dtype), strict=True)]):
                 self._entries[t, dtype] = modulation
         found = []
         for t in timesteps:
@@ -79,21 +89,76 @@ class ModulationCache:
             self._entries.popitem(last=False)
 
 
-def compute_modulations(model: Any, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
-    """The modulation of each timestep (in 0..1) by a QwenImageTransformer2DModel; the same bits in any company."""
-    weight = model.img_in.weight
-    values = torch.tensor(timesteps, dtype=dtype, device=weight.device)
-    time = F.silu(model.time_text_embed(pad_rows(values), weight))
-    rows = []
-    for block in model.transformer_blocks:
-        rows += [linear(block.img_mod[1], time), linear(block.txt_mod[1], time)]
-    rows.append(linear(model.norm_out.linear, time))  # scale, shift
+def modulations_at(
+    model: TimestepModulated, timestep: torch.Tensor, timesteps_ahead: torch.Tensor | None, dtype: torch.dtype
+) -> list[Modulation]:
+    """The modulation of each timestep [n]: one object for equal timesteps.
+
+    Args:
+        timesteps_ahead: timesteps of later calls, [any number], which are modulated on the side; None where weights may
+            change between calls: then nothing is remembered.
+    """
+    timesteps = timestep.to(dtype).tolist()
+    if timesteps_ahead is not None:
+        return model.modulations.get(model, timesteps, timesteps_ahead.to(dtype), dtype)
+    distinct = list(dict.fromkeys(timesteps))
+    of_timestep = dict(zip(distinct, model.compute_modulations(distinct, dtype), strict=True))
+    return [of_timestep[t] for t in timesteps]
+
+
+def project_modulations(
+    layers: Sequence[Sequence[Any]], last: Any, condition: torch.Tensor, count: int
+) -> list[Modulation]:
+    """The modulations that a model's linear layers make of conditions.
+
+    Args:
+        layers: of each block. A layer gives (shift, scale, gate), any number of times, or (scale, shift), which is
+            stored the other way round.
+        last: the layer that gives (scale, shift) after the last block.
+        condition: what the layers take, [rows, dim]: padded to `ROW_MULTIPLE` rows.
+        count: rows that are no padding.
+    """
+    final = linear(last, condition)
+    dim = final.shape[1] // 2
+    blocks = [torch.cat([_factors_of(linear(layer, condition), dim) for layer in block], dim=1) for block in layers]
+    rows = torch.cat([*blocks, _factors_of(final, dim)], dim=1)  # [rows, factors, dim]
+    sizes = [block.shape[1] for block in blocks]
     modulations = []
-    for row in torch.cat(rows, dim=1)[: len(timesteps)]:
-        factors = row.clone().view(-1, weight.shape[0])
-        factors[:-2][_SCALES] += 1
-        factors[-2] += 1
-        *views, scale, shift = factors.unbind()
-        blocks = [tuple(views[i : i + _PER_BLOCK]) for i in range(0, len(views), _PER_BLOCK)]
-        modulations.append(Modulation(blocks, scale, shift, factors.nbytes))
+    for row in rows[:count]:
+        factors = row.clone()
+        *of_blocks, (shift, scale) = (part.unbind() for part in factors.split([*sizes, 2]))
+        modulations.append(Modulation(of_blocks, scale, shift, factors.nbytes))
     return modulations
+
+
+def _factors_of(projected: torch.Tensor, dim: int) -> torch.Tensor:
+    """[rows, factors, dim] of one layer's output, scales with their one added and in second place."""
+    factors = projected.unflatten(1, (-1, dim))
+    if factors.shape[1] == 2:
+        factors = factors.flip(1)
+    factors[:, 1::3] += 1
+    return factors
+
+
+def span_starts(modulations: Sequence[Modulation]) -> list[int]:
+    """The first sequence of each maximal span of neighbours that share one modulation: what is cheaper done at once."""
+    return [i for i, own in enumerate(modulations) if i == 0 or own is not modulations[i - 1]]
+
+
+def modulate(
+    norm: Any, stream: torch.Tensor, rows: Sequence[slice], factors: Sequence[Factors], shift: int
+) -> torch.Tensor:
+    """The layer norm of each span's rows, with the span's own scale and shift (`factors[shift + 1]`, `[shift]`)."""
+    pieces = [
+        F.layer_norm(stream[span], norm.normalized_shape, own[shift + 1], own[shift], norm.eps)
+        for span, own in zip(rows, factors, strict=True)
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def add_gated(
+    stream: torch.Tensor, change: torch.Tensor, rows: Sequence[slice], factors: Sequence[Factors], gate: int
+) -> None:
+    """Add a change to the stream in place, weighed by each span's own gate (`factors[gate]`)."""
+    for span, own in zip(rows, factors, strict=True):
+        stream[span].addcmul_(change[span], own[gate])

@@ -8,7 +8,6 @@ image size, text length and timestep, attends to itself alone, and none is padde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
 
@@ -19,30 +18,19 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.pipelines.linear import feed_forward, linear
-from vllm_cfg_plugin.pipelines.modulation import Factors, Modulation, ModulationCache, compute_modulations
-from vllm_cfg_plugin.pipelines.qwen_image_attention import JointLayout, attend, rms_norm
-from vllm_cfg_plugin.worker.packing import PackedRows, pad_rows
+from vllm_cfg_plugin.pipelines.linear import linear
+from vllm_cfg_plugin.pipelines.mmdit import DualBlock, Spans, forward_dual_block, modulate_last
+from vllm_cfg_plugin.pipelines.modulation import Modulation, ModulationCache, modulations_at, project_modulations
+from vllm_cfg_plugin.pipelines.packed_attention import JointLayout, make_joint_layout, rms_norm
+from vllm_cfg_plugin.worker.packing import LayoutCache, pad_rows
 
 ImageShape = tuple[tuple[int, int, int], ...]  # (frames, height, width) in tokens of each image of one sequence
-
-# Layouts kept per model: a layout serves every step of the requests that run together.
-_MAX_LAYOUTS = 32
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Neighbouring sequences at one timestep: its modulation, and their rows of both streams."""
-
-    modulation: Modulation
-    text: slice
-    image: slice
 
 
 class PackedQwenImageTransformer(QwenImageTransformer2DModel):
     """diffusers' QwenImageTransformer2DModel with a packed forward; for inference only."""
 
-    _layouts: dict[Any, JointLayout]
+    _layouts: LayoutCache
     modulations: ModulationCache
 
     @classmethod
@@ -57,7 +45,7 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
                 raise ConfigurationError(f"transformer/config.json: {field}=true is not supported: it must be false")
         packed = cls.__new__(cls)
         packed.__dict__ = transformer.__dict__
-        packed._layouts = {}
+        packed._layouts = LayoutCache()
         packed.modulations = ModulationCache()
         return packed
 
@@ -103,9 +91,12 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
             raise ValueError(f"there are {len(text_lengths)} texts for {len(shapes)} timesteps: give one per sequence")
         image_lengths = tuple(sum(prod(image) for image in shape) for shape in shapes)
         _check_fills("hidden_states", hidden_states, image_lengths)
-        layout = self._layout_of(shapes, image_lengths, text_lengths, hidden_states.device)
+        layout = self._layouts.get_or_make(
+            (shapes, text_lengths, hidden_states.device),
+            lambda: self._make_layout(shapes, image_lengths, text_lengths, hidden_states.device),
+        )
         text = _text_rows(encoder_hidden_states, text_lengths)
-        modulations = self._modulations(timestep, timesteps_ahead, hidden_states.dtype)
+        modulations = modulations_at(self, timestep, timesteps_ahead, hidden_states.dtype)
         sample = self._forward_rows(hidden_states.flatten(0, 1), text, modulations, layout)
         sample = sample.view(*hidden_states.shape[:2], -1)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -114,42 +105,23 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         self, latents: torch.Tensor, prompts: torch.Tensor, modulations: Sequence[Modulation], layout: JointLayout
     ) -> torch.Tensor:
         """[image tokens, channels] of all sequences from latents and prompt embeddings, both [tokens, ...]."""
-        spans = _spans(modulations, layout)
+        spans = Spans.of(modulations, layout)
         image = linear(self.img_in, pad_rows(latents))
         text = linear(self.txt_in, rms_norm(self.txt_norm, pad_rows(prompts)))
         for number, block in enumerate(self.transformer_blocks):
             is_last = number == len(self.transformer_blocks) - 1
-            _forward_block(block, image, text, spans, number, layout, is_last)
-        factors = [(span.modulation.shift, span.modulation.scale) for span in spans]
-        image = _modulate(self.norm_out.norm, image, [span.image for span in spans], factors, 0)
+            forward_dual_block(_parts(block, is_last), image, text, spans, number, layout)
+        image = modulate_last(self.norm_out.norm, image, spans)
         return linear(self.proj_out, image)[: layout.image.total]
 
-    def _modulations(
-        self, timestep: torch.Tensor, timesteps_ahead: torch.Tensor | None, dtype: torch.dtype
-    ) -> list[Modulation]:
-        """The modulation of each sequence: one object for equal timesteps."""
-        timesteps = timestep.to(dtype).tolist()
-        if timesteps_ahead is not None:
-            return self.modulations.get(self, timesteps, timesteps_ahead.to(dtype), dtype)
-        distinct = list(dict.fromkeys(timesteps))
-        of_timestep = dict(zip(distinct, compute_modulations(self, distinct, dtype), strict=True))
-        return [of_timestep[t] for t in timesteps]
-
-    def _layout_of(
-        self,
-        shapes: tuple[ImageShape, ...],
-        image_lengths: tuple[int, ...],
-        text_lengths: tuple[int, ...],
-        device: torch.device,
-    ) -> JointLayout:
-        key = (shapes, text_lengths, device)
-        layout = self._layouts.pop(key, None)
-        if layout is None:
-            layout = self._make_layout(shapes, image_lengths, text_lengths, device)
-            if len(self._layouts) >= _MAX_LAYOUTS:
-                del self._layouts[next(iter(self._layouts))]
-        self._layouts[key] = layout  # last in, so the first is the one unused for longest
-        return layout
+    def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
+        """The modulation of each timestep (in 0..1); the same bits in any company."""
+        weight = self.img_in.weight
+        values = torch.tensor(timesteps, dtype=dtype, device=weight.device)
+        time = F.silu(self.time_text_embed(pad_rows(values), weight))
+        blocks: Any = self.transformer_blocks
+        layers = [(block.img_mod[1], block.txt_mod[1]) for block in blocks]
+        return project_modulations(layers, self.norm_out.linear, time, len(timesteps))
 
     def _make_layout(
         self,
@@ -158,74 +130,22 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         text_lengths: tuple[int, ...],
         device: torch.device,
     ) -> JointLayout:
-        text, image = PackedRows(text_lengths, device), PackedRows(image_lengths, device)
-        joint = PackedRows(tuple(t + i for t, i in zip(text_lengths, image_lengths, strict=True)), device)
         rotations = []
         for shape, text_length in zip(shapes, text_lengths, strict=True):
             image_rotation, text_rotation = self.pos_embed([list(shape)], max_txt_seq_len=text_length, device=device)
             rotations += [text_rotation, image_rotation]
-        rotation = F.pad(torch.cat(rotations), [0, 0, 0, text.sizes[-1] + image.sizes[-1]])
-        return JointLayout(text, image, joint, rotation[:, None])
+        return make_joint_layout(text_lengths, image_lengths, rotations, device)
 
 
-def _spans(modulations: Sequence[Modulation], layout: JointLayout) -> list[_Span]:
-    """The sequences in maximal spans of one modulation."""
-    firsts = [i for i, own in enumerate(modulations) if i == 0 or own is not modulations[i - 1]]
-    texts, images = layout.text.cut(firsts), layout.image.cut(firsts)
-    return [_Span(modulations[i], text, image) for i, text, image in zip(firsts, texts, images, strict=True)]
-
-
-def _forward_block(
-    block: Any,
-    image: torch.Tensor,
-    text: torch.Tensor,
-    spans: Sequence[_Span],
-    number: int,
-    layout: JointLayout,
-    is_last: bool,
-) -> None:
-    """Block `number` of diffusers' dual-stream blocks, on image and text [rows, dim]: both are changed in place.
-
-    Nothing reads the last block's text, so that is not computed.
-    """
-    factors = [span.modulation.blocks[number] for span in spans]
-    images, texts = [span.image for span in spans], [span.text for span in spans]
-    image_out, text_out = attend(
-        block.attn,
-        _modulate(block.img_norm1, image, images, factors, 0),
-        _modulate(block.txt_norm1, text, texts, factors, 6),
-        layout,
+def _parts(block: Any, is_last: bool) -> DualBlock:
+    """Nothing reads the last block's text, so that is not computed."""
+    return DualBlock(
+        attn=block.attn,
+        image_norms=(block.img_norm1, block.img_norm2),
+        text_norms=(block.txt_norm1, block.txt_norm2),
+        image_mlp=block.img_mlp,
+        text_mlp=None if is_last else block.txt_mlp,
     )
-    _add_gated(image, linear(block.attn.to_out[0], image_out), images, factors, 2)
-    image_in = _modulate(block.img_norm2, image, images, factors, 3)
-    _add_gated(image, feed_forward(block.img_mlp, image_in), images, factors, 5)
-    if is_last:
-        return
-    _add_gated(text, linear(block.attn.to_add_out, text_out), texts, factors, 8)
-    text_in = _modulate(block.txt_norm2, text, texts, factors, 9)
-    _add_gated(text, feed_forward(block.txt_mlp, text_in), texts, factors, 11)
-    if image.dtype == torch.float16:  # like upstream: keep an overflow finite
-        image.clip_(-65504, 65504)
-        text.clip_(-65504, 65504)
-
-
-def _modulate(
-    norm: Any, stream: torch.Tensor, rows: Sequence[slice], factors: Sequence[Factors], shift: int
-) -> torch.Tensor:
-    """The layer norm of each span's rows, with the span's own scale and shift (`factors[shift + 1]`, `[shift]`)."""
-    pieces = [
-        F.layer_norm(stream[span], norm.normalized_shape, own[shift + 1], own[shift], norm.eps)
-        for span, own in zip(rows, factors, strict=True)
-    ]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _add_gated(
-    stream: torch.Tensor, change: torch.Tensor, rows: Sequence[slice], factors: Sequence[Factors], gate: int
-) -> None:
-    """Add a change to the stream in place, weighed by each span's own gate (`factors[gate]`)."""
-    for span, own in zip(rows, factors, strict=True):
-        stream[span].addcmul_(change[span], own[gate])
 
 
 def _image_shapes(img_shapes: Sequence[Any], count: int) -> tuple[ImageShape, ...]:

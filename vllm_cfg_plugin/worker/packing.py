@@ -9,15 +9,19 @@ float32, MKL and oneDNN), and an elementwise loop over whole vectors never falls
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 ROW_MULTIPLE = 16
+
+# Layouts kept per model: a layout serves every step of the requests that run together.
+_MAX_LAYOUTS = 32
 
 
 def padding_rows(rows: int) -> int:
@@ -116,6 +120,18 @@ class PackedRows:
         """The rows from each of the sequences `firsts` up to the next one's; the last end with the padding."""
         starts = [self.starts[first] for first in firsts]
         return [slice(start, end) for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+
+class LayoutCache(dict[Hashable, Any]):
+    """A model's layouts by what they depend on; the one unused for longest goes first."""
+
+    def get_or_make(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The layout of `key`, made by `make` where it is new or forgotten."""
+        layout = self.pop(key) if key in self else make()
+        if len(self) >= _MAX_LAYOUTS:
+            del self[next(iter(self))]
+        self[key] = layout  # last in, so the first is the one unused for longest
+        return layout
 
 
 def interleave(first: PackedRows, second: PackedRows, streams: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,7 +1,11 @@
-"""Joint attention of Qwen-Image's blocks over packed sequences, on diffusers' own modules; must not import vLLM."""
+"""Attention over packed sequences, on diffusers' own attention modules of any family; must not import vLLM.
+
+Each sequence attends to itself alone: as one stream, or as a text and an image stream with projections of their own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +16,6 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
-from diffusers.models.normalization import RMSNorm
 
 from vllm_cfg_plugin.pipelines.linear import has_onednn, linear, onednn_linear
 from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE, PackedRows, interleave
@@ -31,20 +34,49 @@ class JointLayout:
     Attributes:
         text, image: the two streams.
         joint: the stream of attention: text then image of sequence 0, of sequence 1, ...
-        rotation: complex rotary factors of the joint stream, [rows, 1, head_dim / 2].
+        rotation: complex rotary factors of the joint stream, [rows, 1, head_dim / 2], of at least as many rows as the
+            padded stream has; None where the model has no rotary embedding.
     """
 
     text: PackedRows
     image: PackedRows
     joint: PackedRows
-    rotation: torch.Tensor
+    rotation: torch.Tensor | None
+
+    def part(self, sequences: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image and the text stream of the joint stream's sequences."""
+        texts, images = zip(
+            *(rows.split((t, i)) for rows, t, i in zip(sequences, self.text.lengths, self.image.lengths, strict=True)),
+            strict=True,
+        )
+        return self.image.join(images), self.text.join(texts)
 
 
-def attend(
+def make_joint_layout(
+    text_lengths: tuple[int, ...],
+    image_lengths: tuple[int, ...],
+    rotations: Sequence[torch.Tensor],
+    device: torch.device,
+) -> JointLayout:
+    """The layout of sequences of so many text and image rows.
+
+    Args:
+        rotations: complex rotary factors [rows, head_dim / 2] of text, image, text, image, ...; empty for a model
+            without rotary embedding.
+    """
+    text, image = PackedRows(text_lengths, device), PackedRows(image_lengths, device)
+    joint = PackedRows(tuple(t + i for t, i in zip(text_lengths, image_lengths, strict=True)), device)
+    if not rotations:
+        return JointLayout(text, image, joint, None)
+    padding = max(text.sizes[-1] + image.sizes[-1], joint.sizes[-1])
+    return JointLayout(text, image, joint, F.pad(torch.cat([*rotations]), [0, 0, 0, padding])[:, None])
+
+
+def joint_attention(
     attn: Any, image: torch.Tensor, text: torch.Tensor, layout: JointLayout
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each sequence's image and text get from both, before the output projections; streams are [rows, dim]."""
-    heads = (-1, attn.inner_dim // attn.heads)  # under tensor parallelism a rank holds some of the heads
+    heads = _heads(attn)
     query_key_value = interleave(
         layout.text,
         layout.image,
@@ -57,52 +89,67 @@ def attend(
             linear(attn.to_v, image).unflatten(-1, heads),
         ),
     )
-    query, key = _rotate(query_key_value[:2], layout.rotation)
-    attended = _attend_sequences(query, key, query_key_value[2], layout, attn.processor)
-    texts, images = zip(
-        *(rows.split((t, i)) for rows, t, i in zip(attended, layout.text.lengths, layout.image.lengths, strict=True)),
-        strict=True,
-    )
-    return layout.image.join(images), layout.text.join(texts)
+    query, key = rotate(query_key_value[:2], layout.rotation)
+    return layout.part(attend_sequences(query, key, query_key_value[2], layout.joint, attn.processor))
 
 
-def rms_norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """diffusers' RMSNorm, the same numbers in float32 but for the last bit."""
+def self_attention(attn: Any, stream: torch.Tensor, rows: PackedRows, rotation: torch.Tensor | None) -> torch.Tensor:
+    """What each sequence of one stream gets from itself, before the output projection, [rows, dim].
+
+    Args:
+        rotation: of the stream's rows, see `JointLayout`.
+    """
+    heads = _heads(attn)
+    query = rotate(rms_norm(attn.norm_q, linear(attn.to_q, stream).unflatten(-1, heads)), rotation)
+    key = rotate(rms_norm(attn.norm_k, linear(attn.to_k, stream).unflatten(-1, heads)), rotation)
+    value = linear(attn.to_v, stream).unflatten(-1, heads)
+    return rows.join(attend_sequences(query, key, value, rows, attn.processor))
+
+
+def rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """torch's or diffusers' RMSNorm, the same numbers in float32 but for the last bit; None leaves x as it is."""
+    if norm is None:
+        return x
     if not (x.is_cpu and x.dtype == torch.float32):
-        return F.rms_norm(x, norm.dim, norm.weight, norm.eps)
+        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
     # torch has no fused kernel for the CPU: these four operations take half the time of its seven.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = torch.addcmul(x.new_tensor(norm.eps), length, length, value=1 / x.shape[-1]).rsqrt_()
     return x * scale if norm.weight is None else (x * scale).mul_(norm.weight)
 
 
-def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
     """Rotary position embedding of [..., rows, heads, head_dim], neighbours paired as complex numbers; may change x."""
+    if rotation is None:
+        return x
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs.mul_(rotation)).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs.mul_(rotation[: x.shape[-3]])).flatten(-2).type_as(x)
 
 
-def _attend_sequences(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: JointLayout, processor: Any
+def attend_sequences(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PackedRows, processor: Any
 ) -> list[torch.Tensor]:
-    """Each sequence's attention to itself, [length, heads * head_dim]; inputs are [rows, heads, head_dim]."""
-    joint = layout.joint
+    """Each sequence's attention to itself, [length, heads * head_dim]; inputs are [rows, heads, head_dim].
+
+    Args:
+        processor: the attention module's, which names the kernel if the user chose one.
+    """
     if _has_varlen_kernel(query, processor):
         from torch.nn.attention.varlen import varlen_attn
 
-        query, key, value = (stream[: joint.total] for stream in (query, key, value))
-        longest = max(joint.lengths)
-        out: Any = varlen_attn(query, key, value, joint.boundaries, joint.boundaries, longest, longest)
-        return joint.split(out.flatten(1))
+        query, key, value = (stream[: rows.total] for stream in (query, key, value))
+        longest = max(rows.lengths)
+        out: Any = varlen_attn(query, key, value, rows.boundaries, rows.boundaries, longest, longest)
+        return rows.split(out.flatten(1))
     attended: list[torch.Tensor] = []
     is_float_cpu = query.is_cpu and query.dtype == torch.float32 and _is_native(processor) and has_onednn()
-    for run in joint.runs:
+    for run in rows.runs:
         blocks = run.block(query), run.block(key), run.block(value)
         if is_float_cpu and run.length >= _ONEDNN_FROM:
             attended += [_attend_onednn(*one) for one in zip(*blocks, strict=True)]
             continue
         # A kernel works on one sequence and head at a time: a run of equal lengths gives the same bits as one by one.
-        attended += dispatch_attention_fn(*blocks, backend=processor._attention_backend).flatten(2).unbind(0)
+        attended += dispatch_attention_fn(*blocks, backend=_backend(processor)).flatten(2).unbind(0)
     return attended
 
 
@@ -137,5 +184,15 @@ def _has_varlen_kernel(query: torch.Tensor, processor: Any) -> bool:
 
 def _is_native(processor: Any) -> bool:
     """Whether the user left diffusers' choice of attention kernel to torch."""
-    backend: AttentionBackendName = _AttentionBackendRegistry.get_active_backend()[0]
-    return processor._attention_backend is None and backend == AttentionBackendName.NATIVE
+    active: AttentionBackendName = _AttentionBackendRegistry.get_active_backend()[0]
+    return _backend(processor) is None and active == AttentionBackendName.NATIVE
+
+
+def _backend(processor: Any) -> Any:
+    """The kernel that the user chose for this module; diffusers' older processors know no choice."""
+    return getattr(processor, "_attention_backend", None)
+
+
+def _heads(attn: Any) -> tuple[int, int]:
+    """(-1, head_dim): under tensor parallelism a rank holds some of the heads."""
+    return -1, attn.inner_dim // attn.heads
