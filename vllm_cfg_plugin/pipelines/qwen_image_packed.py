@@ -19,9 +19,10 @@ from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.linear import linear
-from vllm_cfg_plugin.pipelines.mmdit import DualBlock, Spans, forward_dual_block, modulate_last
+from vllm_cfg_plugin.pipelines.mmdit import DualBlock, Spans, forward_dual_block, modulate_last, rows_of
 from vllm_cfg_plugin.pipelines.modulation import Modulation, ModulationCache, modulations_at, project_modulations
 from vllm_cfg_plugin.pipelines.packed_attention import JointLayout, make_joint_layout, rms_norm
+from vllm_cfg_plugin.pipelines.packed_model import share_modules
 from vllm_cfg_plugin.worker.packing import LayoutCache, pad_rows
 
 ImageShape = tuple[tuple[int, int, int], ...]  # (frames, height, width) in tokens of each image of one sequence
@@ -43,9 +44,7 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         for field in ("zero_cond_t", "use_additional_t_cond", "guidance_embeds"):
             if transformer.config.get(field):
                 raise ConfigurationError(f"transformer/config.json: {field}=true is not supported: it must be false")
-        packed = cls.__new__(cls)
-        packed.__dict__ = transformer.__dict__
-        packed._layouts = LayoutCache()
+        packed = share_modules(cls, transformer)
         packed.modulations = ModulationCache()
         return packed
 
@@ -90,14 +89,14 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         if len(text_lengths) != len(shapes):
             raise ValueError(f"there are {len(text_lengths)} texts for {len(shapes)} timesteps: give one per sequence")
         image_lengths = tuple(sum(prod(image) for image in shape) for shape in shapes)
-        _check_fills("hidden_states", hidden_states, image_lengths)
+        latents = rows_of("hidden_states", hidden_states, image_lengths)
         layout = self._layouts.get_or_make(
             (shapes, text_lengths, hidden_states.device),
             lambda: self._make_layout(shapes, image_lengths, text_lengths, hidden_states.device),
         )
         text = _text_rows(encoder_hidden_states, text_lengths)
         modulations = modulations_at(self, timestep, timesteps_ahead, hidden_states.dtype)
-        sample = self._forward_rows(hidden_states.flatten(0, 1), text, modulations, layout)
+        sample = self._forward_rows(latents, text, modulations, layout)
         sample = sample.view(*hidden_states.shape[:2], -1)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -182,13 +181,4 @@ def _text_rows(embeds: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
         return torch.cat([rows[:length] for rows, length in zip(embeds, lengths, strict=True)])
     if len(lengths) == 1:
         return embeds[0, : lengths[0]]
-    _check_fills("encoder_hidden_states", embeds, lengths)
-    return embeds.flatten(0, 1)
-
-
-def _check_fills(name: str, stream: torch.Tensor, lengths: tuple[int, ...]) -> None:
-    rows = stream.shape[0] * stream.shape[1]
-    if rows != sum(lengths):
-        raise ValueError(
-            f"{name} has {rows} rows, but its sequences {list(lengths)} have {sum(lengths)}: they must be the same"
-        )
+    return rows_of("encoder_hidden_states", embeds, lengths)

@@ -1,0 +1,1 @@
+"""Small random models of each family, made of diffusers' own classes."""
