@@ -20,7 +20,7 @@ from vllm_cfg_plugin.engine.admission import WaitingLine
 from vllm_cfg_plugin.engine.batching import StepBatch
 from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.placement import Placement
-from vllm_cfg_plugin.engine.plan import Assign, Encode
+from vllm_cfg_plugin.engine.plan import Encode
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance
 
@@ -54,8 +54,8 @@ class FixedPlacement(Placement):
     def owners_of_newcomer(self, request: ScheduledRequest, loads: Sequence[int]) -> tuple[int, ...]:
         return tuple(range(len(request.costs)))
 
-    def level(self, running: Iterable[ScheduledRequest], tick: int) -> tuple[list[Assign], list[Encode]]:
-        return [], []
+    def level(self, running: Iterable[ScheduledRequest], tick: int) -> list[Encode]:
+        return []
 
 
 # Whether a request may join those who were in before this plan, and those who join with it.

@@ -8,7 +8,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.pipelines.registry import FAMILIES, check_servable, describe
+from vllm_cfg_plugin.pipelines.registry import check_servable, describe
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def model(qwen_image_folders):
 
 def test_a_folder_describes_itself(model):
     info = describe(Checkpoint(str(model)))
-    assert (info.size_multiple, info.max_text_tokens) == (16, 1024)
+    assert (info.size_multiple, info.text.max_tokens) == (16, 1024)
     assert info.image_tokens(64, 128) == 4 * 8
     # The real noise schedule stretches its sigmas to `shift_terminal`, which one step can't do.
     assert info.min_steps == 2
@@ -126,8 +126,8 @@ def test_what_is_nowhere_is_no_diffusers_checkpoint(hub):
 def test_the_template_is_the_one_that_diffusers_uses(model):
     from diffusers import QwenImagePipeline
 
-    family = FAMILIES["QwenImagePipeline"]
+    text = describe(Checkpoint(str(model))).text
     pipeline = QwenImagePipeline.from_pretrained(model)
-    assert family.prompt_template == pipeline.prompt_template_encode
-    assert family.template_prefix_tokens == pipeline.prompt_template_encode_start_idx
-    assert pipeline.tokenizer_max_length == describe(Checkpoint(str(model))).max_text_tokens
+    assert text.template == pipeline.prompt_template_encode
+    assert text.prefix_tokens == pipeline.prompt_template_encode_start_idx
+    assert text.max_tokens == pipeline.tokenizer_max_length

@@ -105,7 +105,7 @@ def test_an_image_and_its_description(app, engine):
     )
     assert body["usage"]["total_tokens"] == 6 + 96
     (request,) = engine.requests.values()
-    assert np.array_equal(np.asarray(decode(image["b64_json"])), fake_pixels(request))
+    assert np.array_equal(np.asarray(decode(image["b64_json"])), fake_pixels(request)[0])
 
 
 def test_the_official_client_reads_it(app):

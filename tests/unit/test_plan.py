@@ -28,7 +28,7 @@ def test_a_plan_survives_the_wire():
 
 
 def test_a_side_report_survives_the_wire():
-    report = SideReport(3, 1, 0, 12.5, "", 64, 32)
+    report = SideReport(3, 1, 0, 12.5, "", (1, 64, 32, 3))
     assert wire.decode_side_report(wire.encode(report)) == report
 
 

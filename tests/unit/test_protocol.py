@@ -21,7 +21,7 @@ def test_explicit_nulls_are_defaults():
     body = parse(**dict.fromkeys([*OPTIONAL, "a_field_of_a_newer_client"]))
     params = body.to_params()
     assert params.height is params.width is params.num_inference_steps is params.true_cfg_scale is UNSET
-    assert (params.n, params.seed, body.format) == (1, None, "png")
+    assert (params.n, params.seed, body.format) == (1, UNSET, "png")
 
 
 def test_a_null_negative_prompt_means_none_and_an_absent_one_the_default():

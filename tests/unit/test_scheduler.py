@@ -70,7 +70,7 @@ def test_a_request_is_planned_to_its_last_step_before_any_report_of_a_step_comes
     (done,) = finish(scheduler, outputs[2])
     header, pixels = unpack_result(done.pooling_output)
     assert done.finish_reason == FinishReason.STOP
-    assert pixels.shape == (2, 2, 3)
+    assert pixels.shape == (1, 2, 2, 3)
     assert header.metrics.guided
     assert header.metrics.steps == 3
     assert not scheduler.has_requests()

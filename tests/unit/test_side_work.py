@@ -31,9 +31,9 @@ def test_an_encode_runs_on_a_thread_of_its_own_and_is_reported(side):
 
 
 def test_a_decode_brings_its_image(side):
-    side.decode(3, lambda: torch.full((4, 6, 3), 9, dtype=torch.uint8))
+    side.decode(3, lambda: torch.full((1, 4, 6, 3), 9, dtype=torch.uint8))
     report, image = side.reports.get(timeout=10)
-    assert (report.id, report.branch, report.height, report.width) == (3, DECODED, 4, 6)
+    assert (report.id, report.branch, report.shape) == (3, DECODED, (1, 4, 6, 3))
     assert image.max() == 9
 
 

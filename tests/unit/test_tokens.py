@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline
 
-from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.checkpoint import Checkpoint, TextRules
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.tokens import TokenCounter
 
 
@@ -15,7 +16,8 @@ def folder(qwen_image_folders):
 
 
 def test_counts_are_the_lengths_of_diffusers_embeddings(folder):
-    count = TokenCounter.of(Checkpoint(str(folder)))
+    checkpoint = Checkpoint(str(folder))
+    count = TokenCounter.of(checkpoint, describe(checkpoint).text)
     pipeline = QwenImagePipeline.from_pretrained(folder)
     for prompt in ("", " ", "a cat", "{braces} and <|im_end|>", "Größe 猫 🚀", "many words " * 50):
         with torch.inference_mode():
@@ -26,4 +28,4 @@ def test_counts_are_the_lengths_of_diffusers_embeddings(folder):
 def test_a_checkpoint_without_tokenizer_is_a_configuration_error(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
     with pytest.raises(ConfigurationError, match="tokenizer"):
-        TokenCounter.of(Checkpoint(str(tmp_path)))
+        TokenCounter.of(Checkpoint(str(tmp_path)), TextRules(max_tokens=10))
