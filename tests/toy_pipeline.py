@@ -80,7 +80,9 @@ class ToyPipeline(EnginePipeline):
 
 
 def toy_request(prompt="a cat", negative="", steps=3, seed=0, image_tokens=4, scale=4.0, **guidance):
-    prompts = [prompt] if negative is None else [prompt, negative]
+    """`negative`: text of the second branch, or a list of those of all further ones."""
+    further = negative if isinstance(negative, list) else [negative]
+    prompts = [prompt, *(text for text in further if text is not None)]
     return DiffusionRequest(
         prompts=prompts,
         text_tokens=[len(p) for p in prompts],

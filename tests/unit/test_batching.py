@@ -41,7 +41,6 @@ class PlayedRanks:
             assert encode.id in self.requests
             self.late.append((self.delay, SideReport(encode.id, encode.branch, encode.rank, 1.0)))
         for assign in plan.assign:
-            assert len(assign.owners) == len(self.requests[assign.id].prompts), "every branch has exactly one owner"
             self.owners[assign.id] = assign.owners
         if plan.advance:
             self._step()
@@ -61,6 +60,7 @@ class PlayedRanks:
         tokens = [0] * self.ranks
         for id, owners in list(self.owners.items()):
             request = self.requests[id]
+            assert len(owners) == request.branches_at(self.steps[id]), "each branch of this step has exactly one owner"
             for branch, owner in enumerate(owners):
                 assert owner in self.held[id, branch], "no rank forwards a branch whose text it does not hold"
                 tokens[owner] += request.image_tokens + request.text_tokens[branch]
@@ -92,11 +92,17 @@ def play(batch, ranks, arrivals, steps=2000):
     raise AssertionError("requests are left after so many steps: somebody starves")
 
 
+def quarters(start, stop):
+    """An interval of guidance; the whole where that would be none."""
+    return (start / 4, stop / 4) if start < stop else (0.0, 1.0)
+
+
 specs = st.builds(
-    lambda guided, tokens, steps, prompt: toy_request(
-        prompt=prompt, negative="" if guided else None, steps=steps, image_tokens=tokens
+    lambda further, interval, tokens, steps, prompt: toy_request(
+        prompt=prompt, negative=[""] * further, steps=steps, image_tokens=tokens, interval=interval
     ),
-    st.booleans(),
+    st.integers(0, 3),
+    st.builds(quarters, st.integers(0, 4), st.integers(0, 4)),
     st.integers(1, 300),
     st.integers(1, 12),
     st.sampled_from(["a", "a cat", "a very long prompt that goes on"]),
@@ -114,7 +120,7 @@ def test_every_request_takes_each_step_once_on_ranks_that_can_and_ends(trace, ra
     assert not played.requests
     assert not batch.awaits_side_work
     for tokens in played.worked:
-        largest = max(sum(spec.text_tokens) + 2 * spec.image_tokens for _, spec in trace)
+        largest = max(sum(spec.text_tokens) + len(spec.prompts) * spec.image_tokens for _, spec in trace)
         assert max(tokens) <= budget + largest, "the budget holds, but for one request that is larger than it"
 
 
@@ -178,6 +184,27 @@ def test_when_one_rank_runs_dry_the_other_ones_work_is_shared_if_that_pays():
     play(batch, played, trace)
     lopsided = [tokens for tokens in played.worked[:58] if min(tokens) == 0]
     assert len(lopsided) <= 2, "the steps until the text is encoded there"
+
+
+def test_outside_the_guidance_interval_the_freed_rank_takes_over_positive_branches():
+    batch, played = StepBatch(2, 8, 10**6, UNCALIBRATED), PlayedRanks(2)
+    spec = toy_request(steps=40, image_tokens=100, interval=(0.0, 0.5))
+    play(batch, played, [(0, spec), (0, spec)])
+    assert [sum(tokens) for tokens in played.worked] == [4 * 100 + 2 * 5] * 20 + [2 * 100 + 2 * 5] * 20
+    lopsided = [tokens for tokens in played.worked if max(tokens) > 1.1 * min(tokens)]
+    assert len(lopsided) <= 2, "the steps until a positive text is encoded there"
+
+
+def test_a_guidance_interval_costs_two_changes_of_plan_and_the_negative_branch_keeps_its_rank():
+    batch, played = StepBatch(2, 8, 10**6, UNCALIBRATED), PlayedRanks(2)
+    batch.add("one", 0, toy_request(steps=8, interval=(0.25, 0.75)))
+    assigned = []
+    while len(batch.running) + len(batch.preparing) + len(batch.waiting):
+        plan = batch.next_plan().plan
+        assigned += [(played.steps[0], assign.owners) for assign in plan.assign]
+        for report, _ in played.run(plan).side:
+            batch.note_side_report(report)
+    assert assigned == [(0, (0,)), (2, (0, 1)), (6, (0,))]
 
 
 def test_requests_that_are_taken_out_anywhere_leave_no_trace():

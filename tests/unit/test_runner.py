@@ -2,11 +2,13 @@
 
 from functools import partial
 
+import msgspec
 import pytest
 import torch
 
 from tests.toy_pipeline import InlineSideWork, ToyPipeline, toy_request
 from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, StepPlan
+from vllm_cfg_plugin.params import COMBINE_RULES, ImageInput
 from vllm_cfg_plugin.worker.runner import StepRunner
 from vllm_cfg_plugin.worker.state import TensorCache
 
@@ -173,6 +175,90 @@ def test_overridden_hooks_act_in_the_engine():
     noise = ToyPipeline().draw_noise(request)
     expected = noise - 0.1 * (2 * (noise * 1 + float(len("a cat")))) + 1
     assert torch.allclose(runner.states[0].latents, expected)
+
+
+def test_steps_outside_the_guidance_interval_take_the_positive_branch_alone(runner, pipeline):
+    request = toy_request(steps=3, scale=4.0, interval=(0.0, 0.4))  # one step of three
+    runner.run(join([request]))
+    runner.run(plan(assign=[Assign(0, (0,))]))
+    latents = pipeline.draw_noise(request)
+    for step, timestep in enumerate(pipeline.make_noise_scheduler(request).timesteps[:2]):
+        positive, negative = latents * timestep + float(len("a cat")), latents * timestep
+        noise = negative + 4.0 * (positive - negative) if step == 0 else positive
+        latents = latents - 0.1 * timestep * noise
+    assert torch.allclose(runner.states[0].latents, latents)
+
+
+def test_a_pipeline_may_combine_more_than_two_branches():
+    class ThreeBranches(ToyPipeline):
+        def combine_branches(self, predictions, request, timestep, step):
+            positive, negative, empty = predictions
+            return empty + 2 * (negative - empty) + 3 * (positive - negative)
+
+    request = toy_request(negative=["no", ""], steps=1)
+    runner = make_runner(ThreeBranches())
+    runner.run(join([request]))
+    noise = ToyPipeline().draw_noise(request)
+    expected = noise - 0.1 * (noise + 2 * float(len("no")) + 3 * float(len("a cat") - len("no")))
+    assert torch.allclose(runner.states[0].latents, expected)
+
+
+def test_branches_of_different_models_make_a_forward_each(pipeline):
+    class TwoExperts(ToyPipeline):
+        def __init__(self):
+            super().__init__()
+            self.forwards = []
+
+        def forward_group(self, branch):
+            return bool(branch.timestep > 0.5)
+
+        def pack_branches(self, branches):
+            self.forwards.append([(branch.request.seed, float(branch.timestep)) for branch in branches])
+            return super().pack_branches(branches)
+
+    pipeline = TwoExperts()
+    runner = make_runner(pipeline)
+    few, many = toy_request(steps=2, seed=1), toy_request(steps=9, seed=2)
+    runner.run(join([few, many]))
+    runner.run(plan())
+    first, *second = pipeline.forwards
+    assert sorted(seed for seed, _ in first) == [1, 1, 2, 2]
+    assert sorted([seed for seed, _ in group] for group in second) == [[1, 1], [2, 2]]
+    for request in (few, many):
+        alone = make_runner(ToyPipeline())
+        alone.run(join([request]))
+        alone.run(plan())
+        (state,) = [state for state in runner.states.values() if state.request == request]
+        assert torch.equal(state.latents, alone.states[0].latents)
+
+
+def test_cfg_zero_star_starts_with_a_step_of_zeros_and_other_rules_do_not(pipeline):
+    for rule in COMBINE_RULES:
+        runner = make_runner(ToyPipeline())
+        request = toy_request(steps=2, rule=rule)
+        runner.run(join([request]))
+        assert torch.equal(runner.states[0].latents, pipeline.draw_noise(request)) == (rule == "cfg_zero_star")
+
+
+def test_images_are_encoded_once_for_all_branches_and_reach_the_forward():
+    class WithImages(ToyPipeline):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def encode_images(self, request):
+            self.seen.append([image.digest for image in request.images])
+            return super().encode_images(request)
+
+        def pack_branches(self, branches):
+            assert [float(value) for branch in branches for value in branch.condition] == [3.0, 3.0]
+            return super().pack_branches(branches)
+
+    request = msgspec.structs.replace(toy_request(), images=[ImageInput("red", "RGB", 1, 1, b"\x03\x00\x00")])
+    pipeline = WithImages()
+    runner = make_runner(pipeline)
+    assert not run_to_the_end(runner, [request])
+    assert pipeline.seen == [["red"]]
 
 
 def test_the_cache_forgets_the_least_recently_used_embedding():
