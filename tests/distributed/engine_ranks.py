@@ -12,6 +12,7 @@ import torch.distributed as dist
 from vllm.distributed import init_distributed_environment
 from vllm.utils.network_utils import get_open_port
 
+from tests.families import load
 from tests.toy_pipeline import InlineSideWork, toy_vllm_config
 from tests.unit.test_scheduler import vllm_request
 from vllm_cfg_plugin.distributed import parallel_state
@@ -19,7 +20,7 @@ from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepReport
 from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import merge_reports
 from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
 from vllm_cfg_plugin.worker.runner import StepRunner
 from vllm_cfg_plugin.worker.worker import make_all_gather
 
@@ -27,23 +28,12 @@ Scripts = dict[str, list[tuple[int, DiffusionRequest]]]  # name -> (engine step 
 Traces = dict[str, dict[int, list[torch.Tensor]]]  # name -> seed -> latents after each step
 
 
-# Called with (rank, text tokens of the sequences) before every forward; raises to make that rank's forward fail.
-Fault = Callable[[int, list[int]], None]
+# Called with (rank, the branches of a forward) before every forward; raises to make that rank's forward fail.
+Fault = Callable[[int, list[BranchInput]], None]
 
 
-def no_fault(rank: int, text_tokens: list[int]) -> None:
+def no_fault(rank: int, branches: list[BranchInput]) -> None:
     """All forwards succeed."""
-
-
-class FaultyQwenImagePipeline(QwenImagePipeline):
-    """Lets a test make some forwards fail."""
-
-    rank: int
-    fault: Fault
-
-    def predict_noise(self, **kwargs):
-        self.fault(self.rank, kwargs["txt_seq_lens"])
-        return super().predict_noise(**kwargs)
 
 
 class RecordingRunner(StepRunner):
@@ -58,13 +48,20 @@ class RecordingRunner(StepRunner):
         self.trace[state.request.seed].append(state.latents.clone())
 
 
-def run_ranks(model: Path, ranks: int, scripts: Scripts, folder: Path, fault: Fault = no_fault) -> list[Traces]:
+def run_ranks(
+    model: Path,
+    ranks: int,
+    scripts: Scripts,
+    folder: Path,
+    fault: Fault = no_fault,
+    load: Callable[[Path], EnginePipeline] = load,
+) -> list[Traces]:
     """Run all scripts on `ranks` forked processes; returns every rank's traces."""
     outs = [folder / f"traces-{rank}.pt" for rank in range(ranks)]
     port = get_open_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_run_rank, args=(model, ranks, rank, port, scripts, out, fault))
+        context.Process(target=_run_rank, args=(model, ranks, rank, port, scripts, out, fault, load))
         for rank, out in enumerate(outs)
     ]
     for process in processes:
@@ -75,12 +72,27 @@ def run_ranks(model: Path, ranks: int, scripts: Scripts, folder: Path, fault: Fa
     return [torch.load(out) for out in outs]
 
 
-def _run_rank(model: Path, ranks: int, rank: int, port: int, scripts: Scripts, out: Path, fault: Fault) -> None:
+def _run_rank(
+    model: Path,
+    ranks: int,
+    rank: int,
+    port: int,
+    scripts: Scripts,
+    out: Path,
+    fault: Fault,
+    load: Callable[[Path], EnginePipeline],
+) -> None:
     torch.set_num_threads(1)
     init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
     parallel_state.initialize_model_parallel(ranks)
-    FaultyQwenImagePipeline.rank, FaultyQwenImagePipeline.fault = rank, staticmethod(fault)
-    pipeline = FaultyQwenImagePipeline.load(str(model), dtype=torch.float32, device=torch.device("cpu"))
+    pipeline = load(model)
+    pack_branches = pipeline.pack_branches
+
+    def pack_or_fail(branches):
+        fault(rank, branches)
+        return pack_branches(branches)
+
+    pipeline.pack_branches = pack_or_fail
     all_gather = make_all_gather(torch.device("cpu"))
     traces: Traces = {}
     for name, joins in scripts.items():
@@ -93,7 +105,7 @@ def _run_rank(model: Path, ranks: int, rank: int, port: int, scripts: Scripts, o
 
 
 def _drive(runner: StepRunner, ranks: int, joins: list[tuple[int, DiffusionRequest]]) -> None:
-    scheduler = StepScheduler(toy_vllm_config(ranks, max_num_seqs=8, max_num_batched_tokens=100_000))
+    scheduler = StepScheduler(toy_vllm_config(ranks, max_num_seqs=8, max_num_batched_tokens=1_000_000))
     step = 0
     while joins or scheduler.has_requests():
         for _, request in [join for join in joins if join[0] <= step]:

@@ -1,0 +1,67 @@
+"""Every family on real gloo ranks: bitwise the same alone, among others, on one rank or two, and like diffusers."""
+
+import pytest
+import torch
+
+from tests.distributed.engine_ranks import run_ranks
+from tests.distributed.ranks import run_ranks as run_direct
+from tests.families import FAMILIES, SEED, STEPS, call, load
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.label)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    return family.build(tmp_path_factory.mktemp("family") / "model")
+
+
+@pytest.fixture(scope="module")
+def traces(family, folder, tmp_path_factory):
+    """{ranks: rank 0's {script: {seed: latents after each step}}}: each case alone, and all, joining one by one."""
+    requests = family.requests(folder)
+    scripts = {f"alone-{request.seed}": [(0, request)] for request in requests}
+    scripts["mixed"] = [(2 * i, request) for i, request in enumerate(requests)]
+    return {ranks: run_ranks(folder, ranks, scripts, tmp_path_factory.mktemp("traces"))[0] for ranks in (1, 2)}
+
+
+def test_alone_among_others_and_on_two_ranks_the_latents_are_bitwise_equal(family, traces):
+    for i, case in enumerate(family.cases):
+        seed = SEED + i
+        expected = traces[1][f"alone-{seed}"][seed]
+        assert len(expected) == case.params.get("num_inference_steps", STEPS)
+        for trace in (traces[1]["mixed"][seed], traces[2][f"alone-{seed}"][seed], traces[2]["mixed"][seed]):
+            assert all(torch.equal(one, other) for one, other in zip(trace, expected, strict=True)), case.mode
+
+
+def test_final_latents_are_those_of_diffusers(family, folder, traces):
+    torch.set_num_threads(1)
+    reference, ours = family.reference(folder), load(folder)
+    for i, (case, request) in enumerate(zip(family.cases, family.requests(folder), strict=True)):
+        expected = call(reference, case, SEED + i)
+        latents = family.to_reference(ours, traces[2]["mixed"][SEED + i][-1], request)
+        assert expected.std() > 0.1, case.mode
+        difference = (latents - expected).abs().max().item()
+        assert difference <= family.tolerance, f"{case.mode} differs by {difference}"
+
+
+def _call_directly(folder, cases):
+    """Every case by a direct call, as under torchrun."""
+    from vllm_cfg_plugin.distributed import get_classifier_free_guidance_world_size, initialize_model_parallel
+
+    initialize_model_parallel(cfg_parallel_size=2)
+    assert get_classifier_free_guidance_world_size() == 2
+    pipeline = load(folder)
+    return [call(pipeline, case, SEED + i).numpy() for i, case in enumerate(cases)]
+
+
+def test_a_direct_call_under_torchrun_gives_the_engines_latents(family, folder, traces):
+    ours, requests = load(folder), family.requests(folder)
+    for by_case in run_direct(_call_directly, 2, folder, family.cases):
+        for case, request, latents in zip(family.cases, requests, by_case, strict=True):
+            expected = family.to_reference(ours, traces[1][f"alone-{request.seed}"][request.seed][-1], request)
+            assert torch.equal(torch.from_numpy(latents), expected), case.mode

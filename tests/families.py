@@ -1,0 +1,117 @@
+"""Every family that is served: a tiny checkpoint of it, diffusers' own pipeline, and requests that exercise it.
+
+Shared by the distributed and end-to-end tests and by `make parity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+
+from tests.contract import make_request
+from tests.models import build_qwen_image
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import EnginePipeline
+
+STEPS = 6
+SEED = 100  # of a family's first case; each next one has the next seed
+
+
+@dataclass(frozen=True)
+class Case:
+    """One generation, written for both sides.
+
+    Attributes:
+        mode: what it shows, a few words.
+        prompt: text.
+        images: what comes along.
+        params: fields of `DiffusionParams` that diffusers' pipeline has under the same names.
+    """
+
+    mode: str
+    prompt: str
+    params: Mapping[str, Any]
+    images: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One pipeline class.
+
+    Attributes:
+        build: saves a tiny checkpoint into a folder.
+        to_reference: (our pipeline, final latents, request) -> latents as diffusers' pipeline returns them.
+        tolerance: largest difference of fp32 latents to diffusers' pipeline.
+    """
+
+    class_name: str
+    build: Callable[[Path], Path]
+    cases: tuple[Case, ...]
+    name: str = ""
+    to_reference: Callable[[Any, torch.Tensor, DiffusionRequest], torch.Tensor] = field(
+        default=lambda pipeline, latents, request: latents
+    )
+    tolerance: float = 1e-4
+
+    @property
+    def label(self) -> str:
+        return self.name or self.class_name
+
+    def requests(self, folder: Path) -> list[DiffusionRequest]:
+        """The cases as the front end resolves them."""
+        return [
+            make_request(folder, case.prompt, case.images, seed=SEED + i, **case.params)
+            for i, case in enumerate(self.cases)
+        ]
+
+    def reference(self, folder: Path) -> Any:
+        """diffusers' own pipeline."""
+        pipeline = getattr(diffusers, self.class_name).from_pretrained(folder, dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def call(pipeline: Any, case: Case, seed: int, output_type: str = "latent") -> Any:
+    """One direct call of diffusers' pipeline or of ours."""
+    image = {"image": list(case.images) if len(case.images) > 1 else case.images[0]} if case.images else {}
+    generator = torch.Generator().manual_seed(seed)
+    kwargs = {"prompt": case.prompt, **image, **case.params}
+    return pipeline(**kwargs, generator=generator, output_type=output_type, return_dict=False)[0]
+
+
+def load(folder: Path) -> EnginePipeline:
+    """Our pipeline."""
+    from vllm_cfg_plugin.pipelines.registry import pipeline_class
+
+    return pipeline_class(Checkpoint(str(folder))).load(str(folder), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """A picture with a gradient and a square, so that no two sizes look alike to an encoder."""
+    image = Image.linear_gradient("L").resize((width, height)).convert(mode)
+    image.paste(Image.new(mode, (width // 2, height // 2), "teal"), (width // 4, height // 3))
+    return image
+
+
+def _sized(height: int, width: int, **params: Any) -> dict[str, Any]:
+    return {"height": height, "width": width, "num_inference_steps": STEPS, **params}
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "QwenImagePipeline",
+        build_qwen_image,
+        (
+            Case("guided", "a red apple on a blue background", _sized(64, 64, true_cfg_scale=4.0, negative_prompt=" ")),
+            Case("unguided", "a rocket", _sized(64, 96)),
+            Case("guided, long text", "cat " * 40, _sized(32, 48, true_cfg_scale=2.5, negative_prompt="ugly")),
+        ),
+    ),
+)
