@@ -108,14 +108,17 @@ def self_attention(attn: Any, stream: torch.Tensor, rows: PackedRows, rotation: 
 
 def rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     """torch's or diffusers' RMSNorm, the same numbers in float32 but for the last bit; None leaves x as it is."""
-    if norm is None:
-        return x
+    return x if norm is None else scaled_rms_norm(x, norm.weight, norm.eps)
+
+
+def scaled_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """The RMS norm of x [..., dim] with a weight [dim], None for ones."""
     if not (x.is_cpu and x.dtype == torch.float32):
-        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     # torch has no fused kernel for the CPU: these four operations take half the time of its seven.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    scale = torch.addcmul(x.new_tensor(norm.eps), length, length, value=1 / x.shape[-1]).rsqrt_()
-    return x * scale if norm.weight is None else (x * scale).mul_(norm.weight)
+    scale = torch.addcmul(x.new_tensor(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
+    return x * scale if weight is None else (x * scale).mul_(weight)
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
