@@ -119,6 +119,21 @@ def test_timesteps_computed_ahead_change_no_bit(models):
 
 
 @torch.inference_mode()
+def test_patches_are_predicted_like_latents(models):
+    """Packed patches of any sizes, and a batch of one size."""
+    _, packed = models
+    torch.manual_seed(5)
+    for grids, rows in [(GRIDS, (1, -1)), ([(1, 5, 7)] * 3, (3, 35))]:
+        sequences = [draw_sequence(grid, 1 + i) for i, grid in enumerate(grids)]
+        patches = torch.cat([packed._patchify_image(s.latents, 2, 1)[0] for s in sequences])
+        timesteps, prompts = torch.stack([s.timestep for s in sequences]), [s.prompt for s in sequences]
+        sample = packed(patches.view(*rows, 16), timesteps, prompts, grids=grids).sample
+        assert sample.shape == patches.view(*rows, 16).shape
+        expected = torch.cat([packed._patchify_image(each, 2, 1)[0] for each in forward(packed, sequences)])
+        assert torch.equal(sample.flatten(0, 1), expected)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("token", ["x_pad_token", "cap_pad_token"])
 def test_pad_tokens_are_part_of_a_sequence(tiny, token):
     """A sequence that fills its rows has none; the pad tokens of its neighbour must not reach it."""
@@ -196,10 +211,12 @@ def test_adopting_shares_every_weight():
 
 def test_inputs_that_do_not_fit_are_refused(tiny):
     sequence = draw_sequence((1, 2, 2), 3)
-    with pytest.raises(ValueError, match="1 latents, 2 texts and 1 timesteps"):
+    with pytest.raises(ValueError, match="1 images, 2 texts and 1 timesteps"):
         tiny([sequence.latents], torch.rand(1), [sequence.prompt] * 2)
     with pytest.raises(ValueError, match="latents of 3 x 4 are not valid: both must be multiples of 2"):
         tiny([sequence.latents[:, :, :3]], torch.rand(1), [sequence.prompt])
+    with pytest.raises(ValueError, match=r"x has 5 patches, but its grids \[\(1, 2, 2\)\] have 4"):
+        tiny(torch.randn(1, 5, 16), torch.rand(1), [sequence.prompt], grids=[(1, 2, 2)])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Self
 
 import torch
@@ -90,45 +91,65 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,
-        x: Sequence[torch.Tensor],
+        x: Sequence[torch.Tensor] | torch.Tensor,
         t: torch.Tensor,
         cap_feats: Sequence[torch.Tensor],
         return_dict: bool = True,
         joint_attention_kwargs: dict[str, Any] | None = None,
+        grids: Sequence[Grid] | None = None,
         timesteps_ahead: torch.Tensor | None = None,
-    ) -> Transformer2DModelOutput | tuple[list[torch.Tensor]]:
+    ) -> Transformer2DModelOutput | tuple[Any]:
         """Predict the velocity of n sequences.
 
         Args:
-            x: latents of each sequence, [channels, frames, height, width] of any sizes.
+            x: a list of each sequence's latents, [channels, frames, height, width] of any sizes; or their patches,
+                packed [1, all tokens, patch] or a batch [n, tokens, patch].
             t: [n], in 0..1: 1 is the image.
             cap_feats: prompt embeddings of each sequence, [text tokens, dim] of any lengths.
             joint_attention_kwargs: `scale` weighs the LoRA layers.
+            grids: (frames, height, width) of each sequence in tokens, where `x` are patches.
             timesteps_ahead: those of later calls, [any number], which are modulated on the side; None where weights may
                 change between calls: then nothing of a timestep is remembered.
 
         Returns:
-            Predictions, each of the size of its latents.
+            Predictions, laid out like `x`.
 
         Raises:
-            ValueError: not one text and timestep per image, or an image of half a token.
+            ValueError: not one text and timestep per image, or images that don't fill their tokens.
         """
-        if not len(x) == len(cap_feats) == t.shape[0]:
+        if isinstance(x, torch.Tensor):
+            predicted = self._predict(x.flatten(0, 1), t, cap_feats, grids or (), timesteps_ahead)
+            sample: Any = torch.cat(predicted).view(x.shape)
+        else:
+            sizes = [tuple(latents.shape[1:]) for latents in x]
+            grids = [_grid_of(size) for size in sizes]
+            patches = torch.cat([self._patchify_image(latents, PATCH, FRAMES_PATCH)[0] for latents in x])
+            predicted = self._predict(patches, t, cap_feats, grids, timesteps_ahead)
+            sample = self.unpatchify(predicted, sizes, PATCH, FRAMES_PATCH)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _predict(
+        self,
+        patches: torch.Tensor,
+        t: torch.Tensor,
+        texts: Sequence[torch.Tensor],
+        grids: Sequence[Grid],
+        timesteps_ahead: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """Of each sequence [tokens, patch], from the patches of all, [all tokens, patch]."""
+        if not len(grids) == len(texts) == t.shape[0]:
             raise ValueError(
-                f"there are {len(x)} latents, {len(cap_feats)} texts and {t.shape[0]} timesteps: give one of each per "
+                f"there are {len(grids)} images, {len(texts)} texts and {t.shape[0]} timesteps: give one of each per "
                 "sequence"
             )
-        device, sizes = x[0].device, [tuple(latents.shape[1:]) for latents in x]
-        grids = tuple(_grid_of(size) for size in sizes)
-        text_lengths = tuple(text.shape[0] for text in cap_feats)
-        layout = self._layouts.get_or_make(
-            (grids, text_lengths, device), lambda: make_layout(self, grids, text_lengths, device)
-        )
+        lengths = [prod(grid) for grid in grids]
+        if patches.shape[0] != sum(lengths):
+            raise ValueError(f"x has {patches.shape[0]} patches, but its grids {list(grids)} have {sum(lengths)}")
+        key = (tuple(grids), tuple(text.shape[0] for text in texts), patches.device)
+        layout = self._layouts.get_or_make(key, lambda: make_layout(self, *key))
         modulations = modulations_at(self, t, timesteps_ahead, torch.float32)
-        patches = [self._patchify_image(latents, PATCH, FRAMES_PATCH)[0] for latents in x]
-        predicted = layout.image.rows.split(self._forward_rows(patches, cap_feats, modulations, layout))
-        sample = self.unpatchify(predicted, sizes, PATCH, FRAMES_PATCH)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        rows = self._forward_rows(patches.split(lengths), texts, modulations, layout)
+        return [own[:length] for own, length in zip(layout.image.rows.split(rows), lengths, strict=True)]
 
     def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
         """The modulation of each timestep (in 0..1); the same bits in any company.
