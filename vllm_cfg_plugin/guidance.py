@@ -43,6 +43,22 @@ def rescale_to_norm(positive: torch.Tensor, combined: torch.Tensor) -> torch.Ten
     return combined * (positive_norm / combined_norm)
 
 
+def limit_to_norm(positive: torch.Tensor, combined: torch.Tensor, most: float) -> torch.Tensor:
+    """`combined * min(1, most * |positive| / |combined|)`, with one norm per batch element.
+
+    The form of diffusers' `pipeline_z_image.py`, there `cfg_normalization`.
+
+    Args:
+        positive: the positive branch's prediction, [batch, ...].
+        combined: the guided prediction, of the same shape.
+        most: how many times the positive norm the guided one may be.
+    """
+    dims = list(range(1, positive.dim()))
+    longest: torch.Tensor = most * torch.linalg.vector_norm(positive, dim=dims, keepdim=True)
+    length: torch.Tensor = torch.linalg.vector_norm(combined, dim=dims, keepdim=True)
+    return combined * torch.where(length > longest, longest / length, 1)
+
+
 def rescale_to_deviation(positive: torch.Tensor, combined: torch.Tensor, rescale: float) -> torch.Tensor:
     """`rescale * combined * (std(positive) / std(combined)) + (1 - rescale) * combined`, per batch element.
 
