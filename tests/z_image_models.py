@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def build_z_image(folder: Path, *, size: str = "tiny", dynamic_shifting: bool = False, seed: int = 0) -> Path:
-    """Save a random Z-Image pipeline that diffusers can load; returns its folder.
+    """Save a random Z-Image pipeline that diffusers can load, with small defaults; returns its folder.
 
     One image token is 16 x 16 pixels. The noise schedule is the real Z-Image's, or with `dynamic_shifting` one that
     depends on the size of the image.
@@ -37,6 +37,7 @@ def build_z_image(folder: Path, *, size: str = "tiny", dynamic_shifting: bool = 
             tokenizer=tokenizer,
             transformer=transformer(shape),
         ).save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"height": 64, "width": 64, "num_inference_steps": 6}')
     return folder
 
 

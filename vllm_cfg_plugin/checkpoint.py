@@ -55,6 +55,7 @@ class PipelineInfo:
         min_steps: fewest denoising steps for which the noise schedule is finite.
         default_params: what an unset field means for this model.
         cfg_scale: the field that is the scale of classifier-free guidance, as diffusers' pipeline names it.
+        cfg_scale_offset: what to add to that field for the scale s of `neg + s * (pos - neg)`.
         distilled_scale: the field that is an input of a distilled model; "" where there is none.
         needs_negative_prompt: without a negative prompt there is no guidance; if not, a missing one is an empty one.
         options: fields of `DiffusionParams` that this model reads beyond those that every model reads.
@@ -72,6 +73,7 @@ class PipelineInfo:
     min_steps: int
     default_params: DiffusionParams
     cfg_scale: str
+    cfg_scale_offset: float = 0.0
     distilled_scale: str = ""
     needs_negative_prompt: bool = True
     options: frozenset[str] = frozenset()

@@ -208,7 +208,7 @@ def _checked_guidance(params: DiffusionParams, info: PipelineInfo) -> Guidance:
     scale = scales[info.cfg_scale]
     image_scale = scales["image_guidance_scale"]
     return Guidance(
-        scale=1.0 if scale is None else scale,
+        scale=1.0 if scale is None else scale + info.cfg_scale_offset,
         scale_2=scales["guidance_scale_2"],
         image_scale=1.0 if image_scale is None else image_scale,
         distilled=scales.get(info.distilled_scale),
@@ -247,10 +247,11 @@ def _why_guidance_is_off(asked: DiffusionParams, info: PipelineInfo, guidance: G
     """The reason, for a user who asked for guidance by giving a part of it; '' for one who did not ask."""
     if asked.guidance_interval is not UNSET and not guidance.guided_steps(steps):
         return f"none of {steps} steps is in the guidance interval {list(guidance.interval)}"
+    given, off = guidance.scale - info.cfg_scale_offset, 1 - info.cfg_scale_offset
     if isinstance(asked.negative_prompt, str) and guidance.scale <= 1:
-        return f"a negative prompt was given, but {info.cfg_scale} is {guidance.scale:g}, not above 1"
+        return f"a negative prompt was given, but {info.cfg_scale} is {given:g}, not above {off:g}"
     if guidance.scale > 1 and getattr(asked, info.cfg_scale) is not UNSET:
-        return f"{info.cfg_scale} is {guidance.scale:g}, but there is no negative prompt (an empty one is enough)"
+        return f"{info.cfg_scale} is {given:g}, but there is no negative prompt (an empty one is enough)"
     return ""
 
 

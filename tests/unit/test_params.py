@@ -42,6 +42,18 @@ def test_small_scales_are_respected_and_switch_guidance_off(scale):
     assert "not above 1" in request.guidance_off
 
 
+@pytest.mark.parametrize(("given", "scale"), [(0, 1.0), (0.5, 1.5), (5, 6.0)])
+def test_a_scale_that_counts_from_another_number(given, scale):
+    """Z-Image's guidance_scale is that of `pos + scale * (pos - neg)`: on above 0."""
+    info = PipelineInfo(**vars(INFO) | {"cfg_scale_offset": 1.0})
+    (request,) = resolve(info=info, negative_prompt="bad", true_cfg_scale=given)
+    assert request.guidance.scale == scale
+    assert request.guided == (given > 0)
+    assert request.guidance_off == (
+        "" if given else "a negative prompt was given, but true_cfg_scale is 0, not above 0"
+    )
+
+
 def test_a_scale_without_negative_prompt_says_why_guidance_is_off():
     (request,) = resolve(true_cfg_scale=4.0)
     assert "no negative prompt" in request.guidance_off

@@ -174,6 +174,7 @@ def test_texts_are_those_of_diffusers_and_as_long_as_foretold(pipelines, folder)
         request = make_request(folder, text)
         lengths = [ours.encode_branch(request, branch).tokens.shape[0] for branch in range(2)]
         assert lengths == request.text_tokens
+        assert ours.draw_noise(request).shape == (1, request.image_tokens, 16)
 
 
 def test_an_override_acts_in_the_direct_call_and_in_the_engine(tiny, folders):

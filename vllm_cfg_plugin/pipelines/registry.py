@@ -23,6 +23,7 @@ _PIPELINES = "vllm_cfg_plugin.pipelines"
 
 FAMILIES: dict[str, str] = {
     "QwenImagePipeline": f"{_PIPELINES}.qwen_image:QwenImagePipeline",
+    "ZImagePipeline": f"{_PIPELINES}.z_image:ZImagePipeline",
 }
 
 
