@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -55,3 +56,46 @@ def predict(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> list[t
     """The predictions of branches that share a forward group, by one packed forward."""
     assert len({pipeline.forward_group(branch) for branch in branches}) == 1
     return pipeline.unpack_predictions(pipeline.predict_noise(**pipeline.pack_branches(branches)), branches)
+
+
+def branches_of(pipeline: EnginePipeline, request: DiffusionRequest, step: int = 0) -> list[BranchInput]:
+    """The branches of a request at a step, on its first latents."""
+    latents, timesteps = pipeline.draw_noise(request), pipeline.make_noise_scheduler(request).timesteps
+    condition = pipeline.encode_images(request) if request.images else []
+    return [
+        BranchInput(
+            request,
+            latents,
+            pipeline.encode_branch(request, branch),
+            timesteps[step],
+            branch,
+            condition,
+            timesteps[step + 1 :],
+        )
+        for branch in range(request.branches_at(step))
+    ]
+
+
+@torch.inference_mode()
+def assert_packed_is_alone(pipeline: EnginePipeline, requests: Sequence[DiffusionRequest]) -> None:
+    """All branches of the requests, at steps of their own, in one forward: bitwise what each gets alone."""
+    branches = []
+    for i, request in enumerate(requests):
+        branches += branches_of(pipeline, request, i % request.num_inference_steps)
+    for branch, prediction in zip(branches, predict(pipeline, branches), strict=True):
+        assert torch.equal(prediction, predict(pipeline, [branch])[0])
+        assert prediction.shape == (1, *pipeline.prediction_shape(branch.request))
+
+
+@torch.inference_mode()
+def assert_tokens_are_counted(pipeline: EnginePipeline, request: DiffusionRequest) -> None:
+    """What the front end foretold of each text is what the model sees."""
+    lengths = [pipeline.encode_branch(request, branch).tokens.shape[0] for branch in range(len(request.prompts))]
+    assert lengths == request.text_tokens
+
+
+def assert_same_pixels(image: Any, expected: Any) -> None:
+    """Two images that are no uniform grey differ by at most one level."""
+    image, expected = (np.asarray(each).astype(np.int16) for each in (image, expected))
+    assert expected.std() > 20
+    assert np.abs(image - expected).max() <= 1

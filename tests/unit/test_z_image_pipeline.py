@@ -8,12 +8,11 @@ import torch
 from diffusers import ZImagePipeline as DiffusersZImagePipeline
 
 from tests import contract
-from tests.contract import generate, predict
+from tests.contract import assert_packed_is_alone, assert_same_pixels, assert_tokens_are_counted, generate
 from tests.z_image_models import build_z_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.distributed import cfg_parallel
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.pipelines.base import BranchInput
 from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.pipelines.z_image import ZImagePipeline
 
@@ -94,12 +93,9 @@ def test_the_cases_differ(pipelines):
 @pytest.mark.parametrize("case", CASES[:4])
 def test_bytes_like_diffusers(pipelines, case):
     reference, ours = pipelines
-    for expected, image in zip(
-        run(reference, **case, output_type="pil"), run(ours, **case, output_type="pil"), strict=True
-    ):
-        expected, image = np.asarray(expected, np.int16), np.asarray(image, np.int16)
-        assert expected.std() > 20
-        assert np.abs(expected - image).max() <= 1
+    pictures = run(reference, **case, output_type="pil"), run(ours, **case, output_type="pil")
+    for expected, image in zip(*pictures, strict=True):
+        assert_same_pixels(image, expected)
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 5.0])
@@ -114,8 +110,7 @@ def test_engine_contract_like_diffusers(pipelines, folder, negative_prompt, guid
     torch.testing.assert_close(to_image(ours, latents, request), run(reference, **case), rtol=0, atol=1e-4)
     pixels = ours.decode(latents, request)
     assert (pixels.dtype, pixels.shape, pixels.device) == (torch.uint8, (1, 64, 48, 3), CPU)
-    picture = run(reference, **case, output_type="pil")[0]
-    assert np.abs(pixels[0].numpy().astype(np.int16) - np.asarray(picture, np.int16)).max() <= 1
+    assert_same_pixels(pixels[0], run(reference, **case, output_type="pil")[0])
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -128,7 +123,6 @@ def test_engine_and_direct_call_are_bitwise_equal(tiny, folders, normalize):
     assert np.array_equal(tiny.decode(generated, request)[0].numpy(), picture)
 
 
-@torch.inference_mode()
 def test_packed_branches_are_bitwise_those_alone(tiny, folders):
     """Requests of other sizes, texts and steps in one forward, both branches of each."""
     sizes = [(64, 48), (16, 16), (128, 96), (256, 288)]
@@ -136,15 +130,7 @@ def test_packed_branches_are_bitwise_those_alone(tiny, folders):
         make_request(folders["tiny"], "a cat " * (1 + 9 * i), height=height, width=width, seed=i)
         for i, (height, width) in enumerate(sizes)
     ]
-    branches = []
-    for i, request in enumerate(requests):
-        timesteps, latents = tiny.make_noise_scheduler(request).timesteps, tiny.draw_noise(request)
-        for branch in range(2):
-            embeds = tiny.encode_branch(request, branch)
-            branches.append(BranchInput(request, latents, embeds, timesteps[i], branch, (), timesteps[i + 1 :]))
-    for branch, prediction in zip(branches, predict(tiny, branches), strict=True):
-        assert torch.equal(prediction, predict(tiny, [branch])[0])
-        assert prediction.shape == (1, *tiny.prediction_shape(branch.request))
+    assert_packed_is_alone(tiny, requests)
 
 
 @pytest.mark.parametrize("seed", [0, 42, 2**63 - 1, -5])
@@ -172,8 +158,7 @@ def test_texts_are_those_of_diffusers_and_as_long_as_foretold(pipelines, folder)
         torch.testing.assert_close(first, expected, rtol=0, atol=1e-5)
     for text in ("a red apple", "x", "a {lighthouse} " * 40):
         request = make_request(folder, text)
-        lengths = [ours.encode_branch(request, branch).tokens.shape[0] for branch in range(2)]
-        assert lengths == request.text_tokens
+        assert_tokens_are_counted(ours, request)
         assert ours.draw_noise(request).shape == (1, request.image_tokens, 16)
 
 
