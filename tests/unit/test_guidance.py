@@ -8,6 +8,7 @@ from vllm_cfg_plugin.guidance import (
     ZERO_INIT_STEPS,
     adaptive_projected_guidance,
     classifier_free_guidance,
+    limit_to_norm,
     rescale_to_deviation,
     rescale_to_norm,
     zero_star_guidance,
@@ -155,3 +156,16 @@ def test_guided_steps_are_the_guiders(steps, interval):
     for step in range(steps):
         guider.set_state(step, steps, torch.tensor(500))
         assert (step in guided) == (guider.num_conditions == 2)
+
+
+def test_limited_norms_are_those_of_diffusers():
+    """Per batch element: the first is too long, the second is not."""
+    positive, _ = draw_predictions((2, 9, 16))
+    combined = positive * torch.tensor([3.0, 1.1])[:, None, None]
+    # diffusers pipeline_z_image.py
+    max_new_norm = torch.linalg.vector_norm(positive[0]) * 1.2
+    expected = combined[0] * (max_new_norm / torch.linalg.vector_norm(combined[0]))
+    limited = limit_to_norm(positive, combined, 1.2)
+    torch.testing.assert_close(limited[0], expected)
+    assert torch.equal(limited[1], combined[1])
+    assert torch.equal(limit_to_norm(positive, torch.zeros(2, 9, 16), 1.2), torch.zeros(2, 9, 16))
