@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.contract import make_request
 from tests.models import build_qwen_image
+from tests.z_image_models import build_z_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
@@ -113,5 +114,15 @@ FAMILIES: tuple[Family, ...] = (
             Case("unguided", "a rocket", _sized(64, 96)),
             Case("guided, long text", "cat " * 40, _sized(32, 48, true_cfg_scale=2.5, negative_prompt="ugly")),
         ),
+    ),
+    Family(
+        "ZImagePipeline",
+        build_z_image,
+        (
+            Case("guided", "a red apple", _sized(64, 48, guidance_scale=4.0, negative_prompt="ugly")),
+            Case("unguided", "a rocket", _sized(64, 96, guidance_scale=0.0)),
+            Case("guided, long text", "cat " * 40, _sized(32, 48, guidance_scale=0.5)),
+        ),
+        to_reference=lambda pipeline, patches, r: pipeline._from_patches(patches, r.height, r.width),
     ),
 )
