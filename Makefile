@@ -10,7 +10,7 @@ BENCH_OUT := benchmark_results
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -c 3)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test unit bench check format clean
+.PHONY: install demo test unit bench parity check format clean
 
 install: $(STAMP)
 
@@ -44,6 +44,10 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.trace_steps --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.burst --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.simulate --quick --out $(BENCH_OUT)
+
+# Every family against diffusers' own pipeline: model | mode | max abs diff | bitwise across cfg sizes.
+parity: $(STAMP)
+	$(BIN)/python -m benchmarks.parity
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
