@@ -11,6 +11,8 @@ import threading
 import warnings
 from typing import Any
 
+_OUTPUT_THREAD_END_S = 10  # it has nothing left to do; should it hang, closing must not
+
 
 def release_inherited_listeners() -> None:
     """Let go of TCP listening sockets that a forked worker inherited from the API server.
@@ -71,6 +73,26 @@ def wake_on_engine_death(client: Any) -> None:
         outputs.put_nowait(EngineDeadError())
 
     threading.Thread(target=watch, daemon=True, name="cfg-engine-watch").start()
+
+
+def end_output_thread(client: Any) -> None:
+    """Wait for the thread that receives the engine's answers; to be called after the client's `shutdown()`.
+
+    Args:
+        client: the engine's `engine_core`; one without that thread is left alone.
+
+    Symptom: rarely, a program that has done all its work ends with "terminate called without an active exception" and
+    SIGABRT. Cause: `SyncMPClient.shutdown` tells this daemon thread to end and does not wait. The thread then frees the
+    last image's tensor, whose memory is a ZeroMQ frame, and pyzmq releases the GIL to free that. A thread that wants
+    the GIL back while the interpreter ends is unwound by Python (before 3.14), here through a destructor of torch,
+    which terminates the process. Exit condition: vLLM joins the thread.
+    """
+    thread = getattr(client, "output_queue_thread", None)
+    if thread is None or thread is threading.current_thread():  # where the garbage collector may have called us
+        return
+    thread.join(_OUTPUT_THREAD_END_S)
+    while not client.outputs_queue.empty():  # unread images must not be freed by a daemon thread that shares the queue
+        client.outputs_queue.get_nowait()
 
 
 def silence_chat_warmup() -> None:

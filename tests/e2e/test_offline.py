@@ -1,7 +1,10 @@
 """`DiffusionLLM` on the real engine."""
 
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -80,3 +83,12 @@ def test_engine_death_is_said_and_close_still_works(model):
             llm.generate("a house", FAST)
     _, alive = psutil.wait_procs([core, *ranks], timeout=10)
     assert alive == []
+
+
+@pytest.mark.parametrize("ending", ["close", "leave"])
+def test_a_program_ends_well_while_the_last_message_is_being_freed(model, ending):
+    command = [sys.executable, str(Path(__file__).with_name("exit_race.py")), str(model), ending]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "error: None" in done.stdout
+    assert done.stdout.index("<done>") < done.stdout.index("<freed>")  # there was something to survive

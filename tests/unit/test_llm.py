@@ -1,5 +1,9 @@
 """The offline entry point on a fake LLMEngine: argument forms, order, failures, interruption. No processes."""
 
+import gc
+import queue
+import threading
+import time
 from types import SimpleNamespace
 
 import msgspec
@@ -171,6 +175,31 @@ def test_after_the_engines_death_what_was_done_is_kept(llm, engine):
     assert outputs[1].error is None
     with pytest.raises(CfgPluginError, match="died"):
         llm.generate("a")
+
+
+def test_close_waits_for_the_receiver_and_frees_unread_answers(engine):
+    told = threading.Event()
+    core = SimpleNamespace(shutdown=told.set, outputs_queue=queue.Queue())
+
+    def receive():
+        told.wait()
+        time.sleep(0.2)
+        core.outputs_queue.put_nowait("an image")
+
+    core.output_queue_thread = threading.Thread(target=receive, daemon=True)
+    core.output_queue_thread.start()
+    engine.engine_core = core
+    DiffusionLLM("model").close()
+    assert not core.output_queue_thread.is_alive()
+    assert core.outputs_queue.empty()
+
+
+def test_one_that_is_never_closed_stops_its_engine(engine):
+    llm = DiffusionLLM("model")
+    assert engine.shutdowns == 0
+    del llm
+    gc.collect()
+    assert engine.shutdowns == 1
 
 
 def test_close_is_idempotent(engine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from vllm_cfg_plugin.compat import wake_on_engine_death
+from vllm_cfg_plugin.compat import end_output_thread, wake_on_engine_death
 from vllm_cfg_plugin.config import EngineSettings, diffusion_engine_args
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output
@@ -73,6 +74,8 @@ class _Running:
 class DiffusionLLM:
     """A diffusion model with its engine; a context manager. Not to be shared by threads.
 
+    One that is never closed stops its engine when it is garbage-collected or the interpreter ends.
+
     Args:
         model: diffusers folder or hub repository id.
         cfg_parallel_size: ranks (GPUs) that share the branches of guidance; 1 runs them one after the other.
@@ -89,6 +92,8 @@ class DiffusionLLM:
         args = EngineArgs(**diffusion_engine_args(model, cfg_parallel_size, **engine_args))
         with _children_ignore_ctrl_c():
             self._engine = LLMEngine.from_engine_args(args)
+        # Newer than vLLM's own finalizers, so at exit it runs before them.
+        self._finalizer = weakref.finalize(self, _stop, self._engine)
         try:
             wake_on_engine_death(self._engine.engine_core)
             config = self._engine.vllm_config
@@ -189,10 +194,8 @@ class DiffusionLLM:
 
     def close(self) -> None:
         """Stop the engine and its processes; may be called again."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.renderer.shutdown()
-            engine.engine_core.shutdown()
+        self._engine = None
+        self._finalizer()
 
     def __enter__(self) -> DiffusionLLM:
         return self
@@ -201,6 +204,12 @@ class DiffusionLLM:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _stop(engine: LLMEngine) -> None:
+    engine.renderer.shutdown()
+    engine.engine_core.shutdown()
+    end_output_thread(engine.engine_core)
 
 
 def _spread(params: DiffusionParams | Sequence[DiffusionParams] | None, count: int) -> list[DiffusionParams]:
