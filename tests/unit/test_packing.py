@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE, PackedRows, interleave, pad_rows, padding_rows
+from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE, PackedRows, common_runs, interleave, pad_rows, padding_rows
 
 CPU = torch.device("cpu")
 MIXES = [(5,), (1,), (16,), (4, 4, 4), (1, 7, 7, 2), (16, 16), (3, 200, 200, 200, 1, 1)]
@@ -42,6 +42,15 @@ def test_boundaries_and_runs():
     assert packed.boundaries.dtype == torch.int32
     assert [(run.count, run.length) for run in packed.runs] == [(1, 4), (2, 7), (1, 2)]
     assert [(run.rows.start, run.rows.stop) for run in packed.runs] == [(0, 4), (4, 18), (18, 20)]
+
+
+def test_common_runs_are_equal_in_every_stream():
+    videos, texts = PackedRows((4, 4, 4, 9), CPU), PackedRows((3, 3, 2, 2), CPU)
+    runs = common_runs(videos, texts)
+    assert [(video.count, video.length, text.length) for video, text in runs] == [(2, 4, 3), (1, 4, 2), (1, 9, 2)]
+    assert [(video.rows.start, video.rows.stop) for video, _ in runs] == [(0, 8), (8, 12), (12, 21)]
+    assert [(text.rows.start, text.rows.stop) for _, text in runs] == [(0, 6), (6, 8), (8, 10)]
+    assert all(video.sequences == text.sequences for video, text in runs)
 
 
 @pytest.mark.parametrize("lengths", MIXES)

@@ -148,12 +148,15 @@ def span_starts(modulations: Sequence[Modulation]) -> list[int]:
 def modulate(
     norm: Any, stream: torch.Tensor, rows: Sequence[slice], factors: Sequence[Factors], shift: int
 ) -> torch.Tensor:
-    """The layer norm of each span's rows, with the span's own scale and shift (`factors[shift + 1]`, `[shift]`)."""
+    """The layer norm of each span's rows, with the span's own scale and shift (`factors[shift + 1]`, `[shift]`).
+
+    It is computed in the factors' dtype, which may be wider than the stream's.
+    """
     pieces = [
-        F.layer_norm(stream[span], norm.normalized_shape, own[shift + 1], own[shift], norm.eps)
+        F.layer_norm(stream[span].to(own[shift].dtype), norm.normalized_shape, own[shift + 1], own[shift], norm.eps)
         for span, own in zip(rows, factors, strict=True)
     ]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(stream.dtype)
 
 
 def add_gated(

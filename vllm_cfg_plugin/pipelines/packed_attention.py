@@ -18,7 +18,7 @@ from diffusers.models.attention_dispatch import (
 )
 
 from vllm_cfg_plugin.pipelines.linear import has_onednn, linear, onednn_linear
-from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE, PackedRows, interleave
+from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE, PackedRows, common_runs, interleave
 
 # From so many rows on, attention by oneDNN's products beats torch's kernel (measured, one thread, heads of 32 to 128).
 _ONEDNN_FROM = 256
@@ -130,25 +130,32 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
 
 
 def attend_sequences(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PackedRows, processor: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: PackedRows,
+    processor: Any,
+    key_rows: PackedRows | None = None,
 ) -> list[torch.Tensor]:
-    """Each sequence's attention to itself, [length, heads * head_dim]; inputs are [rows, heads, head_dim].
+    """Attention of each sequence's queries to its own keys, [length, heads * head_dim]; inputs [rows, heads, head_dim].
 
     Args:
         processor: the attention module's, which names the kernel if the user chose one.
+        key_rows: where the sequences lie in key and value, if these are another stream than the query's.
     """
+    key_rows = key_rows or rows
     if _has_varlen_kernel(query, processor):
         from torch.nn.attention.varlen import varlen_attn
 
-        query, key, value = (stream[: rows.total] for stream in (query, key, value))
-        longest = max(rows.lengths)
-        out: Any = varlen_attn(query, key, value, rows.boundaries, rows.boundaries, longest, longest)
+        query, key, value = query[: rows.total], key[: key_rows.total], value[: key_rows.total]
+        longest, longest_key = max(rows.lengths), max(key_rows.lengths)
+        out: Any = varlen_attn(query, key, value, rows.boundaries, key_rows.boundaries, longest, longest_key)
         return rows.split(out.flatten(1))
     attended: list[torch.Tensor] = []
     is_float_cpu = query.is_cpu and query.dtype == torch.float32 and _is_native(processor) and has_onednn()
-    for run in rows.runs:
-        blocks = run.block(query), run.block(key), run.block(value)
-        if is_float_cpu and run.length >= _ONEDNN_FROM:
+    for run, of_keys in common_runs(rows, key_rows):
+        blocks = run.block(query), of_keys.block(key), of_keys.block(value)
+        if is_float_cpu and min(run.length, of_keys.length) >= _ONEDNN_FROM:
             attended += [_attend_onednn(*one) for one in zip(*blocks, strict=True)]
             continue
         # A kernel works on one sequence and head at a time: a run of equal lengths gives the same bits as one by one.
@@ -157,17 +164,16 @@ def attend_sequences(
 
 
 def _attend_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of one long sequence on a CPU in float32, [length, heads * head_dim]; inputs [length, heads, head_dim].
+    """Attention of one long sequence on a CPU in float32, [queries, heads * head_dim]; inputs are [length, heads, ...].
 
     torch's own kernel is built on MKL's products, see `linear.py`. The scores of some rows at a time stay in the cache.
     """
-    length = query.shape[0]
     attended = torch.empty_like(query)
-    query = (query.transpose(0, 1) * query.shape[-1] ** -0.5).contiguous()  # [heads, length, head_dim]
+    query = (query.transpose(0, 1) * query.shape[-1] ** -0.5).contiguous()  # [heads, queries, head_dim]
     key, value = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
-    rows = max(ROW_MULTIPLE, _SCORES // length // ROW_MULTIPLE * ROW_MULTIPLE)
+    rows = max(ROW_MULTIPLE, _SCORES // key.shape[1] // ROW_MULTIPLE * ROW_MULTIPLE)
     for head in range(query.shape[0]):
-        for first in range(0, length, rows):
+        for first in range(0, query.shape[1], rows):
             some = slice(first, first + rows)
             scores = onednn_linear(query[head, some], key[head])
             torch.softmax(scores, dim=-1, out=scores)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -86,14 +86,7 @@ class PackedRows:
     @cached_property
     def runs(self) -> list[Run]:
         """The sequences in maximal runs of equal length."""
-        runs: list[Run] = []
-        sequence = row = 0
-        for length, group in groupby(self.lengths):
-            count = len(list(group))
-            end = row + count * length
-            runs.append(Run(slice(sequence, sequence + count), slice(row, end), count, length))
-            sequence, row = sequence + count, end
-        return runs
+        return [run for (run,) in common_runs(self)]
 
     @cached_property
     def starts(self) -> list[int]:
@@ -132,6 +125,21 @@ class LayoutCache(dict[Hashable, Any]):
             del self[next(iter(self))]
         self[key] = layout  # last in, so the first is the one unused for longest
         return layout
+
+
+@lru_cache(256)
+def common_runs(*layouts: PackedRows) -> tuple[tuple[Run, ...], ...]:
+    """The sequences of some streams in maximal runs of equal lengths in each; of every run its `Run` in each stream."""
+    runs = []
+    sequence, rows = 0, [0] * len(layouts)
+    for lengths, group in groupby(zip(*(layout.lengths for layout in layouts), strict=True)):
+        count = len(list(group))
+        sequences = slice(sequence, sequence + count)
+        ends = [row + count * length for row, length in zip(rows, lengths, strict=True)]
+        spans = [slice(row, end) for row, end in zip(rows, ends, strict=True)]
+        runs.append(tuple(Run(sequences, span, count, length) for span, length in zip(spans, lengths, strict=True)))
+        sequence, rows = sequence + count, ends
+    return tuple(runs)
 
 
 def interleave(first: PackedRows, second: PackedRows, streams: Sequence[torch.Tensor]) -> torch.Tensor:
