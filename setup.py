@@ -20,6 +20,7 @@ setup(
         "vllm>=0.32.0,<0.33",
         "torch",
         "diffusers>=0.42.1,<0.43",
+        "ftfy",  # diffusers cleans prompts with it, and its Wan image-to-video pipeline does not run without
         "accelerate",
         "transformers",
         "msgspec",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from tests.wan_models import wan_scheduler
+from tests.model_builders.wan import wan_scheduler
 
 SCHEDULERS = {"unipc": wan_scheduler(), "euler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.wan_models import wan_vae
+from tests.model_builders.wan import wan_vae
 from vllm_cfg_plugin.pipelines.wan_vae import ThreadSafeWanVAE
 
 

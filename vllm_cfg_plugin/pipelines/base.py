@@ -76,9 +76,11 @@ class EnginePipeline(CFGParallelMixin, ABC):
     Attributes:
         scheduler: the noise scheduler; the engine puts a request's own one here around `scheduler_step`.
         decode_sees_images: `decode` needs what `encode_images` made.
+        float32_components: what is loaded in float32 whatever the dtype.
     """
 
     decode_sees_images: ClassVar[bool] = False
+    float32_components: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abstractmethod
@@ -102,7 +104,8 @@ class EnginePipeline(CFGParallelMixin, ABC):
         """
         diffusers_class: Any = cls
         try:
-            pipeline = diffusers_class.from_pretrained(model, dtype=dtype, revision=revision)
+            dtypes = {"default": dtype} | dict.fromkeys(cls.float32_components, torch.float32)
+            pipeline = diffusers_class.from_pretrained(model, dtype=dtypes, revision=revision)
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"model {model!r} can't be loaded: {error}") from error
         return pipeline.to(device)
@@ -152,6 +155,12 @@ class EnginePipeline(CFGParallelMixin, ABC):
     @abstractmethod
     def prediction_shape(self, request: DiffusionRequest) -> tuple[int, ...]:
         """Shape of one prediction without its leading 1, known without computing it."""
+
+    @property
+    def prediction_like(self) -> torch.Tensor:
+        """Any tensor of the predictions' dtype and device."""
+        weight: torch.Tensor = next(self.transformer.parameters())
+        return weight
 
     def guidance_scale_at(self, request: DiffusionRequest, timestep: torch.Tensor) -> float:
         """The scale of classifier-free guidance at a timestep."""

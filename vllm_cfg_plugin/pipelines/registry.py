@@ -24,6 +24,8 @@ _PIPELINES = "vllm_cfg_plugin.pipelines"
 FAMILIES: dict[str, str] = {
     "QwenImagePipeline": f"{_PIPELINES}.qwen_image:QwenImagePipeline",
     "ZImagePipeline": f"{_PIPELINES}.z_image:ZImagePipeline",
+    "WanPipeline": f"{_PIPELINES}.wan:WanPipeline",
+    "WanImageToVideoPipeline": f"{_PIPELINES}.wan_image_to_video:WanImageToVideoPipeline",
 }
 
 

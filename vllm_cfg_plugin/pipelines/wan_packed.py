@@ -21,6 +21,7 @@ from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.pipelines.linear import feed_forward, gelu_linear, linear
 from vllm_cfg_plugin.pipelines.modulation import Modulation, add_gated, modulate
+from vllm_cfg_plugin.pipelines.packed_model import share_modules
 from vllm_cfg_plugin.pipelines.wan_attention import WanLayout, attend_to_conditions, attend_to_video
 from vllm_cfg_plugin.worker.packing import LayoutCache, PackedRows, pad_rows
 
@@ -45,10 +46,7 @@ class PackedWanTransformer(WanTransformer3DModel):
     @classmethod
     def adopt(cls, transformer: WanTransformer3DModel) -> Self:
         """The packed model over a loaded transformer's own modules; no weight is copied."""
-        packed = cls.__new__(cls)
-        packed.__dict__ = transformer.__dict__
-        packed._layouts = LayoutCache()
-        return packed
+        return share_modules(cls, transformer)
 
     def forward(
         self,
@@ -58,42 +56,36 @@ class PackedWanTransformer(WanTransformer3DModel):
         encoder_hidden_states_image: torch.Tensor | Sequence[torch.Tensor] | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
-    ) -> Transformer2DModelOutput | tuple[Any]:
-        """Predict noise for n videos: packed where `hidden_states` is a list, else diffusers' own ordinary batch.
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict noise for n videos: packed ones of any sizes, in lists, or an ordinary batch as diffusers takes it.
 
-        A list of latents, not one stream of tokens: the patch embedding is the model's own convolution, and a
-        prediction comes back in the shape that a noise scheduler steps.
+        Lists of latents, not one stream of tokens: the patch embedding is the model's own convolution. The prediction
+        is one tensor, for whoever works on it element by element whatever the videos' sizes.
 
         Args:
             hidden_states: latents of each video, [1, channels, frames, height, width].
-            timestep: of each video one value, [] , or one per token, [tokens]; read on the host, so better kept there.
+            timestep: of each video one value, [], or one per token, [tokens]; read on the host, so better kept there.
             encoder_hidden_states: prompt embeddings of each video, [text_tokens, dim], padding and all.
             encoder_hidden_states_image: embeddings of each video's image or images, [images, image_tokens, dim], for a
                 model with `image_dim`.
             attention_kwargs: `scale` weighs the LoRA layers.
 
         Returns:
-            The predictions, a list or a batch like `hidden_states`, in a `Transformer2DModelOutput` or a tuple of one.
+            The prediction: packed [1, channels, all videos' frames * height * width], in this order, or of a batch
+            [n, channels, frames, height, width].
 
         Raises:
             ValueError: lists of different lengths, or inputs that don't fit the model.
         """
-        if isinstance(hidden_states, torch.Tensor):
-            return super().forward(
-                hidden_states,
-                timestep,
-                encoder_hidden_states,
-                encoder_hidden_states_image,
-                return_dict=return_dict,
-                attention_kwargs=attention_kwargs,
-            )
-        sample: Any = self._forward_packed(
-            hidden_states,
-            timestep,
-            encoder_hidden_states,
-            encoder_hidden_states_image,
-            attention_kwargs=attention_kwargs,
+        is_batch = isinstance(hidden_states, torch.Tensor)
+        latents = hidden_states.split(1) if isinstance(hidden_states, torch.Tensor) else hidden_states
+        images = encoder_hidden_states_image
+        if isinstance(images, torch.Tensor):
+            images = images.split(images.shape[0] // len(latents))
+        videos = self._forward_packed(
+            latents, [*timestep], [*encoder_hidden_states], images, attention_kwargs=attention_kwargs
         )
+        sample = torch.cat(videos) if is_batch else torch.cat([video.flatten(2) for video in videos], dim=2)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     @apply_lora_scale("attention_kwargs")
@@ -105,6 +97,7 @@ class PackedWanTransformer(WanTransformer3DModel):
         images: Sequence[torch.Tensor] | None,
         attention_kwargs: dict[str, Any] | None,
     ) -> list[torch.Tensor]:
+        """The prediction of each video, [1, channels, frames, height, width]; arguments as those of `forward`."""
         self._check(latents, timesteps, texts, images)
         embedded_images = None if images is None else [self._embed_image(image) for image in images]
         grids = [self._grid(one) for one in latents]

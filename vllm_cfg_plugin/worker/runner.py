@@ -64,7 +64,7 @@ class StepRunner:
         self._lineup: Lineup | None = None  # of `_running`; None when that or an owner has changed
         self._failures: list[tuple[int, str]] = []  # to be reported
         self._all_gather = all_gather
-        self._like = next(pipeline.transformer.parameters())  # has the predictions' dtype and device
+        self._like = pipeline.prediction_like
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepReport:
