@@ -6,7 +6,8 @@ Shared by the distributed and end-to-end tests and by `make parity`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from tests.contract import make_request
+from tests.model_builders.wan import build_wan
 from tests.models import build_qwen_image
 from tests.z_image_models import build_z_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
@@ -32,7 +34,7 @@ class Case:
     Attributes:
         mode: what it shows, a few words.
         prompt: text.
-        images: what comes along.
+        images: what comes along. image_names: the argument that diffusers' pipeline has for each, or one for all.
         params: fields of `DiffusionParams` that diffusers' pipeline has under the same names.
     """
 
@@ -40,6 +42,7 @@ class Case:
     prompt: str
     params: Mapping[str, Any]
     images: tuple[Image.Image, ...] = ()
+    image_names: tuple[str, ...] = ("image",)
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,10 @@ class Family:
 
 def call(pipeline: Any, case: Case, seed: int, output_type: str = "latent") -> Any:
     """One direct call of diffusers' pipeline or of ours."""
-    image = {"image": list(case.images) if len(case.images) > 1 else case.images[0]} if case.images else {}
+    images = case.images if len(case.images) <= len(case.image_names) else (list(case.images),)
+    given = dict(zip(case.image_names, images, strict=False))
+    kwargs = {"prompt": case.prompt, **given, **case.params}
     generator = torch.Generator().manual_seed(seed)
-    kwargs = {"prompt": case.prompt, **image, **case.params}
     return pipeline(**kwargs, generator=generator, output_type=output_type, return_dict=False)[0]
 
 
@@ -99,6 +103,25 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
     image = Image.linear_gradient("L").resize((width, height)).convert(mode)
     image.paste(Image.new(mode, (width // 2, height // 2), "teal"), (width // 4, height // 3))
     return image
+
+
+def _final_video(pipeline: Any, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
+    condition = pipeline.encode_images(request) if pipeline.decode_sees_images and request.images else []
+    return pipeline.final_latents(latents, condition)
+
+
+def _wan(name: str, layout: str, images: int = 0, **scales: float) -> Family:
+    """A layout of Wan, text-to-video or with so many images."""
+    pictures = tuple(picture(70 + 20 * i, 50) for i in range(images))
+    small = _sized(32, 64, num_frames=5)
+    cases = (
+        Case("guided", "a red apple", _sized(64, 64, num_frames=9, guidance_scale=4.0, **scales), pictures),
+        Case("guided, negative prompt", "a cat", small | {"guidance_scale": 3.0, "negative_prompt": "ugly"}, pictures),
+        Case("unguided", "a rocket", small | {"guidance_scale": 1.0}, pictures),
+    )
+    cases = tuple(replace(case, image_names=("image", "last_image")) for case in cases)
+    class_name = "WanImageToVideoPipeline" if images else "WanPipeline"
+    return Family(class_name, partial(build_wan, layout=layout), cases, f"{class_name} ({name})", _final_video)
 
 
 def _sized(height: int, width: int, **params: Any) -> dict[str, Any]:
@@ -125,4 +148,10 @@ FAMILIES: tuple[Family, ...] = (
         ),
         to_reference=lambda pipeline, patches, r: pipeline._from_patches(patches, r.height, r.width),
     ),
+    _wan("2.1", "2.1"),
+    _wan("2.2 14B", "2.2", guidance_scale_2=2.0),
+    _wan("2.2 5B", "5b"),
+    _wan("2.1", "2.1-image", 1),
+    _wan("2.2 14B", "2.2-image", 2, guidance_scale_2=2.0),
+    _wan("2.2 5B", "5b-image", 1),
 )

@@ -27,7 +27,7 @@ def classifier_free_guidance(positive: torch.Tensor, negative: torch.Tensor, sca
     return negative + scale * (positive - negative)
 
 
-def rescale_to_norm(positive: torch.Tensor, combined: torch.Tensor) -> torch.Tensor:
+def rescale_to_norm(positive: torch.Tensor, combined: torch.Tensor, channel_dim: int = -1) -> torch.Tensor:
     """`combined * (|positive| / |combined|)`, with one norm per token, over its channels.
 
     Keeps the guided prediction as long as the positive one, against the over-saturation of large scales. The idea is
@@ -37,9 +37,10 @@ def rescale_to_norm(positive: torch.Tensor, combined: torch.Tensor) -> torch.Ten
     Args:
         positive: the positive branch's prediction, [batch, tokens, channels].
         combined: the guided prediction, of the same shape.
+        channel_dim: where the channels are, if elsewhere.
     """
-    positive_norm: torch.Tensor = torch.norm(positive, dim=-1, keepdim=True)  # [batch, tokens, 1]
-    combined_norm: torch.Tensor = torch.norm(combined, dim=-1, keepdim=True)
+    positive_norm: torch.Tensor = torch.norm(positive, dim=channel_dim, keepdim=True)  # [batch, tokens, 1]
+    combined_norm: torch.Tensor = torch.norm(combined, dim=channel_dim, keepdim=True)
     return combined * (positive_norm / combined_norm)
 
 

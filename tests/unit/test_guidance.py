@@ -14,6 +14,7 @@ from vllm_cfg_plugin.guidance import (
     zero_star_guidance,
 )
 from vllm_cfg_plugin.params import Guidance
+from vllm_cfg_plugin.pipelines.wan import WanPipeline
 
 STEPS = 10
 SHAPES = [(1, 33, 20), (2, 64, 64), (3, 4, 16, 24), (1, 16, 3, 8, 12), (2, 16, 5, 6, 6)]  # tokens, image, video
@@ -60,6 +61,13 @@ def test_bitwise_like_diffusers(dtype):
     combined = classifier_free_guidance(noise_pred, neg_noise_pred, true_cfg_scale)
     assert torch.equal(combined, comb_pred)
     assert torch.equal(rescale_to_norm(noise_pred, combined), expected)
+
+
+def test_a_video_has_one_norm_per_voxel_over_its_channels():
+    positive, combined = torch.randn(1, 16, 3, 4, 6), 5 * torch.randn(1, 16, 3, 4, 6)
+    rescaled = rescale_to_norm(positive, combined, channel_dim=1)
+    torch.testing.assert_close(rescaled.norm(dim=1), positive.norm(dim=1))
+    assert WanPipeline.channel_dim == 1
 
 
 def test_rescaled_prediction_has_the_positive_norm_at_every_token():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,7 +31,12 @@ class CFGParallelMixin:
     With a cfg world of one rank, both branches run on it, one after the other. With more, rank 0 forwards the positive
     branch and rank 1 the negative one; further ranks only take part in the collectives. All ranks end each step with
     the same latents.
+
+    Attributes:
+        channel_dim: dimension of a prediction that holds the channels of a token.
     """
+
+    channel_dim: ClassVar[int] = -1
 
     transformer: Any
     scheduler: Any
@@ -98,7 +103,7 @@ class CFGParallelMixin:
 
     def cfg_normalize_function(self, noise_pred: torch.Tensor, comb_pred: torch.Tensor) -> torch.Tensor:
         """Bring the combined prediction to the positive one's norm, token by token; override for another rule."""
-        return guidance.rescale_to_norm(noise_pred, comb_pred)
+        return guidance.rescale_to_norm(noise_pred, comb_pred, self.channel_dim)
 
     def scheduler_step(self, noise_pred: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The latents after one step of the noise scheduler; override for another call of it."""

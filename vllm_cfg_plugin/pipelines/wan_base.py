@@ -31,6 +31,8 @@ class WanCFGParallelMixin(CFGParallelMixin):
         transformer: predicts all steps, or those with much noise where `transformer_2` predicts the others.
     """
 
+    channel_dim: ClassVar[int] = 1
+
     transformer_2: Any
     config: Any
 
