@@ -3,8 +3,8 @@
     python -m benchmarks.parity            # or `make parity`
 
 Tiny random-weight checkpoints of each class run through the engine's steps (scheduler, planner, packed forwards,
-exchange) in float32 on gloo ranks. One row per request: the largest difference of its final latents from diffusers', and whether
-they are the same bits on one rank and on two, alone and in a batch with the family's other requests.
+exchange) in float32 on gloo ranks. One row per request: the largest difference of its final latents from diffusers',
+and whether they are the same bits on one rank and on two, alone and in a batch with the family's other requests.
 """
 
 from __future__ import annotations
