@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -57,7 +58,7 @@ def build_qwen_image(folder: Path, *, size: str = "tiny", seed: int = 0) -> Path
         QwenImagePipeline(
             scheduler=noise_scheduler(),
             vae=_vae(),
-            text_encoder=_text_encoder(len(tokenizer), shape.text_width),
+            text_encoder=text_encoder(len(tokenizer), shape.text_width),
             tokenizer=tokenizer,
             transformer=transformer(shape),
         ).save_pretrained(folder)
@@ -109,7 +110,8 @@ def _vae() -> AutoencoderKLQwenImage:
     return vae.eval()
 
 
-def _text_encoder(vocabulary: int, width: int) -> Qwen2_5_VLForConditionalGeneration:
+def text_encoder(vocabulary: int, width: int, **config: Any) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL; `config` goes over its configuration."""
     text = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
@@ -130,4 +132,4 @@ def _text_encoder(vocabulary: int, width: int) -> Qwen2_5_VLForConditionalGenera
         "out_hidden_size": width,
         "fullatt_block_indexes": [0],
     }
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **config)).eval()

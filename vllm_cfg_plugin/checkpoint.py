@@ -34,6 +34,7 @@ class TextRules:
         tokenizer: its folder in the checkpoint.
         fixed_tokens: what every text takes, where the family pads texts to one length; None where it does not.
         sees_images: the text encoder reads a request's images too.
+        pieces: the parts of a text that are tokenized each by itself.
     """
 
     max_tokens: int
@@ -42,6 +43,7 @@ class TextRules:
     tokenizer: str = "tokenizer"
     fixed_tokens: int | None = None
     sees_images: bool = False
+    pieces: Callable[[str], Sequence[str]] = lambda text: [text]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class PipelineInfo:
         text: how texts are tokenized.
         size_multiple: height and width must be multiples of this many pixels.
         pixels_per_token: side of the square of pixels that one image token covers.
+        max_side: most pixels of height and of width; 0 is no limit.
         min_steps: fewest denoising steps for which the noise schedule is finite.
         default_params: what an unset field means for this model.
         cfg_scale: the field that is the scale of classifier-free guidance, as diffusers' pipeline names it.
@@ -75,6 +78,7 @@ class PipelineInfo:
     cfg_scale: str
     cfg_scale_offset: float = 0.0
     distilled_scale: str = ""
+    max_side: int = 0
     needs_negative_prompt: bool = True
     options: frozenset[str] = frozenset()
     min_images: int = 0

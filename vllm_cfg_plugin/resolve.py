@@ -173,6 +173,8 @@ def _checked_side(param: str, value: object, info: PipelineInfo) -> int:
     allowed = f"a positive multiple of {info.size_multiple}"
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % info.size_multiple:
         raise InvalidRequestError(param, value, allowed)
+    if info.max_side and value > info.max_side:
+        raise InvalidRequestError(param, value, f"at most {info.max_side} for this model")
     return value
 
 

@@ -45,5 +45,5 @@ class TokenCounter:
         return self._count(prompt)
 
     def _count_uncached(self, prompt: str) -> int:
-        ids = self._tokenizer(self._rules.template.format(prompt)).input_ids
-        return len(ids) - self._rules.prefix_tokens
+        pieces = self._rules.pieces(self._rules.template.format(prompt))
+        return sum(len(self._tokenizer(piece).input_ids) for piece in pieces) - self._rules.prefix_tokens

@@ -15,12 +15,12 @@ POOLED = 24
 
 def flux_transformer(size: ModelSize, **config: Any) -> FluxTransformer2DModel:
     """Layers of both kinds; `config` goes over it."""
-    return _ready(FluxTransformer2DModel(**_single_stream(size), **config))
+    return _ready(FluxTransformer2DModel(**_single_stream(size) | config))
 
 
 def longcat_image_transformer(size: ModelSize, **config: Any) -> LongCatImageTransformer2DModel:
     """Layers of both kinds; `config` goes over it."""
-    return _ready(LongCatImageTransformer2DModel(**_single_stream(size), **config))
+    return _ready(LongCatImageTransformer2DModel(**_single_stream(size) | config))
 
 
 def sd3_transformer(size: ModelSize, **config: Any) -> SD3Transformer2DModel:

@@ -13,12 +13,13 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vllm_cfg_plugin import guidance
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
 
 # Held around every use of a VAE that keeps state on its modules (the feature caches of video VAEs): a rank encodes
 # images on one thread and decodes latents on another.
@@ -198,3 +199,8 @@ class EnginePipeline(CFGParallelMixin, ABC):
 def to_uint8(pixels: np.ndarray) -> torch.Tensor:
     """Pixels in 0..1 rounded to uint8 as diffusers' `numpy_to_pil` rounds them."""
     return torch.from_numpy((pixels * 255).round().astype(np.uint8))
+
+
+def to_pil(image: ImageInput) -> Image.Image:
+    """The image that a request brought along, as diffusers' image processors take it."""
+    return Image.frombytes(image.mode, (image.width, image.height), image.pixels)

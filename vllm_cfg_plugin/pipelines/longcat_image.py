@@ -1,0 +1,482 @@
+"""LongCat-Image text-to-image and editing: the CFG-Parallel denoising loop and the engine's pipelines.
+
+On diffusers' own methods. Two things differ from upstream by intent: prompts are rewritten by the language model only
+where a direct call asks for it, as that is sampled text and no part of the request, and the engine loads no
+`text_processor` but its image processor. Must not import vLLM at module level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_longcat_image import LongCatImageTransformer2DModel
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
+    LongCatImagePipeline as DiffusersLongCatImagePipeline,
+)
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids, split_quotation
+from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import (
+    LongCatImageEditPipeline as DiffusersLongCatImageEditPipeline,
+)
+from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import calculate_dimensions
+from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLProcessor,
+)
+
+from vllm_cfg_plugin import guidance as combine_rules
+from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo, TextRules
+from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
+from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, to_pil
+from vllm_cfg_plugin.pipelines.direct_call import DenoisingMixin, as_many, is_guided
+from vllm_cfg_plugin.pipelines.flow_schedule import min_steps, set_flow_timesteps
+from vllm_cfg_plugin.pipelines.latent_tokens import LatentTokensPipeline, vae_scale_factor
+from vllm_cfg_plugin.pipelines.longcat_image_packed import PackedLongCatImageTransformer
+from vllm_cfg_plugin.worker.packing import LayoutCache
+
+MAX_TEXT_TOKENS = 512  # `tokenizer_max_length` of diffusers' `__init__`: every text is padded to it
+LATENT_CHANNELS = 16  # of diffusers' `__call__`
+EDIT_PIXELS = 1024 * 1024  # area that diffusers' `__call__` brings an image to
+DEFAULT_GUIDANCE_SCALE = 4.5
+_NEW_IMAGE, _CONDITION = 1, 2  # first axis of the position ids
+
+
+class LongCatImageCFGParallelMixin(DenoisingMixin):
+    """The denoising loop of the LongCat-Image pipelines, on one rank or many.
+
+    Attributes:
+        cfg_renorm_min: least factor that `cfg_normalize_function` shortens a prediction by.
+    """
+
+    cfg_renorm_min: float = 0.0
+
+    def diffuse(
+        self,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        latents: torch.Tensor,
+        text_ids: torch.Tensor,
+        latent_image_ids: torch.Tensor,
+        timesteps: torch.Tensor,
+        do_true_cfg: bool,
+        true_cfg_scale: float,
+        cfg_normalize: bool = True,
+        image_latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Denoise a batch through all timesteps; every rank returns the same latents.
+
+        Args:
+            prompt_embeds, negative_prompt_embeds: [batch, text tokens, dim]; the negative ones only where
+                `do_true_cfg`.
+            latents: [batch, image tokens, channels].
+            text_ids, latent_image_ids: position ids, [tokens, 3], of every batch element; of `image_latents` too.
+            timesteps: the noise scheduler's.
+            image_latents: of the image to be edited, [batch, condition tokens, channels].
+        """
+        condition = [] if image_latents is None else [image_latents]
+        return self.denoise(
+            latents,
+            timesteps,
+            lambda latents, timestep: {
+                "hidden_states": torch.cat([latents, *condition], dim=1),
+                "timestep": timestep.to(latents.dtype) / 1000,
+                "img_ids": latent_image_ids,
+                "txt_ids": text_ids,
+            },
+            {"encoder_hidden_states": prompt_embeds},
+            {"encoder_hidden_states": negative_prompt_embeds},
+            do_true_cfg,
+            true_cfg_scale,
+            cfg_normalize,
+            output_slice=latents.shape[1] if condition else None,
+        )
+
+    def combine_cfg_noise(
+        self, noise_pred: torch.Tensor, neg_noise_pred: torch.Tensor, true_cfg_scale: float, cfg_normalize: bool = False
+    ) -> torch.Tensor:
+        combined = combine_rules.classifier_free_guidance(noise_pred, neg_noise_pred, true_cfg_scale)
+        return self.cfg_normalize_function(noise_pred, combined, self.cfg_renorm_min) if cfg_normalize else combined
+
+    def cfg_normalize_function(
+        self, noise_pred: torch.Tensor, comb_pred: torch.Tensor, cfg_renorm_min: float = 0.0
+    ) -> torch.Tensor:
+        """Shorten the combined prediction to the positive one's norm, token by token, but never lengthen it."""
+        cond_norm: torch.Tensor = torch.norm(noise_pred, dim=-1, keepdim=True)
+        noise_norm: torch.Tensor = torch.norm(comb_pred, dim=-1, keepdim=True)
+        scale = (cond_norm / (noise_norm + 1e-8)).clamp(min=cfg_renorm_min, max=1.0)
+        return comb_pred * scale
+
+
+class _LongCatPipeline(LongCatImageCFGParallelMixin, LatentTokensPipeline):
+    """What text-to-image and editing have in common for the engine."""
+
+    def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
+        dtype = branches[0].latents.dtype
+        ahead = [own.timesteps_ahead for own in branches if own.timesteps_ahead is not None]
+        return super().pack_branches(branches) | {
+            "timesteps_ahead": torch.cat(ahead).to(dtype) / 1000 if len(ahead) == len(branches) else None
+        }
+
+    def forget_derived(self) -> None:
+        self.transformer.modulations.clear()
+
+    def _text_ids(self, tokens: int) -> torch.Tensor:
+        return self._kept_ids(
+            tokens, lambda: prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=tokens)
+        )
+
+    def _output(
+        self, latents: torch.Tensor, height: int, width: int, output_type: str, return_dict: bool
+    ) -> LongCatImagePipelineOutput | tuple[Any]:
+        """What a direct call returns."""
+        images: Any = latents
+        if output_type != "latent":
+            decoded = self._decode_latents(latents, height, width)
+            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        return LongCatImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class LongCatImagePipeline(_LongCatPipeline, DiffusersLongCatImagePipeline):
+    """diffusers' LongCatImagePipeline with CFG-Parallel, for the engine or to be called directly."""
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
+        return _describe(checkpoint, cfg_normalize=True)
+
+    @classmethod
+    def load(cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Self:
+        return _load(cls, model, dtype, device, revision, text_processor=None)
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: Qwen2Tokenizer,
+        text_processor: Any,
+        transformer: LongCatImageTransformer2DModel,
+    ) -> None:
+        packed = PackedLongCatImageTransformer.adopt(transformer)
+        super().__init__(scheduler, vae, text_encoder, tokenizer, text_processor, packed)
+        self._ids = LayoutCache()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        enable_cfg_renorm: bool = True,
+        cfg_renorm_min: float = 0.0,
+        enable_prompt_rewrite: bool = False,
+    ) -> LongCatImagePipelineOutput | tuple[Any]:
+        """Generate images; under `torchrun` every rank calls this alike and returns the same images.
+
+        Args:
+            negative_prompt: None is an empty one.
+            height, width: pixels.
+            guidance_scale: on above 1.
+            generator, latents: source of the first latents, or these themselves.
+            output_type: "pil", "np", "pt" or "latent".
+            enable_cfg_renorm, cfg_renorm_min: see `cfg_normalize_function`.
+            enable_prompt_rewrite: let the language model write the prompt anew, which diffusers does by default.
+
+        Raises:
+            ConfigurationError: the prompt can't be rewritten, as the pipeline was loaded without its `text_processor`.
+        """
+        height = height or self.default_sample_size * self.vae_scale_factor
+        width = width or self.default_sample_size * self.vae_scale_factor
+        self.check_inputs(prompt, height, width, negative_prompt)
+        if enable_prompt_rewrite:
+            prompt = self._rewritten(prompt)
+        do_true_cfg = is_guided(guidance_scale, negative_prompt or "", asked=False)
+        embeds = same_on_all_ranks(self.encode_prompt(prompt, num_images_per_prompt)[0])
+        negative_embeds = None
+        if do_true_cfg:
+            negative_embeds = self.encode_prompt(as_many(negative_prompt or "", prompt), num_images_per_prompt)[0]
+        latents = self._prepare_noise(embeds.shape[0], height, width, embeds, generator, latents)
+        set_flow_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
+        self.cfg_renorm_min = cfg_renorm_min
+        latents = self.diffuse(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative_embeds,
+            latents=same_on_all_ranks(latents),
+            text_ids=self._text_ids(embeds.shape[1]),
+            latent_image_ids=self._ids_of_size(height, width),
+            timesteps=self.scheduler.timesteps,
+            do_true_cfg=do_true_cfg,
+            true_cfg_scale=guidance_scale,
+            cfg_normalize=enable_cfg_renorm,
+        )
+        output = self._output(latents, height, width, output_type, return_dict)
+        self.maybe_free_model_hooks()
+        return output
+
+    @torch.no_grad()
+    def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
+        return PromptEmbeds(self.encode_prompt(request.prompts[branch])[0][0])
+
+    def _rewritten(self, prompt: str | list[str]) -> list[str]:
+        if self.text_processor is None:
+            raise ConfigurationError(
+                "enable_prompt_rewrite=True needs the checkpoint's text_processor, which this pipeline was loaded "
+                "without: load it with from_pretrained"
+            )
+        return self.rewire_prompt(prompt, self._weight.device)
+
+    def _prepare_noise(
+        self,
+        count: int,
+        height: int,
+        width: int,
+        like: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.prepare_latents(count, LATENT_CHANNELS, height, width, like.dtype, like.device, generator, latents)[
+            0
+        ]
+
+    def _image_ids(self, request: DiffusionRequest) -> torch.Tensor:
+        return self._ids_of_size(request.height, request.width)
+
+    def _ids_of_size(self, height: int, width: int) -> torch.Tensor:
+        grid = self._grid(height, width)
+        return self._kept_ids(grid, lambda: _image_ids(_NEW_IMAGE, MAX_TEXT_TOKENS, *grid))
+
+
+class LongCatImageEditPipeline(_LongCatPipeline, DiffusersLongCatImageEditPipeline):
+    """diffusers' LongCatImageEditPipeline with CFG-Parallel, for the engine or to be called directly.
+
+    The result has the size that diffusers calculates from the image, unless a request to the engine asks for another.
+    """
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
+        side = 2 * vae_scale_factor(checkpoint)
+        processor = load_image_processor(checkpoint.model, checkpoint.revision).image_processor
+
+        def condition_tokens(sizes: Sequence[ImageSize]) -> tuple[int, int]:
+            height, width = _edit_size(sizes)
+            return (height // side) * (width // side), _vision_tokens(processor, height, width)
+
+        return _describe(
+            checkpoint,
+            cfg_normalize=False,
+            sees_images=True,
+            min_images=1,
+            max_images=1,
+            condition_tokens=condition_tokens,
+            default_size=_edit_size,
+        )
+
+    @classmethod
+    def load(cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Self:
+        return _load(cls, model, dtype, device, revision, text_processor=load_image_processor(model, revision))
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: Qwen2Tokenizer,
+        text_processor: Qwen2VLProcessor,
+        transformer: LongCatImageTransformer2DModel,
+    ) -> None:
+        packed = PackedLongCatImageTransformer.adopt(transformer)
+        super().__init__(scheduler, vae, text_encoder, tokenizer, text_processor, packed)
+        self._ids = LayoutCache()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image.Image,
+        prompt: str,
+        negative_prompt: str | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cfg_normalize: bool = False,
+    ) -> LongCatImagePipelineOutput | tuple[Any]:
+        """Edit an image; under `torchrun` every rank calls this alike and returns the same images.
+
+        Args:
+            negative_prompt: None is an empty one.
+            guidance_scale: on above 1.
+            generator, latents: source of the first latents, or these themselves.
+            output_type: "pil", "np", "pt" or "latent".
+            cfg_normalize: see `cfg_normalize_function`.
+        """
+        height, width = _edit_size([image.size])
+        self.check_inputs(prompt, height, width, negative_prompt)
+        do_true_cfg = is_guided(guidance_scale, negative_prompt or "", asked=False)
+        embeds, negative_embeds = (
+            self._encode(text, image).repeat(num_images_per_prompt, 1, 1) for text in (prompt, negative_prompt or "")
+        )
+        condition = self._encode_condition(image).repeat(num_images_per_prompt, 1, 1)
+        latents = self._prepare_noise(num_images_per_prompt, height, width, embeds, generator, latents)
+        set_flow_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
+        latents = self.diffuse(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative_embeds,
+            latents=same_on_all_ranks(latents),
+            text_ids=self._text_ids(embeds.shape[1]),
+            latent_image_ids=self._edit_ids((height, width), (height, width), embeds.shape[1]),
+            timesteps=self.scheduler.timesteps,
+            do_true_cfg=do_true_cfg,
+            true_cfg_scale=guidance_scale,
+            cfg_normalize=cfg_normalize,
+            image_latents=condition,
+        )
+        output = self._output(latents, height, width, output_type, return_dict)
+        self.maybe_free_model_hooks()
+        return output
+
+    @torch.no_grad()
+    def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
+        return PromptEmbeds(self._encode(request.prompts[branch], to_pil(request.images[0]))[0])
+
+    @torch.no_grad()
+    def encode_images(self, request: DiffusionRequest) -> list[torch.Tensor]:
+        return [self._encode_condition(to_pil(request.images[0]))]
+
+    def _encode(self, prompt: str, image: Image.Image) -> torch.Tensor:
+        """Embeddings of a text that sees the image, [1, text tokens, dim]."""
+        height, width = _edit_size([image.size])
+        seen = self.image_processor.resize(self._resized(image), height // 2, width // 2)
+        return self.encode_prompt([prompt], seen)[0]
+
+    def _encode_condition(self, image: Image.Image) -> torch.Tensor:
+        """Latents of the image to be edited, [1, condition tokens, channels]."""
+        height, width = _edit_size([image.size])
+        pixels = self.image_processor.preprocess(self._resized(image), height, width)
+        latents = self._encode_vae_image(pixels.to(self._weight.device, self._weight.dtype), None)  # type: ignore[arg-type]
+        return self._pack_latents(latents, 1, LATENT_CHANNELS, *latents.shape[2:])
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        return self.image_processor.resize(image.convert("RGB"), *_edit_size([image.size]))
+
+    def _image_ids(self, request: DiffusionRequest) -> torch.Tensor:
+        condition = _edit_size([(image.width, image.height) for image in request.images])
+        return self._edit_ids((request.height, request.width), condition, request.text_tokens[0])
+
+    def _edit_ids(self, size: ImageSize, condition: ImageSize, text_tokens: int) -> torch.Tensor:
+        """Position ids of an image of `size` (height, width), then of one of `condition`."""
+        new, old = self._grid(*size), self._grid(*condition)
+        return self._kept_ids(
+            (new, old, text_tokens),
+            lambda: torch.cat([_image_ids(_NEW_IMAGE, text_tokens, *new), _image_ids(_CONDITION, text_tokens, *old)]),
+        )
+
+    def _prepare_noise(
+        self,
+        count: int,
+        height: int,
+        width: int,
+        like: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        size, text_tokens = (LATENT_CHANNELS, height, width), 0  # only the position ids depend on the text
+        return self.prepare_latents(None, count, *size, like.dtype, text_tokens, like.device, generator, latents)[0]
+
+
+class _ImageProcessorOnly(Qwen2VLProcessor):
+    """The checkpoint's `text_processor` as far as editing reads it: the rest needs torchvision, for videos."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+
+
+def load_image_processor(model: str, revision: str | None = None) -> _ImageProcessorOnly:
+    """What turns a checkpoint's images into patches for its text encoder.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    try:
+        processor = AutoImageProcessor.from_pretrained(model, subfolder="text_processor", revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"model {model!r}: its text_processor/ can't be loaded: {error}") from error
+    return _ImageProcessorOnly(processor)
+
+
+def _describe(checkpoint: Checkpoint, cfg_normalize: bool, sees_images: bool = False, **more: Any) -> PipelineInfo:
+    """What text-to-image and editing have in common, and `more`."""
+    scale = vae_scale_factor(checkpoint)
+    return PipelineInfo(
+        text=TextRules(MAX_TEXT_TOKENS, pieces=_text_pieces, fixed_tokens=MAX_TEXT_TOKENS, sees_images=sees_images),
+        size_multiple=2 * scale,
+        pixels_per_token=2 * scale,
+        min_steps=min_steps(checkpoint.component_config("scheduler", "scheduler_config.json")),
+        cfg_scale="guidance_scale",
+        needs_negative_prompt=False,
+        default_params=DiffusionParams(
+            height=128 * scale,
+            width=128 * scale,
+            num_inference_steps=50,
+            guidance_scale=DEFAULT_GUIDANCE_SCALE,
+            cfg_normalize=cfg_normalize,
+        ),
+        **more,
+    )
+
+
+def _load(
+    cls: Any, model: str, dtype: torch.dtype, device: torch.device, revision: str | None, text_processor: Any
+) -> Any:
+    """Load a checkpoint with another `text_processor` than its own, which needs torchvision."""
+    try:
+        pipeline = cls.from_pretrained(model, dtype=dtype, revision=revision, text_processor=text_processor)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"model {model!r} can't be loaded: {error}") from error
+    return pipeline.to(device)
+
+
+def _text_pieces(prompt: str) -> list[str]:
+    """What the tokenizer is given of a prompt, piece by piece: quoted text is spelled letter by letter."""
+    pieces: list[str] = []
+    for text, is_quoted in split_quotation(prompt):
+        pieces.extend(text if is_quoted else [text])
+    return pieces
+
+
+def _image_ids(modality: int, text_tokens: int, height: int, width: int) -> torch.Tensor:
+    """Position ids of an image of so many tokens each way, which count on from the text's, [tokens, 3]."""
+    start = (text_tokens, text_tokens)
+    ids: torch.Tensor = prepare_pos_ids(modality_id=modality, type="image", start=start, height=height, width=width)
+    return ids
+
+
+def _edit_size(sizes: Sequence[ImageSize]) -> ImageSize:
+    """(height, width) that an image to be edited is brought to, from its (width, height)."""
+    [(width, height)] = sizes
+    new_width, new_height = calculate_dimensions(EDIT_PIXELS, width / height)
+    return new_height, new_width
+
+
+def _vision_tokens(processor: Any, height: int, width: int) -> int:
+    """Tokens that an image of so many pixels, seen at half its size, adds to the text: its own, a start and an end."""
+    patches: int = processor.get_number_of_image_patches(height // 2, width // 2)
+    return patches // processor.merge_size**2 + 2
