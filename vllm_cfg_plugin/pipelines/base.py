@@ -93,12 +93,15 @@ class EnginePipeline(CFGParallelMixin, ABC):
         """
 
     @classmethod
-    def load(cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Self:
+    def load(
+        cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, **components: Any
+    ) -> Self:
         """Load a checkpoint for inference.
 
         Args:
             model: folder or hub repository id.
             dtype: of weights and computation.
+            components: to be used in place of the checkpoint's own; None for those to do without.
 
         Raises:
             ConfigurationError: the checkpoint can't be loaded or asks for something the packed forward lacks.
@@ -106,7 +109,7 @@ class EnginePipeline(CFGParallelMixin, ABC):
         diffusers_class: Any = cls
         try:
             dtypes = {"default": dtype} | dict.fromkeys(cls.float32_components, torch.float32)
-            pipeline = diffusers_class.from_pretrained(model, dtype=dtypes, revision=revision)
+            pipeline = diffusers_class.from_pretrained(model, dtype=dtypes, revision=revision, **components)
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"model {model!r} can't be loaded: {error}") from error
         return pipeline.to(device)

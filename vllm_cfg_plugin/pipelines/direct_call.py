@@ -21,7 +21,7 @@ class DenoisingMixin(CFGParallelMixin):
         negative: Kwargs,
         do_true_cfg: bool,
         true_cfg_scale: float,
-        cfg_normalize: bool,
+        cfg_normalize: bool | float,
         output_slice: int | None = None,
     ) -> torch.Tensor:
         """The latents after all timesteps; every rank returns the same.
@@ -31,6 +31,7 @@ class DenoisingMixin(CFGParallelMixin):
             timesteps: the noise scheduler's.
             shared: the arguments of both branches, from latents and timestep [batch].
             positive, negative: those of one branch alone.
+            cfg_normalize: as the family's `combine_cfg_noise` reads it.
             output_slice: see `predict_noise_maybe_with_cfg`.
         """
         for t in timesteps:
@@ -40,7 +41,7 @@ class DenoisingMixin(CFGParallelMixin):
                 true_cfg_scale=true_cfg_scale,
                 positive_kwargs=both | positive,
                 negative_kwargs=both | negative if do_true_cfg else None,
-                cfg_normalize=cfg_normalize,
+                cfg_normalize=cfg_normalize,  # type: ignore[arg-type]
                 output_slice=output_slice,
             )
             latents = self.scheduler_step_maybe_with_cfg(noise_pred, t, latents, do_true_cfg)

@@ -51,13 +51,7 @@ _NEW_IMAGE, _CONDITION = 1, 2  # first axis of the position ids
 
 
 class LongCatImageCFGParallelMixin(DenoisingMixin):
-    """The denoising loop of the LongCat-Image pipelines, on one rank or many.
-
-    Attributes:
-        cfg_renorm_min: least factor that `cfg_normalize_function` shortens a prediction by.
-    """
-
-    cfg_renorm_min: float = 0.0
+    """The denoising loop of the LongCat-Image pipelines, on one rank or many."""
 
     def diffuse(
         self,
@@ -69,7 +63,7 @@ class LongCatImageCFGParallelMixin(DenoisingMixin):
         timesteps: torch.Tensor,
         do_true_cfg: bool,
         true_cfg_scale: float,
-        cfg_normalize: bool = True,
+        cfg_normalize: bool | float = True,
         image_latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Denoise a batch through all timesteps; every rank returns the same latents.
@@ -80,6 +74,7 @@ class LongCatImageCFGParallelMixin(DenoisingMixin):
             latents: [batch, image tokens, channels].
             text_ids, latent_image_ids: position ids, [tokens, 3], of every batch element; of `image_latents` too.
             timesteps: the noise scheduler's.
+            cfg_normalize: see `combine_cfg_noise`.
             image_latents: of the image to be edited, [batch, condition tokens, channels].
         """
         condition = [] if image_latents is None else [image_latents]
@@ -101,10 +96,21 @@ class LongCatImageCFGParallelMixin(DenoisingMixin):
         )
 
     def combine_cfg_noise(
-        self, noise_pred: torch.Tensor, neg_noise_pred: torch.Tensor, true_cfg_scale: float, cfg_normalize: bool = False
+        self,
+        noise_pred: torch.Tensor,
+        neg_noise_pred: torch.Tensor,
+        true_cfg_scale: float,
+        cfg_normalize: bool | float = False,
     ) -> torch.Tensor:
+        """As the mixin's.
+
+        Args:
+            cfg_normalize: True, or the `cfg_renorm_min` of `cfg_normalize_function` where that is above 0.
+        """
         combined = combine_rules.classifier_free_guidance(noise_pred, neg_noise_pred, true_cfg_scale)
-        return self.cfg_normalize_function(noise_pred, combined, self.cfg_renorm_min) if cfg_normalize else combined
+        if not cfg_normalize:
+            return combined
+        return self.cfg_normalize_function(noise_pred, combined, 0.0 if cfg_normalize is True else cfg_normalize)
 
     def cfg_normalize_function(
         self, noise_pred: torch.Tensor, comb_pred: torch.Tensor, cfg_renorm_min: float = 0.0
@@ -153,8 +159,11 @@ class LongCatImagePipeline(_LongCatPipeline, DiffusersLongCatImagePipeline):
         return _describe(checkpoint, cfg_normalize=True)
 
     @classmethod
-    def load(cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Self:
-        return _load(cls, model, dtype, device, revision, text_processor=None)
+    def load(
+        cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, **components: Any
+    ) -> Self:
+        components = {"text_processor": None} | components
+        return super().load(model, dtype=dtype, device=device, revision=revision, **components)
 
     def __init__(
         self,
@@ -213,7 +222,6 @@ class LongCatImagePipeline(_LongCatPipeline, DiffusersLongCatImagePipeline):
             negative_embeds = self.encode_prompt(as_many(negative_prompt or "", prompt), num_images_per_prompt)[0]
         latents = self._prepare_noise(embeds.shape[0], height, width, embeds, generator, latents)
         set_flow_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
-        self.cfg_renorm_min = cfg_renorm_min
         latents = self.diffuse(
             prompt_embeds=embeds,
             negative_prompt_embeds=negative_embeds,
@@ -223,7 +231,7 @@ class LongCatImagePipeline(_LongCatPipeline, DiffusersLongCatImagePipeline):
             timesteps=self.scheduler.timesteps,
             do_true_cfg=do_true_cfg,
             true_cfg_scale=guidance_scale,
-            cfg_normalize=enable_cfg_renorm,
+            cfg_normalize=enable_cfg_renorm and (cfg_renorm_min or True),
         )
         output = self._output(latents, height, width, output_type, return_dict)
         self.maybe_free_model_hooks()
@@ -288,8 +296,11 @@ class LongCatImageEditPipeline(_LongCatPipeline, DiffusersLongCatImageEditPipeli
         )
 
     @classmethod
-    def load(cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Self:
-        return _load(cls, model, dtype, device, revision, text_processor=load_image_processor(model, revision))
+    def load(
+        cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, **components: Any
+    ) -> Self:
+        components = {"text_processor": load_image_processor(model, revision)} | components
+        return super().load(model, dtype=dtype, device=device, revision=revision, **components)
 
     def __init__(
         self,
@@ -441,17 +452,6 @@ def _describe(checkpoint: Checkpoint, cfg_normalize: bool, sees_images: bool = F
         ),
         **more,
     )
-
-
-def _load(
-    cls: Any, model: str, dtype: torch.dtype, device: torch.device, revision: str | None, text_processor: Any
-) -> Any:
-    """Load a checkpoint with another `text_processor` than its own, which needs torchvision."""
-    try:
-        pipeline = cls.from_pretrained(model, dtype=dtype, revision=revision, text_processor=text_processor)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"model {model!r} can't be loaded: {error}") from error
-    return pipeline.to(device)
 
 
 def _text_pieces(prompt: str) -> list[str]:

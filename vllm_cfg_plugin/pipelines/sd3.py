@@ -7,7 +7,7 @@ module level.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -78,8 +78,7 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, EnginePipeline,
         token_side = scale * transformer.get("patch_size", 2)
         side = scale * transformer.get("sample_size", 128)
         # Without its largest encoder the model sees no more of a text than CLIP does.
-        has_t5 = (checkpoint.read_json(MODEL_INDEX) or {}).get("text_encoder_3", (None,))[0] is not None
-        max_tokens, tokenizer = (MAX_T5_TOKENS, "tokenizer_3") if has_t5 else (CLIP_TOKENS, "tokenizer")
+        max_tokens, tokenizer = (MAX_T5_TOKENS, "tokenizer_3") if _has_t5(checkpoint) else (CLIP_TOKENS, "tokenizer")
         return PipelineInfo(
             text=TextRules(max_tokens, tokenizer=tokenizer, fixed_tokens=CLIP_TOKENS + MAX_T5_TOKENS),
             size_multiple=token_side,
@@ -90,6 +89,14 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, EnginePipeline,
             needs_negative_prompt=False,
             default_params=DiffusionParams(height=side, width=side, num_inference_steps=28, guidance_scale=7.0),
         )
+
+    @classmethod
+    def load(
+        cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, **components: Any
+    ) -> Self:
+        if not _has_t5(Checkpoint(model, revision)):
+            components = {"text_encoder_3": None, "tokenizer_3": None} | components
+        return super().load(model, dtype=dtype, device=device, revision=revision, **components)
 
     def __init__(
         self,
@@ -250,3 +257,9 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, EnginePipeline,
         """(height, width) of an image in tokens."""
         side = self.vae_scale_factor * self.patch_size
         return height // side, width // side
+
+
+def _has_t5(checkpoint: Checkpoint) -> bool:
+    """Whether the largest text encoder is there: it is left out to save memory."""
+    index = checkpoint.read_json(MODEL_INDEX) or {}
+    return index.get("text_encoder_3", (None,))[0] is not None
