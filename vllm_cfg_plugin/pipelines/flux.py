@@ -214,8 +214,8 @@ class FluxPipeline(FluxCFGParallelMixin, LatentTokensPipeline, DiffusersFluxPipe
         channels = self.transformer.config.in_channels // 4
         return self.prepare_latents(count, channels, height, width, like.dtype, like.device, generator, latents)[0]
 
-    def _image_ids(self, request: DiffusionRequest) -> torch.Tensor:
-        return self._ids_of_size(request.height, request.width)
+    def _image_ids(self, branch: BranchInput) -> torch.Tensor:
+        return self._ids_of_size(branch.request.height, branch.request.width)
 
     def _ids_of_size(self, height: int, width: int) -> torch.Tensor:
         grid = self._grid(height, width)

@@ -42,7 +42,7 @@ class LatentTokensPipeline(EnginePipeline):
             "hidden_states": torch.cat([part for own in branches for part in (own.latents, *own.condition)], dim=1),
             "timestep": torch.stack([own.timestep for own in branches]).to(dtype) / 1000,
             "encoder_hidden_states": torch.cat([own.embeds.tokens for own in branches])[None],
-            "img_ids": [self._image_ids(own.request) for own in branches],
+            "img_ids": [self._image_ids(own) for own in branches],
             "txt_ids": [self._text_ids(own.embeds.tokens.shape[0]) for own in branches],
         }
 
@@ -76,8 +76,8 @@ class LatentTokensPipeline(EnginePipeline):
         """First latents, [count, image tokens, channels], of the dtype and on the device of `like`."""
 
     @abstractmethod
-    def _image_ids(self, request: DiffusionRequest) -> torch.Tensor:
-        """Position ids of a request's image tokens, and then of its condition's, [tokens, 3]; see `_kept_ids`."""
+    def _image_ids(self, branch: BranchInput) -> torch.Tensor:
+        """Position ids of a branch's image tokens, and then of its condition's, [tokens, 3]; see `_kept_ids`."""
 
     @abstractmethod
     def _text_ids(self, tokens: int) -> torch.Tensor:

@@ -262,8 +262,8 @@ class LongCatImagePipeline(_LongCatPipeline, DiffusersLongCatImagePipeline):
             0
         ]
 
-    def _image_ids(self, request: DiffusionRequest) -> torch.Tensor:
-        return self._ids_of_size(request.height, request.width)
+    def _image_ids(self, branch: BranchInput) -> torch.Tensor:
+        return self._ids_of_size(branch.request.height, branch.request.width)
 
     def _ids_of_size(self, height: int, width: int) -> torch.Tensor:
         grid = self._grid(height, width)
@@ -388,9 +388,10 @@ class LongCatImageEditPipeline(_LongCatPipeline, DiffusersLongCatImageEditPipeli
     def _resized(self, image: Image.Image) -> Image.Image:
         return self.image_processor.resize(image.convert("RGB"), *_edit_size([image.size]))
 
-    def _image_ids(self, request: DiffusionRequest) -> torch.Tensor:
+    def _image_ids(self, branch: BranchInput) -> torch.Tensor:
+        request = branch.request
         condition = _edit_size([(image.width, image.height) for image in request.images])
-        return self._edit_ids((request.height, request.width), condition, request.text_tokens[0])
+        return self._edit_ids((request.height, request.width), condition, branch.embeds.tokens.shape[0])
 
     def _edit_ids(self, size: ImageSize, condition: ImageSize, text_tokens: int) -> torch.Tensor:
         """Position ids of an image of `size` (height, width), then of one of `condition`."""

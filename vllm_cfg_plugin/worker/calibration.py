@@ -151,6 +151,8 @@ def _request(info: PipelineInfo, scale: float, prompt: str = _PROMPTS[0]) -> Dif
     default = info.default_params
     sides = (default.height, default.width) if info.default_size is None else info.default_size(sizes)
     height, width = (max(1, round(cast(int, side) * scale / info.size_multiple)) * info.size_multiple for side in sides)
+    if info.max_side:
+        height, width = min(height, info.max_side), min(width, info.max_side)
     frames = 1 if default.num_frames is UNSET else default.num_frames
     frames = round((frames - 1) * min(scale, 1) / info.frames_per_latent) * info.frames_per_latent + 1
     layers = 0 if default.layers is UNSET else default.layers
