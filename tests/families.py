@@ -16,12 +16,16 @@ import torch
 from PIL import Image
 
 from tests.contract import make_request
+from tests.flux_models import build_flux
+from tests.longcat_image_models import build_longcat_image, build_longcat_image_edit
 from tests.model_builders.wan import build_wan
 from tests.models import build_qwen_image
+from tests.sd3_models import build_sd3
 from tests.z_image_models import build_z_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
+from vllm_cfg_plugin.pipelines.longcat_image_edit import load_image_processor
 
 STEPS = 6
 SEED = 100  # of a family's first case; each next one has the next seed
@@ -51,6 +55,7 @@ class Family:
 
     Attributes:
         build: saves a tiny checkpoint into a folder.
+        components: of a folder's checkpoint, those that diffusers can't load by itself where torchvision is missing.
         to_reference: (our pipeline, final latents, request) -> latents as diffusers' pipeline returns them.
         tolerance: largest difference of fp32 latents to diffusers' pipeline.
     """
@@ -63,6 +68,7 @@ class Family:
         default=lambda pipeline, latents, request: latents
     )
     tolerance: float = 1e-4
+    components: Callable[[Path], dict[str, Any]] = lambda folder: {}
 
     @property
     def label(self) -> str:
@@ -77,8 +83,11 @@ class Family:
 
     def reference(self, folder: Path) -> Any:
         """diffusers' own pipeline."""
-        pipeline = getattr(diffusers, self.class_name).from_pretrained(folder, dtype=torch.float32)
+        cls = getattr(diffusers, self.class_name)
+        pipeline = cls.from_pretrained(folder, dtype=torch.float32, **self.components(folder))
         pipeline.set_progress_bar_config(disable=True)
+        if hasattr(pipeline, "rewire_prompt"):  # which has a language model write each prompt anew
+            pipeline.rewire_prompt = lambda prompt, device: prompt
         return pipeline
 
 
@@ -154,4 +163,59 @@ FAMILIES: tuple[Family, ...] = (
     _wan("2.1", "2.1-image", 1),
     _wan("2.2 14B", "2.2-image", 2, guidance_scale_2=2.0),
     _wan("2.2 5B", "5b-image", 1),
+    Family(
+        "FluxPipeline",
+        build_flux,
+        (
+            Case("guided", "a red apple", _sized(64, 48, true_cfg_scale=4.0, negative_prompt="ugly")),
+            Case("unguided", "a rocket", _sized(64, 96)),
+        ),
+    ),
+    Family(
+        "FluxPipeline",
+        partial(build_flux, is_distilled=True),
+        (
+            Case("unguided", "a rocket", _sized(64, 96, guidance_scale=2.0)),
+            Case("guided", "a red apple", _sized(64, 48, true_cfg_scale=2.0, negative_prompt="", guidance_scale=1.5)),
+        ),
+        name="FluxPipeline, distilled",
+    ),
+    Family(
+        "StableDiffusion3Pipeline",
+        build_sd3,
+        (
+            Case("guided", "a red apple", _sized(64, 48, guidance_scale=4.0, negative_prompt="ugly")),
+            Case("unguided", "a rocket", _sized(64, 96, guidance_scale=1.0)),
+            Case("guided, long text", "cat " * 40, _sized(32, 48, guidance_scale=7.0)),
+        ),
+    ),
+    Family(
+        "LongCatImagePipeline",
+        build_longcat_image,
+        (
+            Case("guided", "a red apple", _sized(64, 48, guidance_scale=4.0, negative_prompt="ugly")),
+            Case("unguided", "a rocket", _sized(64, 96, guidance_scale=1.0)),
+            Case("guided, quoted text", 'a sign that says "OPEN"', _sized(32, 48, guidance_scale=7.0)),
+        ),
+        components=lambda folder: {"text_processor": None},
+    ),
+    Family(
+        "LongCatImageEditPipeline",
+        build_longcat_image_edit,
+        (
+            Case(
+                "guided",
+                "a red apple",
+                {"num_inference_steps": STEPS, "guidance_scale": 4.0, "negative_prompt": "ugly"},
+                (picture(48, 48),),
+            ),
+            Case(
+                "unguided",
+                "a rocket",
+                {"num_inference_steps": STEPS, "guidance_scale": 1.0},
+                (picture(80, 20),),
+            ),
+        ),
+        components=lambda folder: {"text_processor": load_image_processor(str(folder))},
+    ),
 )

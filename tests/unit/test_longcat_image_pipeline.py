@@ -12,11 +12,8 @@ from tests import contract
 from tests.longcat_image_models import build_longcat_image, build_longcat_image_edit
 from tests.unit.pipeline_checks import ManyPromptsChecks, PipelineChecks
 from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
-from vllm_cfg_plugin.pipelines.longcat_image import (
-    LongCatImageEditPipeline,
-    LongCatImagePipeline,
-    load_image_processor,
-)
+from vllm_cfg_plugin.pipelines.longcat_image import LongCatImagePipeline
+from vllm_cfg_plugin.pipelines.longcat_image_edit import LongCatImageEditPipeline, load_image_processor
 
 
 class TestLongCatImage(ManyPromptsChecks):
@@ -57,6 +54,18 @@ class TestLongCatImage(ManyPromptsChecks):
             else:
                 with pytest.raises(InvalidRequestError, match=f"at most 512 tokens .* this one has {quoted}"):
                     contract.make_request(folder, prompt)
+
+    def test_prompts_are_rewritten_where_a_call_asks_for_it(self, pipelines, monkeypatch):
+        _, ours = pipelines
+        options = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent", "return_dict": False}
+
+        def call(prompt, **more):
+            return ours(prompt, **options, **more, generator=torch.Generator().manual_seed(0))[0]
+
+        monkeypatch.setattr(ours, "text_processor", object())
+        monkeypatch.setattr(ours, "rewire_prompt", lambda prompt, device: [f"{prompt}, at night"])
+        assert torch.equal(call("a cat", enable_prompt_rewrite=True), call("a cat, at night"))
+        assert not torch.equal(call("a cat", enable_prompt_rewrite=True), call("a cat"))
 
     def test_prompts_are_not_rewritten_without_the_model_for_it(self, pipelines):
         _, ours = pipelines

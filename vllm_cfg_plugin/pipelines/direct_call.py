@@ -48,18 +48,20 @@ class DenoisingMixin(CFGParallelMixin):
         return latents
 
 
-def is_guided(scale: float, negative_prompt: str | list[str] | None, asked: bool) -> bool:
+def is_guided(scale: float, negative_prompt: str | list[str] | None, needs_negative_prompt: bool = True) -> bool:
     """Whether guidance is on; says once why, where it was asked for and is off.
 
     Args:
-        negative_prompt: None switches guidance off.
-        asked: the scale is the caller's, not a default.
+        needs_negative_prompt: without a negative prompt there is no guidance; if not, a missing one is an empty one.
     """
-    if negative_prompt is not None and scale <= 1:
-        log_once(f"guidance is off: a negative prompt was given, but the guidance scale {scale:g} is not above 1")
-    elif asked and scale > 1 and negative_prompt is None:
+    if scale <= 1:
+        if negative_prompt is not None:
+            log_once(f"guidance is off: a negative prompt was given, but the guidance scale {scale:g} is not above 1")
+        return False
+    if negative_prompt is None and needs_negative_prompt:
         log_once(f"guidance is off: the scale is {scale:g}, but there is no negative prompt (an empty one is enough)")
-    return scale > 1 and negative_prompt is not None
+        return False
+    return True
 
 
 def as_many(negative_prompt: str | list[str], prompt: str | list[str]) -> str | list[str]:

@@ -151,7 +151,7 @@ class FluxPipeline(FluxCFGParallelMixin, LatentTokensPipeline, DiffusersFluxPipe
         height = height or self.default_sample_size * self.vae_scale_factor
         width = width or self.default_sample_size * self.vae_scale_factor
         self.check_inputs(prompt, None, height, width, negative_prompt, max_sequence_length=max_sequence_length)
-        do_true_cfg = is_guided(true_cfg_scale, negative_prompt, asked=True)
+        do_true_cfg = is_guided(true_cfg_scale, negative_prompt)
         options: dict[str, Any] = {
             "num_images_per_prompt": num_images_per_prompt,
             "max_sequence_length": max_sequence_length,

@@ -23,7 +23,7 @@ _PIPELINES = "vllm_cfg_plugin.pipelines"
 
 FAMILIES: dict[str, str] = {
     "FluxPipeline": f"{_PIPELINES}.flux:FluxPipeline",
-    "LongCatImageEditPipeline": f"{_PIPELINES}.longcat_image:LongCatImageEditPipeline",
+    "LongCatImageEditPipeline": f"{_PIPELINES}.longcat_image_edit:LongCatImageEditPipeline",
     "LongCatImagePipeline": f"{_PIPELINES}.longcat_image:LongCatImagePipeline",
     "QwenImagePipeline": f"{_PIPELINES}.qwen_image:QwenImagePipeline",
     "StableDiffusion3Pipeline": f"{_PIPELINES}.sd3:StableDiffusion3Pipeline",

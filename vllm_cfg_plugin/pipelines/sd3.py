@@ -146,7 +146,7 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, EnginePipeline,
         height = height or self.default_sample_size * self.vae_scale_factor
         width = width or self.default_sample_size * self.vae_scale_factor
         self.check_inputs(prompt, None, None, height, width, max_sequence_length=max_sequence_length)
-        do_true_cfg = guidance_scale > 1 and is_guided(guidance_scale, negative_prompt or "", asked=False)
+        do_true_cfg = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
         embeds, pooled = self._encode(prompt, num_images_per_prompt, max_sequence_length)
         negative_embeds, negative_pooled = None, None
         if do_true_cfg:
