@@ -95,6 +95,11 @@ class PipelineInfo:
         return latent_frames * (height // self.pixels_per_token) * (width // self.pixels_per_token)
 
     @property
+    def is_transparent(self) -> bool:
+        """Whether results have an alpha channel: those of layered models."""
+        return "layers" in self.options
+
+    @property
     def task(self) -> str:
         """What the model is for, in the words of diffusers' tasks: "text-to-image", "image-to-video", ..."""
         return f"{'image' if self.min_images else 'text'}-to-{self.produces}"

@@ -24,6 +24,7 @@ _FLAGS = {
     "max_inference_steps": "Most denoising steps that a request may ask for.",
     "max_input_images": "Most images that a request may bring along.",
     "max_input_pixels": "Largest image, in pixels, that a request may bring along.",
+    "max_upload_bytes": "Largest body, in bytes, of a request over HTTP.",
 }
 _SWITCHES = {
     "cfg_shared_weights": "One copy of the weights for all ranks of an engine. Default: on, where ranks run on a CPU.",

@@ -55,8 +55,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         cfg_parallel_size: ranks that share the branches of guidance.
         cfg_shared_weights: one copy of the weights for all ranks of an engine; None: wherever that is possible.
-        max_image_pixels, max_video_pixels, max_inference_steps, max_input_images, max_input_pixels: what an operator
-            allows a request.
+        max_image_pixels, max_video_pixels, max_inference_steps, max_input_images, max_input_pixels, max_upload_bytes:
+            what an operator allows a request.
         progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
     """
 
@@ -67,6 +67,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_inference_steps: int = RequestLimits().max_inference_steps
     max_input_images: int = RequestLimits().max_input_images
     max_input_pixels: int = RequestLimits().max_input_pixels
+    max_upload_bytes: int = RequestLimits().max_upload_bytes
     progress_address: str = ""
 
     @classmethod

@@ -98,13 +98,22 @@ def _check_known_fields(asked: DiffusionParams, info: PipelineInfo) -> None:
         raise InvalidRequestError(name, value, f"absent{remedy}")
 
 
-def _check_images(images: Sequence[ImageInput], info: PipelineInfo, limits: RequestLimits) -> None:
+def check_image_count(count: int, info: PipelineInfo, limits: RequestLimits) -> None:
+    """Refuse a number of images that the model does not take; needs none of them decoded.
+
+    Raises:
+        InvalidRequestError: of "image".
+    """
     most = min(info.max_images, limits.max_input_images)
-    if images and not info.max_images:
-        raise InvalidRequestError("image", f"{len(images)} images", f"absent: this model does {info.task}")
-    if not info.min_images <= len(images) <= most:
+    if count and not info.max_images:
+        raise InvalidRequestError("image", f"{count} images", f"absent: this model does {info.task}")
+    if not info.min_images <= count <= most:
         allowed = f"{info.min_images} to {most} images" if most > info.min_images else f"{most} image"
-        raise InvalidRequestError("image", f"{len(images)} images" if images else None, f"{allowed} for this model")
+        raise InvalidRequestError("image", f"{count} images" if count else None, f"{allowed} for this model")
+
+
+def _check_images(images: Sequence[ImageInput], info: PipelineInfo, limits: RequestLimits) -> None:
+    check_image_count(len(images), info, limits)
     for image in images:
         if image.width * image.height > limits.max_input_pixels:
             size = f"{image.width}x{image.height}"

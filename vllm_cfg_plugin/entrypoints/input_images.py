@@ -17,6 +17,10 @@ from vllm_cfg_plugin.params import ImageInput
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
+# 16 bits a pixel, which PIL's own conversion would cut off at 255, and 32 bits, of which nobody says what is white.
+_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+_UNSCALED_MODES = ("I", "F")
+
 
 def read_images(images: object, param: str, max_pixels: int) -> list[ImageInput]:
     """What a user wrote for a prompt's images: a PIL image, a path or file's bytes, or a sequence of those.
@@ -34,37 +38,42 @@ def read_images(images: object, param: str, max_pixels: int) -> list[ImageInput]
 
 
 def read_image(image: object, param: str, max_pixels: int) -> ImageInput:
-    """One image; see `read_images`."""
-    if isinstance(image, Image.Image):
-        return _decoded(image, param, max_pixels)
-    if isinstance(image, (str, Path)):
-        try:
-            image = Path(image).expanduser().read_bytes()
-        except OSError as error:
-            raise InvalidRequestError(param, str(image), f"a file that can be read ({error})") from None
-    if not isinstance(image, bytes):
+    """One image, upright, its first frame; see `read_images`. Its size is checked before anything is decoded."""
+    source = image if isinstance(image, Image.Image) else _file_bytes(image, param)
+    given = f"{len(source)} bytes" if isinstance(source, bytes) else "an image"
+    try:
+        opened = Image.open(io.BytesIO(source), formats=FORMATS) if isinstance(source, bytes) else source
+        if opened.width * opened.height > max_pixels:
+            raise InvalidRequestError(param, f"{opened.width}x{opened.height}", f"of at most {max_pixels} pixels")
+        return _decoded(opened)
+    except InvalidRequestError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InvalidRequestError(param, given, f"of at most {max_pixels} pixels ({error})") from None
+    except Exception as error:  # decoders raise nearly anything where the bytes lie
+        reason = "its first bytes are of none of them" if isinstance(error, UnidentifiedImageError) else error
+        allowed = f"an image file that can be decoded ({', '.join(FORMATS)}): {reason}"
+        raise InvalidRequestError(param, given, allowed) from None
+
+
+def _file_bytes(image: object, param: str) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, (str, Path)):
         raise InvalidRequestError(param, image, "a PIL image, a path, a file's bytes, or a list of those")
     try:
-        opened = Image.open(io.BytesIO(image), formats=FORMATS)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
-        raise _undecodable(param, image, error) from None
-    return _decoded(opened, param, max_pixels)
+        return Path(image).expanduser().read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:  # no file, a NUL in its name, nobody's home folder
+        raise InvalidRequestError(param, str(image), f"a file that can be read ({error})") from None
 
 
-def _decoded(image: Image.Image, param: str, max_pixels: int) -> ImageInput:
-    """Decode the first frame, upright; its size is checked before anything is decoded."""
-    if image.width * image.height > max_pixels:
-        raise InvalidRequestError(param, f"{image.width}x{image.height}", f"of at most {max_pixels} pixels")
-    try:
-        upright = ImageOps.exif_transpose(image)
-        mode = "RGBA" if upright.has_transparency_data else "RGB"
-        pixels = upright.convert(mode).tobytes()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _undecodable(param, None, error) from None
+def _decoded(image: Image.Image) -> ImageInput:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in _UNSCALED_MODES:
+        raise ValueError(f"its pixels are {upright.mode}, not 8 or 16 bits a channel")
+    if upright.mode in _DEEP_MODES:
+        upright = upright.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    mode = "RGBA" if upright.has_transparency_data else "RGB"
+    pixels = upright.convert(mode).tobytes()
     digest = hashlib.sha256(f"{mode}{upright.size}".encode() + pixels).hexdigest()
     return ImageInput(digest, mode, upright.width, upright.height, pixels)
-
-
-def _undecodable(param: str, data: bytes | None, error: Exception) -> InvalidRequestError:
-    given = "an image" if data is None else f"{len(data)} bytes"
-    return InvalidRequestError(param, given, f"an image file that can be decoded ({', '.join(FORMATS)}): {error}")

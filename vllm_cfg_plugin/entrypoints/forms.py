@@ -1,0 +1,106 @@
+"""Bodies of HTTP requests: how long they may be, and multipart/form-data as OpenAI's clients write it. Knows no vLLM.
+
+The clients write `a[b]` for a field in a field and `a[]` for an item of a list; texts stay texts here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive
+
+from vllm_cfg_plugin.errors import InvalidRequestError
+
+MULTIPART = "multipart/form-data"
+
+# name, name[inner], name[] or name[0], name[inner][]; other names stand for themselves.
+_NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*[^\[\]0-9][^\[\]]*)\])?(\[[0-9]*\])?")
+
+
+@dataclass(frozen=True)
+class UploadedFile:
+    """A file of a form. Its content type is not kept, clients rarely know it."""
+
+    filename: str
+    size: int
+    data: bytes = field(repr=False)
+
+
+def limit_body(request: Request, limit: int) -> Request:
+    """The same request, which refuses to be read beyond `limit` bytes.
+
+    Raises:
+        InvalidRequestError: it announces more.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise _too_long(int(announced), limit)
+    return Request(request.scope, _limited(request.receive, limit))
+
+
+def _limited(receive: Receive, limit: int) -> Receive:
+    received = 0
+
+    async def receive_within_limit() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise _too_long(received, limit)
+        return message
+
+    return receive_within_limit
+
+
+def _too_long(size: int, limit: int) -> InvalidRequestError:
+    return InvalidRequestError("body", f"{size} bytes or more", f"of at most {limit} bytes on this server")
+
+
+async def read_form(request: Request) -> dict[str, Any]:
+    """The fields of a form: texts, `UploadedFile`s, and lists and dicts of them.
+
+    Raises:
+        InvalidRequestError: the body is something else.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != MULTIPART:
+        raise InvalidRequestError("body", content_type or None, f"sent as {MULTIPART}, with files as parts of it")
+    try:
+        async with request.form() as form:
+            return nest_fields([(name, await _content(part)) for name, part in form.multi_items()])
+    except HTTPException as error:  # Starlette's word for a body that it can't take apart
+        raise InvalidRequestError("body", content_type, f"a form that can be parsed: {error.detail}") from None
+
+
+async def _content(part: UploadFile | str) -> UploadedFile | str:
+    if isinstance(part, str):
+        return part
+    data = await part.read()
+    return UploadedFile(part.filename or "", len(data), data)
+
+
+def nest_fields(parts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """[("a[b]", x), ("c[]", y)] -> {"a": {"b": x}, "c": [y]}; `c[0]`, `c[1]` and a repeated `c` are lists too.
+
+    Raises:
+        InvalidRequestError: a name is that of a value and of a group of fields.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in parts:
+        match = _NAME.fullmatch(name)
+        base, inner, item = match.groups() if match else (name, None, None)
+        group, key = (fields, base) if inner is None else (fields.setdefault(base, {}), inner)
+        if not isinstance(group, dict):
+            raise InvalidRequestError(name, value, f"absent where {base} itself is given")
+        if item or key in group:
+            before = group.get(key, [])
+            group[key] = [*(before if isinstance(before, list) else [before]), value]
+        else:
+            group[key] = value
+    return fields
