@@ -19,7 +19,7 @@ from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.result import unpack_result
-from vllm_cfg_plugin.errors import RequestAbortedError, RequestFailedError
+from vllm_cfg_plugin.errors import ModelNotFoundError, RequestAbortedError, RequestFailedError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, ImageInput, RequestLimits
 from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.resolve import resolve_requests
@@ -73,6 +73,16 @@ class FrontEnd:
         if requests[0].guidance_off:
             logger.warning_once("Guidance was asked for but is inactive: %s", requests[0].guidance_off)
         return requests
+
+
+def check_model_name(name: str | None, served: Sequence[str]) -> None:
+    """Whether a request for a model of this name, if it names one, is for this server.
+
+    Raises:
+        ModelNotFoundError: it is not.
+    """
+    if name is not None and name not in served:
+        raise ModelNotFoundError(f"model {name!r} does not exist; this server serves: {', '.join(served)}")
 
 
 def pooling_params(request: DiffusionRequest) -> PoolingParams:

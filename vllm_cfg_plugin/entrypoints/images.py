@@ -21,6 +21,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
 from vllm.utils import random_uuid
 
+from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.entrypoints.protocol import ImagesRequest, ImagesResponse, schema_error
 from vllm_cfg_plugin.entrypoints.serving import ImagesService
@@ -99,7 +100,8 @@ class ImagesEndpointPlugin:
             die_with_parent()
         names = args.served_model_name or [args.model]
         front_end = FrontEnd.from_vllm_config(engine_client.vllm_config)
-        state.images_service = ImagesService(engine_client, front_end, names, lambda: _is_stopping(state))
+        calls = EngineCalls(engine_client, lambda: _is_stopping(state))
+        state.images_service = ImagesService(calls, front_end, names)
 
 
 def _is_stopping(state: State) -> bool:

@@ -1,7 +1,4 @@
-"""One images request, from its checked body to the response: engine calls, cancellation, image files. Knows no HTTP.
-
-n images are n engine requests that run at once; when one fails, or the caller is cancelled, the others are aborted.
-"""
+"""One images request, from its checked body to the response with its image files. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -9,40 +6,29 @@ import asyncio
 import base64
 import io
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 from PIL import Image
-from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, GeneratedImage, pooling_params, read_output
+from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
+from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, GeneratedImage, check_model_name
 from vllm_cfg_plugin.entrypoints.protocol import ImageData, ImageFormat, ImagesRequest, ImagesResponse, Usage
-from vllm_cfg_plugin.errors import InvalidRequestError, ModelNotFoundError, RequestAbortedError
-from vllm_cfg_plugin.model import PLACEHOLDER_PROMPT
+from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest
-
-if TYPE_CHECKING:
-    from vllm.engine.protocol import EngineClient
-
-_SHUTDOWN_POLL_S = 0.5
 
 
 class ImagesService:
     """Serves one engine's model under one or more names.
 
     Args:
-        is_stopping: whether the server has begun to shut down.
+        calls: to that engine.
     """
 
-    def __init__(
-        self, engine: EngineClient, front_end: FrontEnd, model_names: list[str], is_stopping: Callable[[], bool]
-    ) -> None:
-        self._engine = engine
+    def __init__(self, calls: EngineCalls, front_end: FrontEnd, model_names: list[str]) -> None:
+        self._calls = calls
         self._front_end = front_end
         self._model_names = model_names
-        self._is_stopping = is_stopping
 
     async def generate(self, body: ImagesRequest, request_id: str) -> ImagesResponse:
         """The images of one request.
@@ -54,61 +40,16 @@ class ImagesService:
             vllm's EngineDeadError: the engine died.
         """
         requests = self._resolve(body)
-        work = asyncio.ensure_future(self._run_all(requests, request_id))
-        try:
-            images = await self._unless_stopping(work, request_id)
-        finally:
-            work.cancel()
+        images = await self._calls.run(requests, request_id)
         return await asyncio.to_thread(_response, body, requests, images)
 
     def _resolve(self, body: ImagesRequest) -> list[DiffusionRequest]:
-        if body.model is not None and body.model not in self._model_names:
-            served = ", ".join(self._model_names)
-            raise ModelNotFoundError(f"model {body.model!r} does not exist; this server serves: {served}")
+        check_model_name(body.model, self._model_names)
         body.check()
         try:
             return self._front_end.resolve(body.prompt, body.to_params())
         except InvalidRequestError as error:
             raise body.in_request_terms(error) from None
-
-    async def _unless_stopping(
-        self, work: asyncio.Future[list[GeneratedImage]], request_id: str
-    ) -> list[GeneratedImage]:
-        """Without this a server that shuts down would wait for images that a stopped engine never makes."""
-        while not work.done():
-            await asyncio.wait({work}, timeout=_SHUTDOWN_POLL_S)
-            if self._is_stopping() and not work.done():
-                raise _shutting_down(request_id)
-        if isinstance(work.exception(), EngineDeadError):
-            # A server that shuts down stops its engine first and says so a moment later.
-            await asyncio.sleep(_SHUTDOWN_POLL_S)
-            if self._is_stopping():
-                raise _shutting_down(request_id)
-        return work.result()
-
-    async def _run_all(self, requests: list[DiffusionRequest], request_id: str) -> list[GeneratedImage]:
-        try:
-            async with asyncio.TaskGroup() as group:  # a failure or a cancellation cancels, and so aborts, the others
-                tasks = [
-                    group.create_task(self._run_one(request, f"{request_id}-{index}"))
-                    for index, request in enumerate(requests)
-                ]
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
-
-    async def _run_one(self, request: DiffusionRequest, request_id: str) -> GeneratedImage:
-        started = time.perf_counter()
-        answer = None
-        async for output in self._engine.encode(PLACEHOLDER_PROMPT, pooling_params(request), request_id):
-            answer = output
-        if answer is None:
-            raise RequestAbortedError(f"request {request_id} was aborted: the engine gave no answer")
-        return read_output(answer, 1000 * (time.perf_counter() - started))
-
-
-def _shutting_down(request_id: str) -> RequestAbortedError:
-    return RequestAbortedError(f"request {request_id} was aborted: the server is shutting down")
 
 
 def encode_image(pixels: np.ndarray, image_format: ImageFormat, lossy_quality: int) -> bytes:

@@ -1,0 +1,88 @@
+"""Runs the engine requests of one user's request together: what images and videos over HTTP share. Knows no HTTP.
+
+n results are n engine requests that run at once; when one fails, or the caller is cancelled, the others are aborted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_cfg_plugin.entrypoints.front_end import GeneratedImage, pooling_params, read_output
+from vllm_cfg_plugin.errors import RequestAbortedError
+from vllm_cfg_plugin.model import PLACEHOLDER_PROMPT
+from vllm_cfg_plugin.params import DiffusionRequest
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+_SHUTDOWN_POLL_S = 0.5
+
+
+class EngineCalls:
+    """One engine, as the services of an API server call it.
+
+    Args:
+        is_stopping: whether the server has begun to shut down.
+    """
+
+    def __init__(self, engine: EngineClient, is_stopping: Callable[[], bool]) -> None:
+        self._engine = engine
+        self._is_stopping = is_stopping
+
+    async def run(self, requests: list[DiffusionRequest], request_id: str) -> list[GeneratedImage]:
+        """The results of all requests, in their order.
+
+        Raises:
+            RequestFailedError: one of them failed.
+            RequestAbortedError: the server or the engine stopped first.
+            vllm's EngineDeadError: the engine died.
+        """
+        work = asyncio.ensure_future(self._run_all(requests, request_id))
+        try:
+            return await self._unless_stopping(work, request_id)
+        finally:
+            work.cancel()
+
+    async def _unless_stopping(
+        self, work: asyncio.Future[list[GeneratedImage]], request_id: str
+    ) -> list[GeneratedImage]:
+        """Without this a server that shuts down would wait for images that a stopped engine never makes."""
+        while not work.done():
+            await asyncio.wait({work}, timeout=_SHUTDOWN_POLL_S)
+            if self._is_stopping() and not work.done():
+                raise _shutting_down(request_id)
+        if isinstance(work.exception(), EngineDeadError):
+            # A server that shuts down stops its engine first and says so a moment later.
+            await asyncio.sleep(_SHUTDOWN_POLL_S)
+            if self._is_stopping():
+                raise _shutting_down(request_id)
+        return work.result()
+
+    async def _run_all(self, requests: list[DiffusionRequest], request_id: str) -> list[GeneratedImage]:
+        try:
+            async with asyncio.TaskGroup() as group:  # a failure or a cancellation cancels, and so aborts, the others
+                tasks = [
+                    group.create_task(self._run_one(request, f"{request_id}-{index}"))
+                    for index, request in enumerate(requests)
+                ]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _run_one(self, request: DiffusionRequest, request_id: str) -> GeneratedImage:
+        started = time.perf_counter()
+        answer = None
+        async for output in self._engine.encode(PLACEHOLDER_PROMPT, pooling_params(request), request_id):
+            answer = output
+        if answer is None:
+            raise RequestAbortedError(f"request {request_id} was aborted: the engine gave no answer")
+        return read_output(answer, 1000 * (time.perf_counter() - started))
+
+
+def _shutting_down(request_id: str) -> RequestAbortedError:
+    return RequestAbortedError(f"request {request_id} was aborted: the server is shutting down")
