@@ -1,58 +1,31 @@
-"""HTTP: `POST /v1/images/generations` in vLLM's OpenAI server, and how our errors look on the wire.
+"""HTTP: `POST /v1/images/generations` in vLLM's OpenAI server.
 
-Routes are thin: `protocol` knows the fields, `serving` does the work. Errors are OpenAI error objects with `param`.
+Routes are thin: `protocol` knows the fields, `serving` does the work, `error_route` answers with errors.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 from argparse import Namespace
-from collections.abc import Callable, Coroutine
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from starlette.datastructures import State
-from starlette.exceptions import HTTPException
-from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
 from vllm.utils import random_uuid
 
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
+from vllm_cfg_plugin.entrypoints.error_route import OpenAIErrorRoute
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
-from vllm_cfg_plugin.entrypoints.protocol import ImagesRequest, ImagesResponse, schema_error
+from vllm_cfg_plugin.entrypoints.protocol import ImagesRequest, ImagesResponse
 from vllm_cfg_plugin.entrypoints.serving import ImagesService
-from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, ModelNotFoundError, RequestAbortedError
 from vllm_cfg_plugin.worker.lifeline import die_with_parent
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.tasks import SupportedTask
-
-
-class OpenAIErrorRoute(APIRoute):
-    """A route whose wrong bodies and failed requests are answered with OpenAI's error object.
-
-    FastAPI's own answer to a wrong body names fields as "body.n" and dumps pydantic's list; other errors stay vLLM's.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_with_errors(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestValidationError as errors:
-                return error_response(schema_error(errors.errors()[0]))
-            except HTTPException:  # what FastAPI makes of bytes that are not text or of a number too long to parse
-                return error_response(InvalidRequestError("body", None, "valid JSON"))
-            except CfgPluginError as error:
-                return error_response(error)
-
-        return handle_with_errors
 
 
 router = APIRouter(route_class=OpenAIErrorRoute)
@@ -66,21 +39,6 @@ async def generate_images(body: ImagesRequest, raw_request: Request) -> JSONResp
     request_id = raw_request.headers.get("X-Request-Id") or random_uuid()
     response = await raw_request.app.state.images_service.generate(body, f"img-{request_id}")
     return JSONResponse(response.model_dump())
-
-
-def error_response(error: CfgPluginError) -> JSONResponse:
-    """Status and OpenAI error object of one of our errors."""
-    param = None
-    if isinstance(error, InvalidRequestError):
-        status, kind, param = HTTPStatus.BAD_REQUEST, "BadRequestError", error.param
-    elif isinstance(error, ModelNotFoundError):
-        status, kind, param = HTTPStatus.NOT_FOUND, "NotFoundError", "model"
-    elif isinstance(error, RequestAbortedError):
-        status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
-    else:
-        status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"
-    content = create_error_response(str(error), kind, status, param)
-    return JSONResponse(content.model_dump(), status_code=status)
 
 
 class ImagesEndpointPlugin:

@@ -1,0 +1,54 @@
+"""How our errors look on the wire: OpenAI's error object with `param`, on every route of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from vllm.entrypoints.serve import create_error_response
+
+from vllm_cfg_plugin.entrypoints.protocol import schema_error
+from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, ModelNotFoundError, RequestAbortedError
+
+
+class OpenAIErrorRoute(APIRoute):
+    """A route whose wrong bodies and failed requests are answered with OpenAI's error object.
+
+    FastAPI's own answer to a wrong body names fields as "body.n" and dumps pydantic's list; other errors stay vLLM's.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_with_errors(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as errors:
+                return error_response(schema_error(errors.errors()[0]))
+            except HTTPException:  # what FastAPI makes of bytes that are not text or of a number too long to parse
+                return error_response(InvalidRequestError("body", None, "valid JSON"))
+            except CfgPluginError as error:
+                return error_response(error)
+
+        return handle_with_errors
+
+
+def error_response(error: CfgPluginError) -> JSONResponse:
+    """Status and OpenAI error object of one of our errors."""
+    param = None
+    if isinstance(error, InvalidRequestError):
+        status, kind, param = HTTPStatus.BAD_REQUEST, "BadRequestError", error.param
+    elif isinstance(error, ModelNotFoundError):
+        status, kind, param = HTTPStatus.NOT_FOUND, "NotFoundError", "model"
+    elif isinstance(error, RequestAbortedError):
+        status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
+    else:
+        status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"
+    content = create_error_response(str(error), kind, status, param)
+    return JSONResponse(content.model_dump(), status_code=status)
