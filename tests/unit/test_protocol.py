@@ -4,7 +4,8 @@ import pytest
 from msgspec import UNSET
 from pydantic import ValidationError
 
-from vllm_cfg_plugin.entrypoints.protocol import ImagesRequest, Usage, schema_error
+from vllm_cfg_plugin.entrypoints.fields import schema_error
+from vllm_cfg_plugin.entrypoints.protocol import ImagesRequest, Usage
 from vllm_cfg_plugin.errors import InvalidRequestError
 
 

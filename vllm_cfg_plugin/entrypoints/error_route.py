@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve import create_error_response
 
-from vllm_cfg_plugin.entrypoints.protocol import schema_error
+from vllm_cfg_plugin.entrypoints.fields import schema_error
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, ModelNotFoundError, RequestAbortedError
 
 

@@ -1,0 +1,152 @@
+"""The fields that every generation over HTTP has, whatever it makes: their schema, refusals, forms and parameters.
+
+What a field may hold is decided here only as far as `resolve.resolve_requests` does not decide it. Nothing is silently
+ignored: what can't be honoured is refused, naming the field. Must not import vLLM or torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any, Self
+
+from msgspec import UNSET, UnsetType
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.params import COMBINE_RULES, DiffusionParams
+
+MAX_PROMPT_CHARACTERS = 32_000  # OpenAI's limit
+
+# Fields of a body that are those of `DiffusionParams`.
+_PASSED_ON = tuple(
+    name
+    for name in DiffusionParams.__struct_fields__
+    if name not in ("height", "width", "num_frames", "negative_prompt")
+)
+# Fields of a form that are texts, where "" and "null" are texts too.
+_TEXTS = ("prompt", "negative_prompt")
+
+_SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
+
+# field -> (values that ask for what we do, what to say to the others)
+Served = dict[str, tuple[tuple[object, ...], str]]
+
+
+class DiffusionFields(BaseModel):
+    """Base of the bodies of requests.
+
+    An explicit null means the default, as if the field were absent, except that a null `negative_prompt` means none.
+    """
+
+    # Strict: "2" is not a number and true is not 1. Unknown fields are kept to be refused with a hint.
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS)
+    model: str | None = None
+    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto for the model's own size")
+    seed: int | None = Field(None, description="of the first result; drawn, and returned, if absent")
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_CHARACTERS)
+    num_inference_steps: int | None = None
+    true_cfg_scale: float | None = None
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    image_guidance_scale: float | None = None
+    guidance_interval: list[float] | None = Field(None, description="[start, stop], fractions of the steps")
+    guidance_rescale: float | None = None
+    cfg_normalize: bool | None = None
+    combine_rule: str | None = Field(None, description=", ".join(COMBINE_RULES))
+    user: str | None = None
+    safety_identifier: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, data: Any) -> Any:
+        return _lift_extra_body(data)
+
+    @classmethod
+    def from_form(cls, fields: dict[str, Any]) -> Self:
+        """Of a form's fields, whose numbers and booleans are texts.
+
+        An empty field means the default, as does "null", which is how OpenAI's JavaScript client wants a null written.
+
+        Raises:
+            InvalidRequestError: naming a field of the wrong type.
+        """
+        lifted = _lift_extra_body(fields)
+        given = {
+            name: None if value in ("", "null") and name not in _TEXTS else value for name, value in lifted.items()
+        }
+        try:
+            return cls.model_validate(given, strict=False)
+        except ValidationError as errors:
+            raise schema_error(errors.errors()[0]) from None
+
+    def check_fields(self, served: Served) -> None:
+        """Refuse fields that there are not, and values of the others that can't be honoured.
+
+        Raises:
+            InvalidRequestError: naming the field.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if value is not None:  # a null asks for nothing
+                allowed = f"absent: this endpoint has no field of that name{self.hint(name)}"
+                raise InvalidRequestError(name, value, allowed)
+        for name, (values, allowed) in served.items():
+            if getattr(self, name) not in values:
+                raise InvalidRequestError(name, getattr(self, name), allowed)
+
+    @classmethod
+    def hint(cls, name: str) -> str:
+        """For the user of a field that there is not."""
+        close = difflib.get_close_matches(name, cls.model_fields, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
+
+    def to_params(self) -> DiffusionParams:
+        """The parameters; `prompt` is passed beside them.
+
+        Raises:
+            InvalidRequestError: `size` is not WIDTHxHEIGHT.
+        """
+        width, height = self._sides()
+        given = {name: value for name in _PASSED_ON if (value := getattr(self, name, None)) is not None}
+        if "negative_prompt" in self.model_fields_set:
+            given["negative_prompt"] = self.negative_prompt
+        return DiffusionParams(height=height, width=width, **given)
+
+    def _sides(self) -> tuple[int | UnsetType, int | UnsetType]:
+        if self.size is None or self.size == "auto":
+            return UNSET, UNSET
+        match = _SIZE.fullmatch(self.size)
+        if match is None:
+            raise InvalidRequestError("size", self.size, 'WIDTHxHEIGHT in pixels, e.g. "512x512", or "auto"')
+        return int(match[1]), int(match[2])
+
+    def in_request_terms(self, error: InvalidRequestError) -> InvalidRequestError:
+        """The parameters have a width and a height where this request has one `size`."""
+        if error.param not in ("width", "height"):
+            return error
+        return InvalidRequestError("size", self.size, f'WIDTHxHEIGHT or "auto"; {error}')
+
+
+def _lift_extra_body(data: Any) -> Any:
+    """Python's client has an argument `extra_body` of fields beside the others; some write it into the body."""
+    extra = data.get("extra_body") if isinstance(data, dict) else None
+    if not isinstance(extra, dict) or not extra.keys().isdisjoint(data):
+        return data
+    return {**{name: value for name, value in data.items() if name != "extra_body"}, **extra}
+
+
+def schema_error(error: Mapping[str, Any]) -> InvalidRequestError:
+    """One of pydantic's errors about a body, in our words."""
+    path = [part for part in error["loc"] if part != "body"]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
+    if error["type"] == "json_invalid":
+        return InvalidRequestError("body", error.get("ctx", {}).get("error"), "valid JSON")
+    if not path:
+        return InvalidRequestError("body", error.get("input"), "a JSON object, sent as application/json")
+    if error["type"] == "missing":
+        return InvalidRequestError(param, None, "given")
+    allowed = error["msg"].replace("Input should be ", "").replace("String should have", "a string with")
+    return InvalidRequestError(param, error.get("input"), allowed[:1].lower() + allowed[1:])
