@@ -11,9 +11,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from vllm.entrypoints.serve import create_error_response
 
 from vllm_cfg_plugin.entrypoints.fields import schema_error
+from vllm_cfg_plugin.entrypoints.forms import limit_body
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, ModelNotFoundError, RequestAbortedError
 
 
@@ -21,6 +23,7 @@ class OpenAIErrorRoute(APIRoute):
     """A route whose wrong bodies and failed requests are answered with OpenAI's error object.
 
     FastAPI's own answer to a wrong body names fields as "body.n" and dumps pydantic's list; other errors stay vLLM's.
+    No body is read beyond what the operator allows, `max_upload_bytes` of the application's state.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -28,13 +31,17 @@ class OpenAIErrorRoute(APIRoute):
 
         async def handle_with_errors(request: Request) -> Response:
             try:
-                return await handle(request)
+                return await handle(limit_body(request, request.app.state.max_upload_bytes))
             except RequestValidationError as errors:
                 return error_response(schema_error(errors.errors()[0]))
-            except HTTPException:  # what FastAPI makes of bytes that are not text or of a number too long to parse
-                return error_response(InvalidRequestError("body", None, "valid JSON"))
+            except HTTPException as error:  # what FastAPI makes of a body that it can't read, parse or decode
+                cause = error.__cause__
+                unreadable = InvalidRequestError("body", None, "valid JSON")
+                return error_response(cause if isinstance(cause, CfgPluginError) else unreadable)
             except CfgPluginError as error:
                 return error_response(error)
+            except ClientDisconnect:  # during an upload; nobody reads the answer
+                return Response(status_code=HTTPStatus.BAD_REQUEST)
 
         return handle_with_errors
 

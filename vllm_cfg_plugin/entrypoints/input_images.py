@@ -72,7 +72,7 @@ def _decoded(image: Image.Image) -> ImageInput:
     if upright.mode in _UNSCALED_MODES:
         raise ValueError(f"its pixels are {upright.mode}, not 8 or 16 bits a channel")
     if upright.mode in _DEEP_MODES:
-        upright = upright.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        upright = upright.point(lambda value: value * (1 / 256)).convert("L")
     mode = "RGBA" if upright.has_transparency_data else "RGB"
     pixels = upright.convert(mode).tobytes()
     digest = hashlib.sha256(f"{mode}{upright.size}".encode() + pixels).hexdigest()

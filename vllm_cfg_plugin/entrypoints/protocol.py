@@ -96,6 +96,15 @@ class EditsRequest(ImagesRequest):
     }
 
 
+def edits_form_schema() -> dict[str, Any]:
+    """What OpenAPI says of the body of /v1/images/edits."""
+    schema = EditsRequest.model_json_schema()
+    file = {"type": "string", "format": "binary"}
+    schema["properties"]["image"] = {"anyOf": [file, {"type": "array", "items": file}]}
+    schema["required"] = [*schema["required"], "image"]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
 class ImageData(BaseModel):
     """One image; `seed` and `metrics` (engine.result.RequestMetrics) are ours."""
 

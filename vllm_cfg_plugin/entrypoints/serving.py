@@ -11,11 +11,21 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, GeneratedImage, check_model_name
-from vllm_cfg_plugin.entrypoints.protocol import ImageData, ImageFormat, ImagesRequest, ImagesResponse, Usage
+from vllm_cfg_plugin.entrypoints.input_images import read_images
+from vllm_cfg_plugin.entrypoints.protocol import (
+    EditsRequest,
+    ImageData,
+    ImageFormat,
+    ImagesRequest,
+    ImagesResponse,
+    Usage,
+)
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
+from vllm_cfg_plugin.resolve import check_image_count
 
 
 class ImagesService:
@@ -30,8 +40,13 @@ class ImagesService:
         self._front_end = front_end
         self._model_names = model_names
 
-    async def generate(self, body: ImagesRequest, request_id: str) -> ImagesResponse:
+    async def generate(
+        self, body: ImagesRequest, request_id: str, images: bytes | list[bytes] | None = None
+    ) -> ImagesResponse:
         """The images of one request.
+
+        Args:
+            images: files that came with it, one or several; None where none can.
 
         Raises:
             InvalidRequestError, ModelNotFoundError: the request is wrong; nothing has run.
@@ -39,17 +54,44 @@ class ImagesService:
             RequestAbortedError: the server or the engine stopped first.
             vllm's EngineDeadError: the engine died.
         """
-        requests = self._resolve(body)
-        images = await self._calls.run(requests, request_id)
-        return await asyncio.to_thread(_response, body, requests, images)
+        requests = self._resolve(body, await self._read(body, images))
+        results = await self._calls.run(requests, request_id)
+        return await asyncio.to_thread(_response, body, requests, results)
 
-    def _resolve(self, body: ImagesRequest) -> list[DiffusionRequest]:
+    async def _read(self, body: ImagesRequest, images: bytes | list[bytes] | None) -> list[ImageInput]:
+        """The images, decoded once everything is checked that can be checked without; not on the event loop."""
+        info, limits = self._front_end.info, self._front_end.limits
         check_model_name(body.model, self._model_names)
-        body.check()
+        body.check(info.is_transparent)
+        count = len(images) if isinstance(images, list) else int(images is not None)
+        _check_endpoint(info, isinstance(body, EditsRequest), count, body.model or self._model_names[0])
+        check_image_count(count, info, limits)
+        if images is None:
+            return []
+        return await asyncio.to_thread(read_images, images, "image", limits.max_input_pixels)
+
+    def _resolve(self, body: ImagesRequest, images: list[ImageInput]) -> list[DiffusionRequest]:
         try:
-            return self._front_end.resolve(body.prompt, body.to_params())
+            return self._front_end.resolve(body.prompt, body.to_params(), images)
         except InvalidRequestError as error:
             raise body.in_request_terms(error) from None
+
+
+def _check_endpoint(info: PipelineInfo, edits: bool, images: int, model: str) -> None:
+    """Point a request that the model can't serve to the endpoint that can.
+
+    Args:
+        edits: the request came to /v1/images/edits.
+    """
+    if info.produces != "image":
+        raise InvalidRequestError("model", model, f"one that makes images: this one does {info.task}, at /v1/videos")
+    if edits and not info.max_images:
+        allowed = f"absent: this model does {info.task}, at /v1/images/generations"
+        raise InvalidRequestError("image", f"{images} images", allowed)
+    if edits and not images:
+        raise InvalidRequestError("image", None, "given, as a file; images from text alone: /v1/images/generations")
+    if not edits and info.min_images:
+        raise InvalidRequestError("image", None, f"given: this model does {info.task}, at /v1/images/edits")
 
 
 def encode_image(pixels: np.ndarray, image_format: ImageFormat, lossy_quality: int) -> bytes:
@@ -64,7 +106,7 @@ def _base64_file(pixels: np.ndarray, body: ImagesRequest) -> str:
     return base64.b64encode(encode_image(pixels, body.format, body.lossy_quality)).decode("ascii")
 
 
-def _response(body: ImagesRequest, requests: list[DiffusionRequest], images: list[GeneratedImage]) -> ImagesResponse:
+def _response(body: ImagesRequest, requests: list[DiffusionRequest], results: list[GeneratedImage]) -> ImagesResponse:
     """The answer; encodes the files, which takes long enough to be kept off the event loop."""
     first = requests[0]
     return ImagesResponse(
@@ -72,13 +114,14 @@ def _response(body: ImagesRequest, requests: list[DiffusionRequest], images: lis
         data=[
             ImageData(
                 b64_json=_base64_file(pixels, body),
-                seed=image.metrics.seed,
-                metrics=msgspec.structs.asdict(image.metrics),
+                seed=result.metrics.seed,
+                metrics=msgspec.structs.asdict(result.metrics),
             )
-            for image in images
-            for pixels in image.pixels
+            for result in results
+            for pixels in result.pixels
         ],
+        background="transparent" if results[0].pixels.shape[-1] == 4 else "opaque",
         output_format=body.format,
         size=f"{first.width}x{first.height}",
-        usage=Usage.of(sum(first.text_tokens), first.image_tokens * len(requests)),
+        usage=Usage.of(sum(first.text_tokens), first.condition_tokens, first.image_tokens * len(requests)),
     )
