@@ -1,56 +1,21 @@
 """The HTTP routes in front of a fake engine: the wire format, every refusal, cancellation. No processes, no weights."""
 
 import asyncio
-import base64
-import io
 import json
-from argparse import Namespace
-from types import SimpleNamespace
+from dataclasses import replace
 
-import httpx
-import msgspec
 import numpy as np
 import pytest
 import torch
-from fastapi import FastAPI
-from openai import AsyncOpenAI
-from PIL import Image
-from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from tests.unit.fakes import INFO, LIMITS, answer, fake_pixels
+from tests.unit.fakes import IMAGE_TO_VIDEO_INFO, INFO, LIMITS, fake_pixels
+from tests.unit.http_app import GENERATIONS, FakeEngine, ask, decode, disconnect_mid_denoise, make_app, send
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
-from vllm_cfg_plugin.entrypoints import images
-from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
-from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.params import RequestLimits
 
 GOOD = {"prompt": "a cat", "seed": 5}
-
-
-class FakeEngine:
-    """`AsyncLLM.encode` as far as the routes use it; `behave` may return a tensor, raise or never return."""
-
-    def __init__(self) -> None:
-        self.requests: dict[str, DiffusionRequest] = {}
-        self.cancelled: list[str] = []
-        self.behave = None
-        self.vllm_config = None
-        self.errored = False
-        self.is_running = True
-
-    async def encode(self, prompt, pooling_params, request_id):
-        assert prompt == {"type": "token", "prompt_token_ids": [0]}
-        assert pooling_params.task == "plugin"
-        request = msgspec.convert(pooling_params.extra_kwargs, DiffusionRequest)
-        self.requests[request_id] = request
-        try:
-            await asyncio.sleep(0)
-            tensor = await self.behave(request) if self.behave else answer(request)
-        except asyncio.CancelledError:
-            self.cancelled.append(request_id)
-            raise
-        yield SimpleNamespace(request_id=request_id, outputs=SimpleNamespace(data=tensor), finished=True)
 
 
 @pytest.fixture
@@ -60,33 +25,12 @@ def engine():
 
 @pytest.fixture
 def app(engine, monkeypatch):
-    monkeypatch.setattr(FrontEnd, "from_vllm_config", lambda config: FrontEnd(INFO, LIMITS, len))
-    app = FastAPI()
-    init_exception_handler(app)
-    plugin = images.ImagesEndpointPlugin()
-    plugin.attach_router(app)
-    args = Namespace(served_model_name=["emoji", "alias"], model="/models/emoji", log_error_stack=False)
-    asyncio.run(plugin.init_state(engine, app.state, args))
-    app.state.args = args
-    app.state.engine_client = engine
-    app.state.server = SimpleNamespace(should_exit=False)
-    return app
+    return make_app(engine, monkeypatch)
 
 
-def post(app, body=None, *, content=None, **client_options):
-    async def send():
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", **client_options) as client:
-            data = json.dumps(body).encode() if content is None else content
-            return await client.post(
-                "/v1/images/generations", content=data, headers={"Content-Type": "application/json"}
-            )
-
-    return asyncio.run(send())
-
-
-def decode(b64: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(b64)))
+def post(app, body=None, *, content=None):
+    data = json.dumps(body).encode() if content is None else content
+    return send(app, GENERATIONS, content=data, headers={"Content-Type": "application/json"})
 
 
 def test_an_image_and_its_description(app, engine):
@@ -109,24 +53,17 @@ def test_an_image_and_its_description(app, engine):
 
 
 def test_the_official_client_reads_it(app):
-    async def generate():
-        transport = httpx.ASGITransport(app)
-        async with AsyncOpenAI(
-            base_url="http://test/v1",
-            api_key="none",
-            max_retries=0,
-            http_client=httpx.AsyncClient(transport=transport),
-        ) as client:
-            return await client.images.generate(
-                model="emoji",
-                prompt="a cat",
-                n=2,
-                size="auto",
-                response_format="b64_json",
-                extra_body={"seed": 3, "num_inference_steps": 4, "negative_prompt": "", "true_cfg_scale": 2.5},
-            )
-
-    response = asyncio.run(generate())
+    response = ask(
+        app,
+        lambda client: client.images.generate(
+            model="emoji",
+            prompt="a cat",
+            n=2,
+            size="auto",
+            response_format="b64_json",
+            extra_body={"seed": 3, "num_inference_steps": 4, "negative_prompt": "", "true_cfg_scale": 2.5},
+        ),
+    )
     assert [image.seed for image in response.data] == [3, 4]
     assert response.size == "64x64"
     assert response.usage.output_tokens == 128
@@ -283,35 +220,107 @@ def test_an_engine_stopped_by_its_server_is_a_503(app, engine):
 
 
 def test_a_disconnect_aborts_all_images(app, engine):
-    async def disconnect_mid_denoise():
-        started = asyncio.Event()
-
-        async def hang(request):
-            started.set()
-            await asyncio.sleep(60)
-
-        engine.behave = hang
-        body = [{"type": "http.request", "body": json.dumps({**GOOD, "n": 2}).encode()}]
-
-        async def receive():
-            if body:
-                return body.pop()
-            await started.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message):
-            pass
-
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/v1/images/generations",
-            "headers": [(b"content-type", b"application/json")],
-            "query_string": b"",
-        }
-        await app(scope, receive, send)
-        for _ in range(20):
-            await asyncio.sleep(0)
-
-    asyncio.run(disconnect_mid_denoise())
+    disconnect_mid_denoise(app, engine, GENERATIONS, "application/json", json.dumps({**GOOD, "n": 2}).encode())
     assert len(engine.cancelled) == 2
+
+
+GUIDANCE = {
+    "guidance_interval": [0.25, 0.75],
+    "guidance_rescale": 0.5,
+    "cfg_normalize": True,
+    "combine_rule": "cfg_zero_star",
+}
+
+
+def test_how_branches_are_combined_reaches_the_engine(app, engine):
+    response = post(app, {**GOOD, **GUIDANCE, "negative_prompt": "", "true_cfg_scale": 3})
+    assert response.status_code == 200, response.text
+    (request,) = engine.requests.values()
+    guidance = request.guidance
+    assert (guidance.interval, guidance.rescale, guidance.scale) == ((0.25, 0.75), 0.5, 3.0)
+    assert (guidance.normalize, guidance.rule) == (True, "cfg_zero_star")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("guidance_interval", [0.5], "guidance_interval"),
+        ("guidance_interval", [0.5, 0.5], "guidance_interval"),
+        ("guidance_interval", [-0.1, 0.5], "guidance_interval"),
+        ("guidance_interval", [0, 1.1], "guidance_interval"),
+        ("guidance_interval", [0, float("nan")], "guidance_interval"),
+        ("guidance_interval", 0.5, "guidance_interval"),
+        ("guidance_interval", [0, "1"], "guidance_interval[1]"),
+        ("guidance_rescale", 1.5, "guidance_rescale"),
+        ("guidance_rescale", "0.5", "guidance_rescale"),
+        ("cfg_normalize", 1, "cfg_normalize"),
+        ("cfg_normalize", "true", "cfg_normalize"),
+        ("combine_rule", "apg2", "combine_rule"),
+        ("combine_rule", 3, "combine_rule"),
+        ("guidance_scale_2", 3.0, "guidance_scale_2"),  # this and the next ones: of other models
+        ("image_guidance_scale", 3.0, "image_guidance_scale"),
+        ("layers", 4, "layers"),
+        ("num_frames", 9, "num_frames"),
+        ("image", "cat.png", "image"),
+        ("mask", "mask.png", "mask"),
+        ("input_fidelity", "high", "input_fidelity"),
+    ],
+)
+def test_bad_guidance_and_fields_of_other_models_are_refused(app, engine, field, value, param):
+    response = post(app, {**GOOD, field: value})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+    assert engine.requests == {}
+
+
+def test_fields_of_edits_name_their_endpoint(app):
+    assert "/v1/images/edits" in post(app, {**GOOD, "image": "cat.png"}).json()["error"]["message"]
+
+
+def test_optional_fields_reach_a_model_that_reads_them(engine, monkeypatch):
+    info = replace(INFO, needs_negative_prompt=False, options=frozenset({"guidance_scale_2", "image_guidance_scale"}))
+    app = make_app(engine, monkeypatch, info)
+    assert post(app, {**GOOD, "guidance_scale_2": 2.5, "image_guidance_scale": 1.5}).status_code == 200
+    (request,) = engine.requests.values()
+    assert (request.guidance.scale_2, request.guidance.image_scale) == (2.5, 1.5)
+
+
+def test_an_extra_body_in_the_body_is_lifted(app, engine):
+    assert post(app, {"prompt": "a cat", "extra_body": {"seed": 9}}).json()["data"][0]["seed"] == 9
+    assert post(app, {**GOOD, "extra_body": {"seed": 9}}).json()["error"]["param"] == "extra_body"  # which of the two?
+    assert post(app, {**GOOD, "extra_body": {"sed": 9}}).json()["error"]["param"] == "sed"
+
+
+def test_a_model_that_edits_only_names_the_endpoint(engine, monkeypatch):
+    app = make_app(engine, monkeypatch, replace(INFO, min_images=1, max_images=2))
+    response = post(app, GOOD)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "image"
+    assert "/v1/images/edits" in response.json()["error"]["message"]
+
+
+def test_a_video_model_names_the_endpoint(engine, monkeypatch):
+    app = make_app(engine, monkeypatch, IMAGE_TO_VIDEO_INFO)
+    response = post(app, GOOD)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "model"
+    assert "/v1/videos" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_above_the_limit_is_refused_before_it_is_read(engine, monkeypatch, announced):
+    limits = RequestLimits(max_image_pixels=LIMITS.max_image_pixels, max_upload_bytes=1000)
+    app = make_app(engine, monkeypatch, limits=limits)
+    sent = []
+
+    async def chunks():
+        for _ in range(20):
+            sent.append(100)
+            yield b" " * 100
+
+    headers = {"Content-Type": "application/json"} | ({"Content-Length": "2000"} if announced else {})
+    response = send(app, GENERATIONS, content=chunks(), headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "body"
+    assert "1000 bytes" in response.json()["error"]["message"]
+    assert sum(sent) == (0 if announced else 1100)

@@ -130,5 +130,6 @@ def test_sides_are_reported_as_size():
 
 
 def test_usage_adds_up():
-    usage = Usage.of(text_tokens=18, image_tokens=128)
-    assert usage.total_tokens == usage.input_tokens + usage.output_tokens == 146
+    usage = Usage.of(text_tokens=18, condition_tokens=30, image_tokens=128)
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens == 176
+    assert (usage.input_tokens_details.text_tokens, usage.input_tokens_details.image_tokens) == (18, 30)

@@ -1,0 +1,125 @@
+"""The HTTP application in front of a fake engine, and ways to call it; shared by the tests of the routes."""
+
+import asyncio
+import base64
+import io
+from argparse import Namespace
+from types import SimpleNamespace
+
+import httpx
+import msgspec
+from fastapi import FastAPI
+from openai import AsyncOpenAI
+from PIL import Image
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+
+from tests.unit.fakes import INFO, LIMITS, answer
+from vllm_cfg_plugin.entrypoints import images
+from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
+from vllm_cfg_plugin.params import DiffusionRequest
+
+GENERATIONS = "/v1/images/generations"
+EDITS = "/v1/images/edits"
+
+
+class FakeEngine:
+    """`AsyncLLM.encode` as far as the routes use it; `behave` may return a tensor, raise or never return."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, DiffusionRequest] = {}
+        self.cancelled: list[str] = []
+        self.behave = None
+        self.vllm_config = None
+        self.errored = False
+        self.is_running = True
+
+    async def encode(self, prompt, pooling_params, request_id):
+        assert prompt == {"type": "token", "prompt_token_ids": [0]}
+        assert pooling_params.task == "plugin"
+        request = msgspec.convert(pooling_params.extra_kwargs, DiffusionRequest)
+        self.requests[request_id] = request
+        try:
+            await asyncio.sleep(0)
+            tensor = await self.behave(request) if self.behave else answer(request)
+        except asyncio.CancelledError:
+            self.cancelled.append(request_id)
+            raise
+        yield SimpleNamespace(request_id=request_id, outputs=SimpleNamespace(data=tensor), finished=True)
+
+
+def make_app(engine, monkeypatch, info=INFO, limits=LIMITS):
+    """vLLM's application with our routes, as its server would build it for a model of this description."""
+    monkeypatch.setattr(FrontEnd, "from_vllm_config", lambda config: FrontEnd(info, limits, len))
+    app = FastAPI()
+    init_exception_handler(app)
+    plugin = images.ImagesEndpointPlugin()
+    plugin.attach_router(app)
+    args = Namespace(served_model_name=["emoji", "alias"], model="/models/emoji", log_error_stack=False)
+    asyncio.run(plugin.init_state(engine, app.state, args))
+    app.state.args = args
+    app.state.engine_client = engine
+    app.state.server = SimpleNamespace(should_exit=False)
+    return app
+
+
+def send(app, path, **request) -> httpx.Response:
+    """POST; `request` as for httpx."""
+
+    async def post():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post(path, **request)
+
+    return asyncio.run(post())
+
+
+def ask(app, use):
+    """What `use(client)` returns for OpenAI's own client."""
+
+    async def with_client():
+        http_client = httpx.AsyncClient(transport=httpx.ASGITransport(app))
+        async with AsyncOpenAI(
+            base_url="http://test/v1", api_key="none", max_retries=0, http_client=http_client
+        ) as client:
+            return await use(client)
+
+    return asyncio.run(with_client())
+
+
+def disconnect_mid_denoise(app, engine, path, content_type: str, body: bytes) -> None:
+    """Send a request and go away as soon as the engine has it."""
+
+    async def run():
+        started = asyncio.Event()
+
+        async def hang(request):
+            started.set()
+            await asyncio.sleep(60)
+
+        engine.behave = hang
+        middle = len(body) // 2
+        messages = [
+            {"type": "http.request", "body": body[:middle], "more_body": True},
+            {"type": "http.request", "body": body[middle:]},
+        ]
+
+        async def receive():
+            if messages:
+                return messages.pop(0)
+            await started.wait()
+            return {"type": "http.disconnect"}
+
+        async def ignore(message):
+            pass
+
+        headers = [(b"content-type", content_type.encode())]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+        await app(scope, receive, ignore)
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
+def decode(b64: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(b64)))
