@@ -1,5 +1,7 @@
 """A small model's description and the answers that its engine would give; shared by the front-end tests."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -18,13 +20,25 @@ INFO = PipelineInfo(
         height=64, width=64, num_inference_steps=20, true_cfg_scale=4.0, negative_prompt=None
     ),
 )
+VIDEO_INFO = replace(
+    INFO,
+    cfg_scale="guidance_scale",
+    needs_negative_prompt=False,
+    options=frozenset({"num_frames", "guidance_scale_2"}),
+    produces="video",
+    frames_per_latent=4,
+    fps=16,
+    default_params=DiffusionParams(height=64, width=64, num_frames=9, num_inference_steps=20, guidance_scale=4.0),
+)
+IMAGE_TO_VIDEO_INFO = replace(VIDEO_INFO, min_images=1, max_images=1)
 LIMITS = RequestLimits(max_image_pixels=256 * 256, max_inference_steps=50)
 
 
 def fake_pixels(request: DiffusionRequest) -> np.ndarray:
-    """An image that shows its seed."""
+    """An image or a video that shows its seed."""
     generator = np.random.default_rng(request.seed)
-    return generator.integers(0, 256, (1, request.height, request.width, 3), dtype=np.uint8)
+    shape = (max(request.num_frames, request.layers), request.height, request.width, 4 if request.layers else 3)
+    return generator.integers(0, 256, shape, dtype=np.uint8)
 
 
 def answer(request: DiffusionRequest) -> torch.Tensor:
