@@ -7,7 +7,7 @@ module level.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -35,6 +35,8 @@ CLIP_TOKENS = 77
 
 class StableDiffusion3CFGParallelMixin(DenoisingMixin):
     """The denoising loop of the Stable Diffusion 3 pipelines, on one rank or many."""
+
+    channel_dim: ClassVar[int] = 1
 
     def diffuse(
         self,
