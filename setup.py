@@ -26,6 +26,7 @@ setup(
         "msgspec",
         "pyzmq",
         "pillow",
+        "av",
         "openai",
         "tqdm",
     ],

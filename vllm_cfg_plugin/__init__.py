@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_cfg_plugin.entrypoints.llm import DiffusionLLM, DiffusionOutput
+    from vllm_cfg_plugin.entrypoints.llm import DiffusionLLM
+    from vllm_cfg_plugin.entrypoints.output import DiffusionOutput
     from vllm_cfg_plugin.params import DiffusionParams
 
 _PUBLIC = {
     "DiffusionLLM": "vllm_cfg_plugin.entrypoints.llm",
-    "DiffusionOutput": "vllm_cfg_plugin.entrypoints.llm",
+    "DiffusionOutput": "vllm_cfg_plugin.entrypoints.output",
     "DiffusionParams": "vllm_cfg_plugin.params",
 }
 

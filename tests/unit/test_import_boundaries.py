@@ -30,6 +30,9 @@ PURE = (
     "vllm_cfg_plugin.entrypoints.input_images",
     "vllm_cfg_plugin.entrypoints.progress_bar",
     "vllm_cfg_plugin.entrypoints.protocol",
+    "vllm_cfg_plugin.entrypoints.output",
+    "vllm_cfg_plugin.entrypoints.video_file",
+    "vllm_cfg_plugin.entrypoints.video_jobs",
     "vllm_cfg_plugin.worker.channel",
     "vllm_cfg_plugin.worker.lifeline",
 )

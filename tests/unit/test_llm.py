@@ -6,18 +6,21 @@ import threading
 import time
 from types import SimpleNamespace
 
+import av
 import msgspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from tests.unit.fakes import INFO, LIMITS, answer, fake_pixels
+from tests.unit.fakes import INFO, LIMITS, VIDEO_INFO, answer, fake_pixels
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.entrypoints import llm as llm_module
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.entrypoints.llm import DiffusionLLM
+from vllm_cfg_plugin.entrypoints.output import DiffusionOutput
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
 
@@ -209,3 +212,87 @@ def test_close_is_idempotent(engine):
     assert engine.shutdowns == 1
     with pytest.raises(CfgPluginError, match="closed"):
         llm.generate("a")
+
+
+@pytest.fixture
+def video_llm(engine, monkeypatch):
+    monkeypatch.setattr(FrontEnd, "from_vllm_config", lambda config: FrontEnd(VIDEO_INFO, LIMITS, len))
+    with DiffusionLLM("model") as llm:
+        yield llm
+
+
+def video_of(path) -> tuple[np.ndarray, float]:
+    with av.open(str(path)) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return frames, float(container.streams.video[0].average_rate)
+
+
+def grey(request: DiffusionRequest) -> torch.Tensor:
+    """Frames without noise, which a video file keeps: frame i has level 20 * i + seed."""
+    levels = (20 * np.arange(request.num_frames) + request.seed).astype(np.uint8)
+    pixels = np.broadcast_to(levels[:, None, None, None], (request.num_frames, request.height, request.width, 3))
+    header = ResultHeader(metrics=RequestMetrics(seed=request.seed), shape=pixels.shape)
+    return pack_result(header, pixels.tobytes())
+
+
+def test_a_video_is_its_frames(video_llm):
+    (output,) = video_llm.generate("a", DiffusionParams(seed=4, num_frames=5, width=96), use_tqdm=False)
+    assert output.images == []
+    assert (len(output.videos), len(output.frames), output.frames[0].size) == (1, 5, (96, 64))
+    assert output.fps == 16
+    assert output.frames is output.videos[0]
+
+
+def test_n_videos_in_seed_order(video_llm, engine):
+    engine.behave = grey
+    (output,) = video_llm.generate("a", DiffusionParams(seed=4, n=3), use_tqdm=False)
+    assert [len(video) for video in output.videos] == [9, 9, 9]
+    assert [video[0].getpixel((0, 0))[0] for video in output.videos] == [4, 5, 6]
+    assert [metrics.seed for metrics in output.image_metrics] == [4, 5, 6]
+
+
+def test_an_image_model_has_no_frames(llm):
+    (output,) = llm.generate("a", use_tqdm=False)
+    assert output.frames == output.videos == []
+
+
+@pytest.mark.parametrize(("fps", "rate"), [(None, 16), (8, 8)])
+def test_a_video_is_saved(video_llm, engine, tmp_path, fps, rate):
+    engine.behave = grey
+    (output,) = video_llm.generate("a", DiffusionParams(seed=4, n=2), use_tqdm=False)
+    assert output.save(tmp_path / "cat.MP4", fps) == [tmp_path / "cat.MP4"]
+    frames, saved_rate = video_of(tmp_path / "cat.MP4")
+    assert frames.shape == (9, 64, 64, 3)
+    assert np.abs(frames[:, 0, 0, 0] - (20 * np.arange(9) + 4)).max() <= 3
+    assert saved_rate == rate
+
+
+def test_images_are_saved(llm, tmp_path):
+    (one,) = llm.generate("a", use_tqdm=False)
+    (three,) = llm.generate("a", DiffusionParams(n=3), use_tqdm=False)
+    assert one.save(str(tmp_path / "one.webp")) == [tmp_path / "one.webp"]
+    paths = three.save(tmp_path / "cat.png")
+    assert [path.name for path in paths] == ["cat_0.png", "cat_1.png", "cat_2.png"]
+    saved = [np.asarray(Image.open(path)) for path in paths]
+    assert all(np.array_equal(file, np.asarray(image)) for file, image in zip(saved, three.images, strict=True))
+
+
+def test_what_can_not_be_saved_is_refused(llm, video_llm, engine, tmp_path):
+    (image,) = llm.generate("a", use_tqdm=False)
+    (video,) = video_llm.generate("a", use_tqdm=False)
+    engine.behave = lambda request: pack_result(ResultHeader(metrics=RequestMetrics(), error="out of memory"))
+    (failed,) = video_llm.generate("a", use_tqdm=False)
+    layered = DiffusionOutput("id", "a", images=[Image.new("RGBA", (8, 8))] * 2)
+    for output, name, what in (
+        (image, "a.mp4", r"path=.*\.png"),
+        (image, "a", r"path=.*\.png"),
+        (layered, "a.jpg", r"path=.*\.webp"),
+        (video, "a.png", r"path=.*\.mp4"),
+        (video, "a.avi", r"path=.*\.mp4"),
+        (failed, "a.mp4", "nothing to save.*out of memory"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            output.save(tmp_path / name)
+    with pytest.raises(ValueError, match="fps"):
+        image.save(tmp_path / "a.png", fps=8)
+    assert not list(tmp_path.iterdir())

@@ -18,11 +18,13 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.compat import end_output_thread, wake_on_engine_death
 from vllm_cfg_plugin.config import EngineSettings, diffusion_engine_args
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output
 from vllm_cfg_plugin.entrypoints.input_images import read_images
+from vllm_cfg_plugin.entrypoints.output import DiffusionOutput
 from vllm_cfg_plugin.entrypoints.progress_bar import StepBar
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError
 from vllm_cfg_plugin.model import PLACEHOLDER_PROMPT
@@ -35,38 +37,12 @@ _ENGINE_DIED = "the engine has died, see its log above; close this DiffusionLLM 
 
 
 @dataclass
-class DiffusionOutput:
-    """What became of one prompt.
-
-    Attributes:
-        request_id: as it appears in the engine's log.
-        prompt: the text.
-        images: the finished images, in seed order; all `n` of them unless `error` says otherwise.
-        error: why images are missing, or None.
-        image_metrics: one per image that was asked for.
-    """
-
-    request_id: str
-    prompt: str
-    images: list[Image.Image] = field(default_factory=list)
-    error: str | None = None
-    image_metrics: list[RequestMetrics] = field(default_factory=list)
-
-    @property
-    def metrics(self) -> RequestMetrics:
-        """Of the whole prompt: each time is its slowest image's, the rest is its first image's."""
-        times = ("queue_ms", "encode_ms", "denoise_ms", "decode_ms", "e2e_time_ms")
-        longest = {name: max(getattr(metrics, name) for metrics in self.image_metrics) for name in times}
-        return msgspec.structs.replace(self.image_metrics[0], **longest)
-
-
-@dataclass
 class _Running:
-    """One image's request between the engine's queue and its output."""
+    """One result's request between the engine's queue and its output."""
 
     request: DiffusionRequest
     started: float
-    images: list[Image.Image] = field(default_factory=list)
+    pictures: list[Image.Image] = field(default_factory=list)  # the image, its layers, or the frames of a video
     error: str | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
@@ -109,7 +85,7 @@ class DiffusionLLM:
         params: DiffusionParams | Sequence[DiffusionParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[DiffusionOutput]:
-        """Generate images; one output per prompt, in order.
+        """Generate images or videos; one output per prompt, in order.
 
         Args:
             prompts: a text, a mapping with "prompt", "negative_prompt" (which wins over that of `params`) and "image"
@@ -135,7 +111,7 @@ class DiffusionLLM:
             self._run(engine, running, bar)
         by_id = iter(running.values())
         return [
-            _output(prefix, text, [next(by_id) for _ in requests])
+            _output(self._front_end.info, prefix, text, [next(by_id) for _ in requests])
             for prefix, text, requests in zip(prefixes, texts, resolved, strict=True)
         ]
 
@@ -242,18 +218,22 @@ def _finish(entry: _Running, output: Any) -> None:
     except CfgPluginError as error:
         entry.error = str(error)
     else:
-        entry.images, entry.metrics = [Image.fromarray(pixels) for pixels in done.pixels], done.metrics
+        entry.pictures, entry.metrics = [Image.fromarray(pixels) for pixels in done.pixels], done.metrics
 
 
-def _output(request_id: str, text: str, entries: list[_Running]) -> DiffusionOutput:
+def _output(info: PipelineInfo, request_id: str, text: str, entries: list[_Running]) -> DiffusionOutput:
     for entry in entries:
-        if not entry.images:  # what is known without the engine
+        if not entry.pictures:  # what is known without the engine
             request = entry.request
             entry.metrics = RequestMetrics(seed=request.seed, guided=request.guided, guidance_off=request.guidance_off)
+    results = [entry.pictures for entry in entries if entry.pictures]
+    is_video = info.produces == "video"
     return DiffusionOutput(
         request_id=request_id,
         prompt=text,
-        images=[image for entry in entries for image in entry.images],
+        images=[] if is_video else list(itertools.chain.from_iterable(results)),
+        videos=results if is_video else [],
+        fps=info.fps,
         error="; ".join(entry.error for entry in entries if entry.error) or None,
         image_metrics=[entry.metrics for entry in entries],
     )

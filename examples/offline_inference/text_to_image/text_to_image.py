@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_cfg_plugin import DiffusionLLM, DiffusionOutput, DiffusionParams
+from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
 
 BUNDLED_MODEL = Path(__file__).resolve().parents[2] / "models" / "emoji"
 
@@ -56,14 +56,6 @@ def make_params(args: argparse.Namespace) -> DiffusionParams:
     return DiffusionParams(n=args.num_images, **{name: value for name, value in given.items() if value is not None})
 
 
-def save(output: DiffusionOutput, path: Path) -> None:
-    several = len(output.images) > 1
-    for index, image in enumerate(output.images):
-        file = path.with_stem(f"{path.stem}_{index}") if several else path
-        image.save(file)
-        logger.info("saved %s (seed %d)", file, output.image_metrics[index].seed)
-
-
 def main() -> int:
     args = parse_arguments()
     with DiffusionLLM(args.model, cfg_parallel_size=args.cfg_parallel_size) as llm:
@@ -71,7 +63,8 @@ def main() -> int:
     if output.error:
         logger.error("failed: %s", output.error)
         return 1
-    save(output, args.output)
+    for file, image_metrics in zip(output.save(args.output), output.image_metrics, strict=True):
+        logger.info("saved %s (seed %d)", file, image_metrics.seed)
     metrics = output.metrics
     guidance = "on" if metrics.guided else f"off ({metrics.guidance_off or 'not asked for'})"
     logger.info("guidance: %s, cfg_parallel_size: %d, steps: %d", guidance, args.cfg_parallel_size, metrics.steps)
