@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.config import ENGINE_DEFAULTS, EngineSettings, default_dtype
+from vllm_cfg_plugin.config import ENGINE_DEFAULTS, EngineSettings, default_dtype, new_progress_address
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
 
@@ -134,6 +134,8 @@ class _ModelAction(argparse.Action):
             for dest, value in defaults.items():
                 if getattr(namespace, dest, None) == parser.get_default(dest):
                     setattr(namespace, dest, value)
+            given = getattr(namespace, "additional_config", None) or {}
+            namespace.additional_config = {"progress_address": new_progress_address(), **given}
             # vLLM loads routes of plugins only if they are named there; nothing was imported through it yet.
             os.environ.setdefault("VLLM_PLUGINS", all_plugin_names())
             _check_servable(parser, _checkpoint(namespace, values))

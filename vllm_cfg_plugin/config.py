@@ -161,11 +161,16 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
         **engine_args.pop("additional_config", {}),
         **settings,
         "cfg_parallel_size": cfg_parallel_size,
-        "progress_address": f"ipc://@vllm-cfg-progress-{uuid.uuid4().hex}",
+        "progress_address": new_progress_address(),
     }
     EngineSettings.from_dict(additional)
     dtype = {"dtype": default_dtype(current_platform.is_cpu())}
     return {**ENGINE_DEFAULTS, **dtype, **engine_args, "model": model, "additional_config": additional}
+
+
+def new_progress_address() -> str:
+    """Where an engine on this machine may publish progress: in Linux's abstract namespace, not a file."""
+    return f"ipc://@vllm-cfg-progress-{uuid.uuid4().hex}"
 
 
 def _check_plugin_is_allowed() -> None:

@@ -3,6 +3,7 @@
 CfgPluginError
 ├── InvalidRequestError (ValueError)   one request is wrong: HTTP 400, `ValueError` offline
 ├── ModelNotFoundError  (ValueError)   the request names another model: HTTP 404
+├── VideoNotFoundError  (LookupError)  the request names a video that is not here: HTTP 404
 ├── ConfigurationError  (ValueError)   the server can't start as configured
 ├── RequestFailedError                 the request was right and failed while running: HTTP 500, `.error` offline
 ├── RequestAbortedError                the engine stopped or paused before it was done: HTTP 503, `.error` offline
@@ -19,6 +20,7 @@ __all__ = [
     "RankDiedError",
     "RequestAbortedError",
     "RequestFailedError",
+    "VideoNotFoundError",
 ]
 
 
@@ -59,6 +61,10 @@ def _rebuild_invalid_request(param: str, message: str) -> InvalidRequestError:
 
 class ModelNotFoundError(CfgPluginError, ValueError):
     """The request names a model that this server doesn't serve."""
+
+
+class VideoNotFoundError(CfgPluginError, LookupError):
+    """The request names a video that this server does not have, or no longer."""
 
 
 class ConfigurationError(CfgPluginError, ValueError):

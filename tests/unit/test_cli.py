@@ -76,7 +76,7 @@ def test_a_yaml_config_file_works_too(parse, model, tmp_path):
     file = tmp_path / "serve.yaml"
     file.write_text("cfg-parallel-size: 3\nmax-num-seqs: 5\n")
     args = parse(model, "--config", file)
-    assert args.additional_config == {"cfg_parallel_size": 3}
+    assert args.additional_config["cfg_parallel_size"] == 3
     assert args.max_num_seqs == 5
 
 

@@ -6,11 +6,14 @@ subscriber binds, so that several engines (data parallel) can publish to one cal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import msgspec
 import zmq
+
+_POLL_MS = 100
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(tuple[str, int, int]).decode
@@ -57,3 +60,36 @@ class ProgressSubscriber:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class ProgressListener:
+    """A thread that hands on what arrives.
+
+    Args:
+        on_progress: called in that thread with (progress key, steps done, steps in all).
+    """
+
+    def __init__(self, address: str, on_progress: Callable[[str, int, int], None]) -> None:
+        self._address = address
+        self._on_progress = on_progress
+        self._stop = threading.Event()
+
+    def start(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            zmq.ZMQError: somebody else listens at this address.
+        """
+        subscriber = ProgressSubscriber(self._address)  # the thread's alone from now on
+        self._thread = threading.Thread(target=self._listen, args=(subscriber,), name="denoising-progress", daemon=True)
+        self._thread.start()
+
+    def _listen(self, subscriber: ProgressSubscriber) -> None:
+        with subscriber:
+            while not self._stop.is_set():
+                for message in subscriber.poll(_POLL_MS):
+                    self._on_progress(*message)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()

@@ -16,7 +16,13 @@ from vllm.entrypoints.serve import create_error_response
 
 from vllm_cfg_plugin.entrypoints.fields import schema_error
 from vllm_cfg_plugin.entrypoints.forms import limit_body
-from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, ModelNotFoundError, RequestAbortedError
+from vllm_cfg_plugin.errors import (
+    CfgPluginError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RequestAbortedError,
+    VideoNotFoundError,
+)
 
 
 class OpenAIErrorRoute(APIRoute):
@@ -53,6 +59,8 @@ def error_response(error: CfgPluginError) -> JSONResponse:
         status, kind, param = HTTPStatus.BAD_REQUEST, "BadRequestError", error.param
     elif isinstance(error, ModelNotFoundError):
         status, kind, param = HTTPStatus.NOT_FOUND, "NotFoundError", "model"
+    elif isinstance(error, VideoNotFoundError):
+        status, kind, param = HTTPStatus.NOT_FOUND, "NotFoundError", "video_id"
     elif isinstance(error, RequestAbortedError):
         status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
     else:

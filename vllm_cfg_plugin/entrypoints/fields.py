@@ -140,7 +140,7 @@ def _lift_extra_body(data: Any) -> Any:
 
 def schema_error(error: Mapping[str, Any]) -> InvalidRequestError:
     """One of pydantic's errors about a body, in our words."""
-    path = [part for part in error["loc"] if part != "body"]
+    path = [part for part in error["loc"] if part not in ("body", "query")]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
     if error["type"] == "json_invalid":
         return InvalidRequestError("body", error.get("ctx", {}).get("error"), "valid JSON")

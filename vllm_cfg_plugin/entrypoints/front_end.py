@@ -47,19 +47,21 @@ class FrontEnd:
         info: the served model.
         limits: what the operator allows.
         count_tokens: tokens that a prompt takes in the model.
+        progress_address: where the engine publishes progress; empty where it does not.
     """
 
     info: PipelineInfo
     limits: RequestLimits
     count_tokens: Callable[[str], int]
+    progress_address: str = ""
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> FrontEnd:
         model_config = vllm_config.model_config
         checkpoint = Checkpoint(model_config.model, model_config.revision)
-        limits = EngineSettings.from_vllm_config(vllm_config).limits
+        settings = EngineSettings.from_vllm_config(vllm_config)
         info = describe(checkpoint)
-        return cls(info, limits, TokenCounter.of(checkpoint, info.text))
+        return cls(info, settings.limits, TokenCounter.of(checkpoint, info.text), settings.progress_address)
 
     def resolve(
         self, prompt: object, params: DiffusionParams, images: Sequence[ImageInput] = ()

@@ -18,12 +18,14 @@ from starlette.datastructures import State
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
 from vllm.utils import random_uuid
 
+from vllm_cfg_plugin.entrypoints import videos
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.entrypoints.error_route import OpenAIErrorRoute
 from vllm_cfg_plugin.entrypoints.forms import UploadedFile, read_form
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.entrypoints.protocol import EditsRequest, ImagesRequest, ImagesResponse, edits_form_schema
 from vllm_cfg_plugin.entrypoints.serving import ImagesService
+from vllm_cfg_plugin.entrypoints.video_serving import VideosService
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.worker.lifeline import die_with_parent
 
@@ -93,6 +95,7 @@ class ImagesEndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        app.include_router(videos.router)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         if engine_client is None:  # vLLM's render server, which `required_tasks` keeps us out of
@@ -105,6 +108,9 @@ class ImagesEndpointPlugin:
         calls = EngineCalls(engine_client, lambda: _is_stopping(state))
         state.max_upload_bytes = front_end.limits.max_upload_bytes
         state.images_service = ImagesService(calls, front_end, names)
+        state.videos_service = VideosService(calls, front_end, names)
+        if front_end.progress_address and front_end.info.produces == "video":
+            state.videos_service.follow_progress(front_end.progress_address)
 
 
 def _is_stopping(state: State) -> bool:

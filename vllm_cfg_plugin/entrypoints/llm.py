@@ -20,7 +20,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.compat import end_output_thread, wake_on_engine_death
-from vllm_cfg_plugin.config import EngineSettings, diffusion_engine_args
+from vllm_cfg_plugin.config import diffusion_engine_args
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output
 from vllm_cfg_plugin.entrypoints.input_images import read_images
@@ -72,9 +72,7 @@ class DiffusionLLM:
         self._finalizer = weakref.finalize(self, _stop, self._engine)
         try:
             wake_on_engine_death(self._engine.engine_core)
-            config = self._engine.vllm_config
-            self._front_end = FrontEnd.from_vllm_config(config)
-            self._progress_address = EngineSettings.from_vllm_config(config).progress_address
+            self._front_end = FrontEnd.from_vllm_config(self._engine.vllm_config)
         except BaseException:
             self.close()
             raise
@@ -107,7 +105,7 @@ class DiffusionLLM:
             for index, request in enumerate(requests)
         }
         steps = {request_id: entry.request.num_inference_steps for request_id, entry in running.items()}
-        with StepBar(self._progress_address, steps) if use_tqdm else nullcontext() as bar:
+        with StepBar(self._front_end.progress_address, steps) if use_tqdm else nullcontext() as bar:
             self._run(engine, running, bar)
         by_id = iter(running.values())
         return [

@@ -7,9 +7,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from vllm_cfg_plugin.engine.progress import ProgressSubscriber
-
-_POLL_MS = 100
+from vllm_cfg_plugin.engine.progress import ProgressListener
 
 
 class StepBar:
@@ -21,13 +19,11 @@ class StepBar:
     """
 
     def __init__(self, address: str, steps: dict[str, int]) -> None:
-        self._address = address
         self._steps = steps
         self._done = dict.fromkeys(steps, 0)
         self._bar = tqdm(total=sum(steps.values()), desc="Denoising", unit="step", dynamic_ncols=True)
         self._lock = threading.Lock()  # the listener and `finish` both move the bar
-        self._stop = threading.Event()
-        self._listener = threading.Thread(target=self._listen, name="denoising-progress", daemon=True)
+        self._listener = ProgressListener(address, lambda key, done, _: self._move(key, done)) if address else None
 
     def finish(self, key: str) -> None:
         """The request has ended, however it did; progress messages may have been lost."""
@@ -40,21 +36,14 @@ class StepBar:
                 self._done[key] = done
                 self._bar.update(advance)
 
-    def _listen(self) -> None:
-        with ProgressSubscriber(self._address) as subscriber:
-            while not self._stop.is_set():
-                for key, done, _ in subscriber.poll(_POLL_MS):
-                    self._move(key, done)
-
     def __enter__(self) -> StepBar:
-        if self._address:
+        if self._listener is not None:
             self._listener.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        if self._address:
-            self._listener.join()
+        if self._listener is not None:
+            self._listener.close()
         self._bar.close()

@@ -12,7 +12,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 # The encoder's own choice depends on the machine, and the file on the number of threads.
 _THREADS = 4
 _OPTIONS = {"crf": "18", "preset": "medium"}  # visually lossless
-_LARGEST_RATE = 1000
+LARGEST_RATE = 1000  # frames a second
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
@@ -30,8 +30,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
         raise ValueError(f"frames must be uint8 [number, height, width, 3], not {frames.dtype} {list(frames.shape)}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"frames must have an even height and width, not {frames.shape[1]} and {frames.shape[2]}")
-    if not 0 < fps <= _LARGEST_RATE:
-        raise ValueError(f"fps={fps} is not valid: it must be above 0 and at most {_LARGEST_RATE}")
+    if not 0 < fps <= LARGEST_RATE:
+        raise ValueError(f"fps={fps} is not valid: it must be above 0 and at most {LARGEST_RATE}")
     rate = Fraction(fps).limit_denominator(1001)
     # The index of an MP4 comes last unless it is moved; a browser plays from the first bytes on only if it was.
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
