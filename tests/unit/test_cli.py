@@ -87,6 +87,13 @@ def test_a_diffusers_model_brings_our_defaults(parse, model):
     assert "vllm_cfg_plugin" in os.environ["VLLM_PLUGINS"].split(",")
 
 
+def test_every_server_has_a_progress_channel_of_its_own(parse, model):
+    addresses = {parse(model).additional_config["progress_address"] for _ in range(2)}
+    assert len(addresses) == 2
+    given = parse(model, "--additional-config", '{"progress_address": "ipc:///tmp/mine"}')
+    assert given.additional_config["progress_address"] == "ipc:///tmp/mine"
+
+
 @pytest.mark.parametrize("model_first", [True, False])
 def test_what_the_user_gives_wins_over_our_defaults(parse, model, model_first):
     flags = [

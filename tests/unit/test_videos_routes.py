@@ -180,14 +180,10 @@ def test_number_of_frames(app, engine, sent, frames, seconds):
     assert (body["num_frames"], body["seconds"]) == (frames, seconds)
 
 
-@pytest.mark.parametrize("as_url", [False, True])
-def test_an_image_to_start_from(image_to_video_app, engine, as_url):
-    reference = {"image_url": "data:image/png;base64," + base64.b64encode(png()).decode()} if as_url else png()
+def test_an_image_to_start_from(image_to_video_app, engine):
     video = with_client(
         image_to_video_app,
-        lambda client, http: client.videos.create_and_poll(
-            prompt="a cat", input_reference=reference, poll_interval_ms=10
-        ),
+        lambda client, http: client.videos.create_and_poll(prompt="a cat", input_reference=png(), poll_interval_ms=10),
     )
     assert video.status == "completed", video.error
     (request,) = engine.requests.values()
@@ -196,10 +192,14 @@ def test_an_image_to_start_from(image_to_video_app, engine, as_url):
     assert image.pixels[:3] == bytes((200, 30, 30))
 
 
-def test_json_with_a_data_url(image_to_video_app, engine):
+def test_an_image_in_a_data_url(image_to_video_app, engine):
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
-    response = post(image_to_video_app, {**GOOD, "input_reference": {"image_url": url}})
-    assert response.status_code == 200, response.text
+    for request in (
+        {"json": {**GOOD, "input_reference": {"image_url": url}}},
+        {"files": {"prompt": (None, "a cat"), "input_reference[image_url]": (None, url)}},
+    ):
+        response = post(image_to_video_app, **request)
+        assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize(
@@ -472,10 +472,14 @@ class Clock:
         return self.now
 
 
-def finished_job(jobs: VideoJobs, name: str, size: int = 10):
-    job = jobs.add(
+def new_job(jobs: VideoJobs, name: str):
+    return jobs.add(
         Video(id=name, model="m", created_at=0, prompt="p", seconds="1", size="64x64", seed=0, num_frames=1, fps=16)
     )
+
+
+def finished_job(jobs: VideoJobs, name: str, size: int = 10):
+    job = new_job(jobs, name)
     job.file.write_bytes(b"x" * size)
     job.thumbnail.write_bytes(b"")
     jobs.complete(job, {})
@@ -502,7 +506,7 @@ def test_finished_jobs_expire():
 def test_the_oldest_finished_jobs_go_when_there_are_too_many_or_too_large():
     clock = Clock()
     few, small = VideoJobs(max_finished=2, now=clock), VideoJobs(max_bytes=25, now=clock)
-    running = few.add(finished_job(small, "0").video.model_copy(update={"id": "running", "status": "in_progress"}))
+    running = new_job(few, "running")
     made = []
     for name in ("a", "b", "c"):
         clock.now += 1
@@ -516,7 +520,9 @@ def test_the_oldest_finished_jobs_go_when_there_are_too_many_or_too_large():
     assert ids(small) == ["huge"]
     few.note_progress("running", 1, 3)
     few.note_progress("gone", 1, 3)
-    assert running.video.progress == 33
+    assert (running.video.status, running.video.progress) == ("in_progress", 33)
+    few.note_progress("c", 1, 3)
+    assert made[2].video.progress == 100
 
 
 def test_files_go_with_the_server():

@@ -36,13 +36,21 @@ class ProgressPublisher:
 
 
 class ProgressSubscriber:
-    """Receives progress; use from one thread."""
+    """Receives progress; use from one thread.
+
+    Raises:
+        zmq.ZMQError: somebody else listens at this address.
+    """
 
     def __init__(self, address: str) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self._socket.bind(address)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError:
+            self.close()  # a context that is collected with an open socket waits for it for ever
+            raise
 
     def poll(self, timeout_ms: int) -> Iterator[tuple[str, int, int]]:
         """Yield what has arrived, waiting at most `timeout_ms` for the first message."""
