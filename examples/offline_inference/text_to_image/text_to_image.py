@@ -63,8 +63,8 @@ def main() -> int:
     if output.error:
         logger.error("failed: %s", output.error)
         return 1
-    for file, image_metrics in zip(output.save(args.output), output.image_metrics, strict=True):
-        logger.info("saved %s (seed %d)", file, image_metrics.seed)
+    files = ", ".join(map(str, output.save(args.output)))
+    logger.info("saved %s (seeds %s)", files, ", ".join(str(metrics.seed) for metrics in output.image_metrics))
     metrics = output.metrics
     guidance = "on" if metrics.guided else f"off ({metrics.guidance_off or 'not asked for'})"
     logger.info("guidance: %s, cfg_parallel_size: %d, steps: %d", guidance, args.cfg_parallel_size, metrics.steps)
