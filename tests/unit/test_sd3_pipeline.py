@@ -1,6 +1,7 @@
 """Our Stable Diffusion 3 pipeline against diffusers' own, called directly and through the engine's contract."""
 
 import pytest
+import torch
 from diffusers import StableDiffusion3Pipeline as DiffusersStableDiffusion3Pipeline
 
 from tests import contract
@@ -28,6 +29,12 @@ class TestStableDiffusion3(ManyPromptsChecks):
     def load_options(cls, folder):
         has_t5 = (folder / "text_encoder_3").exists()
         return {} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+
+    def test_a_prediction_is_normalised_over_its_channels(self, pipelines):
+        _, ours = pipelines
+        positive, combined = torch.randn(2, 1, 4, 6, 8)
+        normalised = ours.cfg_normalize_function(positive, combined)
+        torch.testing.assert_close(normalised.norm(dim=1), positive.norm(dim=1))
 
     def test_a_size_without_position_embedding_is_refused(self, folder):
         assert self.request_for(folder, height=24 * 8, width=8).image_tokens == 24

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT
 
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, MODEL_INDEX, Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
+from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import to_pil
 from vllm_cfg_plugin.pipelines.wan_base import TEXT_TOKENS, WanEnginePipeline, adopt_experts
 from vllm_cfg_plugin.pipelines.wan_vae import ThreadSafeWanVAE
 
@@ -142,7 +143,7 @@ class WanImageToVideoPipeline(WanEnginePipeline, DiffusersWanImageToVideoPipelin
 
     @torch.no_grad()
     def encode_images(self, request: DiffusionRequest) -> list[torch.Tensor]:
-        image, last_image = [*map(_to_pil, request.images), None][:2]
+        image, last_image = [*(to_pil(image).convert("RGB") for image in request.images), None][:2]
         no_noise = torch.empty(0)  # the noise is drawn apart
         size = request.height, request.width, request.num_frames
         return self._prepare(image, last_image, 1, *size, None, no_noise)[1]
@@ -209,10 +210,6 @@ class WanImageToVideoPipeline(WanEnginePipeline, DiffusersWanImageToVideoPipelin
             last,
         )
         return latents, [condition, *embeds]
-
-
-def _to_pil(image: ImageInput) -> Image.Image:
-    return Image.frombytes(image.mode, (image.width, image.height), image.pixels).convert("RGB")
 
 
 def _size_like(image: ImageSize, area: int, multiple: int) -> ImageSize:
