@@ -57,7 +57,7 @@ def build_qwen_image(folder: Path, *, size: str = "tiny", seed: int = 0) -> Path
         tokenizer = Qwen2Tokenizer.from_pretrained(TOKENIZER)
         QwenImagePipeline(
             scheduler=noise_scheduler(),
-            vae=_vae(),
+            vae=qwen_image_vae(),
             text_encoder=text_encoder(len(tokenizer), shape.text_width),
             tokenizer=tokenizer,
             transformer=transformer(shape),
@@ -67,17 +67,24 @@ def build_qwen_image(folder: Path, *, size: str = "tiny", seed: int = 0) -> Path
     return folder
 
 
-def transformer(size: ModelSize) -> QwenImageTransformer2DModel:
-    """A transformer with diffusers' own initial weights: predictions have a scale of about one, and text matters."""
+def transformer(
+    size: ModelSize, latent_channels: int = LATENT_CHANNELS, **conditioning: bool
+) -> QwenImageTransformer2DModel:
+    """A transformer with diffusers' own initial weights: predictions have a scale of about one, and text matters.
+
+    Args:
+        conditioning: what only some checkpoints have, as diffusers' configuration names it.
+    """
     model = QwenImageTransformer2DModel(
         patch_size=2,
-        in_channels=4 * LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=4 * latent_channels,
+        out_channels=latent_channels,
         num_layers=size.layers,
         attention_head_dim=size.head_dim,
         num_attention_heads=size.heads,
         joint_attention_dim=size.text_width,
         axes_dims_rope=size.rope_axes,
+        **conditioning,
     )
     return model.eval().requires_grad_(False)
 
@@ -95,15 +102,19 @@ def noise_scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
-def _vae() -> AutoencoderKLQwenImage:
+def qwen_image_vae(
+    channels: int = 3, latent_channels: int = LATENT_CHANNELS, levels: int = 3
+) -> AutoencoderKLQwenImage:
+    """A VAE of images with so many channels; one latent pixel is 2**levels pixels wide and high."""
     vae = AutoencoderKLQwenImage(
         base_dim=8,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 1, 1, 1],
+        z_dim=latent_channels,
+        dim_mult=[1] * (levels + 1),
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[-0.5, 0.1, 0.0, 0.4],
-        latents_std=[1.2, 2.0, 1.5, 0.8],
+        input_channels=channels,
+        temperal_downsample=[False, *[True] * (levels - 1)],
+        latents_mean=[-0.5, 0.1, 0.0, 0.4] * (latent_channels // 4),
+        latents_std=[1.2, 2.0, 1.5, 0.8] * (latent_channels // 4),
     )
     with torch.no_grad():
         vae.decoder.conv_out.weight.mul_(8)  # untrained, it would paint everything the same grey

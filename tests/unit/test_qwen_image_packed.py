@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from diffusers import QwenImageTransformer2DModel
 
 from tests.models import SIZES, transformer
 from vllm_cfg_plugin.errors import ConfigurationError
@@ -199,6 +198,76 @@ def test_several_images_per_sequence_like_diffusers(models):
     torch.testing.assert_close(packed(latents, prompt, **arguments)[0], expected, rtol=0, atol=1e-5)
 
 
+CONDITIONING = [{}, {"zero_cond_t": True}, {"use_additional_t_cond": True, "use_layer3d_rope": True}]
+SEVERAL_IMAGES = [
+    [(1, 4, 4), (1, 2, 3)],
+    [(1, 4, 4)],  # as of text alone
+    [(1, 2, 2), (1, 5, 7), (1, 1, 1), (1, 12, 12)],
+    [(1, 3, 5), (1, 3, 5), (1, 3, 5)],
+    [(1, 16, 19), (1, 2, 2)],
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("conditioning", CONDITIONING)
+def test_images_as_conditions_like_diffusers_and_in_any_company(conditioning):
+    torch.manual_seed(11)
+    reference = transformer(SIZES["tiny"], **conditioning)
+    packed = PackedQwenImageTransformer.adopt(reference)
+    extra = {"additional_t_cond": torch.zeros(1, dtype=torch.long)} if "use_additional_t_cond" in conditioning else {}
+    pool = [
+        {
+            "hidden_states": torch.randn(1, sum(height * width for _, height, width in shapes), CHANNELS),
+            "encoder_hidden_states": torch.randn(1, text, 48),
+            "timestep": torch.rand(1),
+            "img_shapes": [shapes],
+        }
+        for shapes in SEVERAL_IMAGES
+        for text in (3, 17)
+    ]
+    alone = [packed(**own)[0] for own in pool]
+    for own, prediction in zip(pool, alone, strict=True):
+        expected = reference(**own, **extra)[0]
+        torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
+        assert torch.equal(packed(**own, **extra)[0], prediction)
+    together = packed(
+        hidden_states=torch.cat([own["hidden_states"] for own in pool], dim=1),
+        encoder_hidden_states=torch.cat([own["encoder_hidden_states"] for own in pool], dim=1),
+        timestep=torch.cat([own["timestep"] for own in pool]),
+        timesteps_ahead=torch.rand(3),
+        img_shapes=[own["img_shapes"][0] for own in pool],
+        txt_seq_lens=[own["encoder_hidden_states"].shape[1] for own in pool],
+    )[0].split([own["hidden_states"].shape[1] for own in pool], dim=1)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@torch.inference_mode()
+def test_an_ordinary_batch_with_clean_images_like_diffusers():
+    torch.manual_seed(12)
+    reference = transformer(SIZES["tiny"], zero_cond_t=True)
+    batch = {
+        "hidden_states": torch.randn(3, 22, CHANNELS),
+        "encoder_hidden_states": torch.randn(3, 5, 48),
+        "timestep": torch.rand(3),
+        "img_shapes": [[(1, 4, 4), (1, 2, 3)]] * 3,
+    }
+    prediction = PackedQwenImageTransformer.adopt(reference)(**batch)[0]
+    torch.testing.assert_close(prediction, reference(**batch)[0], rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_other_additional_conditions_are_refused(tiny):
+    sequence = draw_sequences(1)[0]
+    with pytest.raises(ValueError, match=r"additional_t_cond=\[1\] is not valid"):
+        tiny(
+            sequence.latents,
+            sequence.prompt,
+            timestep=sequence.timestep[None],
+            img_shapes=[[sequence.shape]],
+            additional_t_cond=torch.ones(1, dtype=torch.long),
+        )
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_like_diffusers(dtype):
@@ -264,15 +333,8 @@ def test_rows_that_do_not_fit_are_refused(tiny):
         )
 
 
-@pytest.mark.parametrize("field", ["zero_cond_t", "use_additional_t_cond"])
-def test_conditioning_that_is_not_packed_is_refused(field):
-    model = QwenImageTransformer2DModel(
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=1,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6),
-        **{field: True},
-    )
-    with pytest.raises(ConfigurationError, match=f"{field}=true"):
-        PackedQwenImageTransformer.adopt(model)
+def test_conditioning_that_is_not_packed_is_refused():
+    reference = transformer(SIZES["tiny"])
+    reference.register_to_config(guidance_embeds=True)
+    with pytest.raises(ConfigurationError, match="guidance_embeds=true"):
+        PackedQwenImageTransformer.adopt(reference)

@@ -17,13 +17,20 @@ def set_flow_timesteps(scheduler: Any, num_inference_steps: int, image_tokens: i
     Raises:
         InvalidRequestError: too few steps for this noise schedule.
     """
-    config = scheduler.config
-    if config.get("shift_terminal") and num_inference_steps < 2:
+    sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+    set_shifted_timesteps(scheduler, sigmas, dynamic_shift(scheduler.config, image_tokens, max_shift=1.15), device)
+
+
+def set_shifted_timesteps(scheduler: Any, sigmas: np.ndarray, shift: float, device: torch.device) -> None:
+    """Set a noise scheduler to the first of its steps, which are at these sigmas before it shifts them.
+
+    Raises:
+        InvalidRequestError: too few steps for this noise schedule.
+    """
+    if scheduler.config.get("shift_terminal") and len(sigmas) < 2:
         # The schedule is stretched between its first and last sigma: upstream divides by zero with one step.
-        raise InvalidRequestError("num_inference_steps", num_inference_steps, "at least 2 for this model")
-    sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
-    shift = dynamic_shift(config, image_tokens, max_shift=1.15)
-    retrieve_timesteps(scheduler, device=device, sigmas=sigmas, mu=shift)
+        raise InvalidRequestError("num_inference_steps", len(sigmas), "at least 2 for this model")
+    retrieve_timesteps(scheduler, device=device, sigmas=sigmas.tolist(), mu=shift)
     scheduler.set_begin_index(0)
 
 

@@ -29,28 +29,38 @@ from vllm_cfg_plugin.pipelines.packed_attention import (
     make_joint_layout,
     self_attention,
 )
-from vllm_cfg_plugin.worker.packing import LayoutCache
+from vllm_cfg_plugin.worker.packing import LayoutCache, PackedRows
 
 
-@dataclass(frozen=True)
-class Spans:
-    """Neighbouring sequences of one modulation: these modulations, and the rows of each span in every stream."""
+class StreamSpans(NamedTuple):
+    """Neighbouring rows of one stream that share a modulation: these modulations, and the rows of each span."""
 
     modulations: list[Modulation]
-    text: list[slice]
-    image: list[slice]
-    joint: list[slice]
+    rows: list[slice]
 
     @classmethod
-    def of(cls, modulations: Sequence[Modulation], layout: JointLayout) -> Self:
-        """The spans of sequences with these modulations, one per sequence."""
+    def of(cls, modulations: Sequence[Modulation], stream: PackedRows) -> Self:
+        """The spans of a stream whose parts have these modulations, one per part."""
         firsts = span_starts(modulations)
-        streams = (layout.text, layout.image, layout.joint)
-        return cls([modulations[i] for i in firsts], *(stream.cut(firsts) for stream in streams))
+        return cls([modulations[i] for i in firsts], stream.cut(firsts))
 
     def factors(self, number: int) -> list[Factors]:
         """Each span's factors of block `number`."""
         return [modulation.blocks[number] for modulation in self.modulations]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The spans of every stream; those of the image may divide a sequence."""
+
+    text: StreamSpans
+    image: StreamSpans
+    joint: StreamSpans
+
+    @classmethod
+    def of(cls, modulations: Sequence[Modulation], layout: JointLayout) -> Self:
+        """The spans of sequences with these modulations, one per sequence."""
+        return cls(*(StreamSpans.of(modulations, stream) for stream in (layout.text, layout.image, layout.joint)))
 
 
 class DualBlock(NamedTuple):
@@ -75,45 +85,45 @@ def forward_dual_block(
     block: DualBlock, image: torch.Tensor, text: torch.Tensor, spans: Spans, number: int, layout: JointLayout
 ) -> None:
     """Block `number` of the model, on image and text [rows, dim]: both are changed in place."""
-    factors = spans.factors(number)
-    of_text = 6 if block.image_attn is None else 9  # the text's factors come after the image's
+    of_image, of_text = spans.image.factors(number), spans.text.factors(number)
+    first = 6 if block.image_attn is None else 9  # the text's factors come after the image's
     image_norm, text_norm = block.image_norms[0], block.text_norms[0]
     image_out, text_out = joint_attention(
         block.attn,
-        modulate(image_norm, image, spans.image, factors, 0),
-        modulate(text_norm, text, spans.text, factors, of_text),
+        modulate(image_norm, image, spans.image.rows, of_image, 0),
+        modulate(text_norm, text, spans.text.rows, of_text, first),
         layout,
     )
-    own_in = None if block.image_attn is None else modulate(image_norm, image, spans.image, factors, 6)
-    add_gated(image, linear(block.attn.to_out[0], image_out), spans.image, factors, 2)
+    own_in = None if block.image_attn is None else modulate(image_norm, image, spans.image.rows, of_image, 6)
+    add_gated(image, linear(block.attn.to_out[0], image_out), spans.image.rows, of_image, 2)
     if block.image_attn is not None and own_in is not None:
         own_out = self_attention(block.image_attn, own_in, layout.image, None)
-        add_gated(image, linear(block.image_attn.to_out[0], own_out), spans.image, factors, 8)
-    image_in = modulate(block.image_norms[1], image, spans.image, factors, 3)
-    add_gated(image, feed_forward(block.image_mlp, image_in), spans.image, factors, 5)
+        add_gated(image, linear(block.image_attn.to_out[0], own_out), spans.image.rows, of_image, 8)
+    image_in = modulate(block.image_norms[1], image, spans.image.rows, of_image, 3)
+    add_gated(image, feed_forward(block.image_mlp, image_in), spans.image.rows, of_image, 5)
     if block.text_mlp is None:
         return
-    add_gated(text, linear(block.attn.to_add_out, text_out), spans.text, factors, of_text + 2)
-    text_in = modulate(block.text_norms[1], text, spans.text, factors, of_text + 3)
-    add_gated(text, feed_forward(block.text_mlp, text_in), spans.text, factors, of_text + 5)
+    add_gated(text, linear(block.attn.to_add_out, text_out), spans.text.rows, of_text, first + 2)
+    text_in = modulate(block.text_norms[1], text, spans.text.rows, of_text, first + 3)
+    add_gated(text, feed_forward(block.text_mlp, text_in), spans.text.rows, of_text, first + 5)
     _keep_finite(image)
     _keep_finite(text)
 
 
 def forward_single_block(block: Any, stream: torch.Tensor, spans: Spans, number: int, layout: JointLayout) -> None:
     """Block `number` of the model, one of its single-stream blocks, on the joint stream [rows, dim], in place."""
-    factors = spans.factors(number)
-    normed = modulate(block.norm.norm, stream, spans.joint, factors, 0)
+    factors = spans.joint.factors(number)
+    normed = modulate(block.norm.norm, stream, spans.joint.rows, factors, 0)
     attended = self_attention(block.attn, normed, layout.joint, layout.rotation)
     hidden = gelu_linear(block.proj_mlp, normed)
-    add_gated(stream, linear(block.proj_out, torch.cat([attended, hidden], dim=1)), spans.joint, factors, 2)
+    add_gated(stream, linear(block.proj_out, torch.cat([attended, hidden], dim=1)), spans.joint.rows, factors, 2)
     _keep_finite(stream)
 
 
-def modulate_last(norm: Any, image: torch.Tensor, spans: Spans) -> torch.Tensor:
+def modulate_last(norm: Any, image: torch.Tensor, spans: StreamSpans) -> torch.Tensor:
     """The image after the last block, [rows, dim], normalised for the output projection."""
     factors = [(modulation.shift, modulation.scale) for modulation in spans.modulations]
-    return modulate(norm, image, spans.image, factors, 0)
+    return modulate(norm, image, spans.rows, factors, 0)
 
 
 def forward_blocks(
@@ -134,7 +144,7 @@ def forward_blocks(
         for number, block in enumerate(single_blocks, start=len(model.transformer_blocks)):
             forward_single_block(block, stream, spans, number, layout)
         image, _ = layout.part(layout.joint.split(stream))
-    return linear(model.proj_out, modulate_last(model.norm_out.norm, image, spans))[: layout.image.total]
+    return linear(model.proj_out, modulate_last(model.norm_out.norm, image, spans.image))[: layout.image.total]
 
 
 def block_modulations(model: Any, embedding: torch.Tensor, count: int) -> list[Modulation]:

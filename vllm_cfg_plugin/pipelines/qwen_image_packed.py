@@ -7,6 +7,7 @@ image size, text length and timestep, attends to itself alone, and none is padde
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from math import prod
 from typing import Any, Self
@@ -19,11 +20,18 @@ from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.linear import linear
-from vllm_cfg_plugin.pipelines.mmdit import DualBlock, Spans, forward_dual_block, modulate_last, rows_of
+from vllm_cfg_plugin.pipelines.mmdit import (
+    DualBlock,
+    Spans,
+    StreamSpans,
+    forward_dual_block,
+    modulate_last,
+    rows_of,
+)
 from vllm_cfg_plugin.pipelines.modulation import Modulation, ModulationCache, modulations_at, project_modulations
 from vllm_cfg_plugin.pipelines.packed_attention import JointLayout, make_joint_layout, rms_norm
 from vllm_cfg_plugin.pipelines.packed_model import share_modules
-from vllm_cfg_plugin.worker.packing import LayoutCache, pad_rows
+from vllm_cfg_plugin.worker.packing import LayoutCache, PackedRows, pad_rows
 
 ImageShape = tuple[tuple[int, int, int], ...]  # (frames, height, width) in tokens of each image of one sequence
 
@@ -41,9 +49,8 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         Raises:
             ConfigurationError: the checkpoint asks for a conditioning that the packed forward lacks.
         """
-        for field in ("zero_cond_t", "use_additional_t_cond", "guidance_embeds"):
-            if transformer.config.get(field):
-                raise ConfigurationError(f"transformer/config.json: {field}=true is not supported: it must be false")
+        if transformer.config.get("guidance_embeds"):
+            raise ConfigurationError("transformer/config.json: guidance_embeds=true is not supported: it must be false")
         packed = share_modules(cls, transformer)
         packed.modulations = ModulationCache()
         return packed
@@ -61,6 +68,7 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         timesteps_ahead: torch.Tensor | None = None,
+        additional_t_cond: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict noise for n sequences, packed or as an ordinary batch.
 
@@ -69,12 +77,14 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
             encoder_hidden_states: prompt embeddings, packed [1, all text tokens, dim] or a batch [n, text tokens, dim].
             encoder_hidden_states_mask: of a batch, [n, text tokens]: ones, then zeros where a row is padding.
             timestep: [n], in 0..1.
-            img_shapes: for each sequence the (frames, height, width) of its images, in tokens.
+            img_shapes: for each sequence the (frames, height, width) of its images, in tokens: the one to be denoised
+                first (or all layers of it), then those that are its condition.
             txt_seq_lens: text tokens of each sequence; needed to tell packed sequences apart.
             guidance: Qwen-Image has no guidance embedding.
             attention_kwargs: `scale` weighs the LoRA layers.
             timesteps_ahead: timesteps of later calls, [any number], which are modulated on the side; None where weights
                 may change between calls: then nothing of a timestep is remembered.
+            additional_t_cond: zeros, which None stands for too: upstream's pipelines know no other value.
 
         Returns:
             Predictions, laid out like `hidden_states`.
@@ -84,6 +94,8 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         """
         if timestep is None:
             raise ValueError("timestep=None is not valid: pass one value in 0..1 per sequence")
+        if additional_t_cond is not None and bool(additional_t_cond.any()):
+            raise ValueError(f"additional_t_cond={additional_t_cond.tolist()} is not valid: it must be zeros")
         shapes = _image_shapes(img_shapes, timestep.shape[0])
         text_lengths = _text_lengths(encoder_hidden_states, encoder_hidden_states_mask, txt_seq_lens)
         if len(text_lengths) != len(shapes):
@@ -95,29 +107,41 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
             lambda: self._make_layout(shapes, image_lengths, text_lengths, hidden_states.device),
         )
         text = _text_rows(encoder_hidden_states, text_lengths)
-        modulations = modulations_at(self, timestep, timesteps_ahead, hidden_states.dtype)
-        sample = self._forward_rows(latents, text, modulations, layout)
+        # The last modulation is that of clean images.
+        times = torch.cat([timestep, timestep.new_zeros(1)]) if self.zero_cond_t else timestep
+        modulations = modulations_at(self, times, timesteps_ahead, hidden_states.dtype)
+        spans = Spans.of(modulations[: len(shapes)], layout)
+        if self.zero_cond_t:
+            spans = dataclasses.replace(spans, image=_spans_of_images(shapes, modulations, layout.image.device))
+        sample = self._forward_rows(
+            latents, text, spans, StreamSpans.of(modulations[: len(shapes)], layout.image), layout
+        )
         sample = sample.view(*hidden_states.shape[:2], -1)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _forward_rows(
-        self, latents: torch.Tensor, prompts: torch.Tensor, modulations: Sequence[Modulation], layout: JointLayout
+        self, latents: torch.Tensor, prompts: torch.Tensor, spans: Spans, last: StreamSpans, layout: JointLayout
     ) -> torch.Tensor:
-        """[image tokens, channels] of all sequences from latents and prompt embeddings, both [tokens, ...]."""
-        spans = Spans.of(modulations, layout)
+        """[image tokens, channels] of all sequences from latents and prompt embeddings, both [tokens, ...].
+
+        Args:
+            last: spans of the image after the last block.
+        """
         image = linear(self.img_in, pad_rows(latents))
         text = linear(self.txt_in, rms_norm(self.txt_norm, pad_rows(prompts)))
         for number, block in enumerate(self.transformer_blocks):
             is_last = number == len(self.transformer_blocks) - 1
             forward_dual_block(_parts(block, is_last), image, text, spans, number, layout)
-        image = modulate_last(self.norm_out.norm, image, spans)
+        image = modulate_last(self.norm_out.norm, image, last)
         return linear(self.proj_out, image)[: layout.image.total]
 
     def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
         """The modulation of each timestep (in 0..1); the same bits in any company."""
         weight = self.img_in.weight
         values = torch.tensor(timesteps, dtype=dtype, device=weight.device)
-        time = F.silu(self.time_text_embed(pad_rows(values), weight))
+        rows = pad_rows(values)
+        condition = torch.zeros(rows.shape, dtype=torch.long, device=rows.device)  # read where the model has the layer
+        time = F.silu(self.time_text_embed(rows, weight, condition))
         blocks: Any = self.transformer_blocks
         layers = [(block.img_mod[1], block.txt_mod[1]) for block in blocks]
         return project_modulations(layers, self.norm_out.linear, time, len(timesteps))
@@ -145,6 +169,21 @@ def _parts(block: Any, is_last: bool) -> DualBlock:
         image_mlp=block.img_mlp,
         text_mlp=None if is_last else block.txt_mlp,
     )
+
+
+def _spans_of_images(
+    shapes: tuple[ImageShape, ...], modulations: Sequence[Modulation], device: torch.device
+) -> StreamSpans:
+    """The image stream's spans where each sequence's first image has its own modulation, all others the last one."""
+    lengths: list[int] = []
+    of_parts: list[Modulation] = []
+    for (denoised, *conditions), modulation in zip(shapes, modulations[:-1], strict=True):
+        lengths.append(prod(denoised))
+        of_parts.append(modulation)
+        if conditions:
+            lengths.append(sum(prod(image) for image in conditions))
+            of_parts.append(modulations[-1])
+    return StreamSpans.of(of_parts, PackedRows(tuple(lengths), device))
 
 
 def _image_shapes(img_shapes: Sequence[Any], count: int) -> tuple[ImageShape, ...]:

@@ -21,7 +21,7 @@ from torch import nn
 
 
 class ImageQwenImageVAE(AutoencoderKLQwenImage):
-    """diffusers' AutoencoderKLQwenImage with a faster decode of single images; tiles and videos go its own way."""
+    """diffusers' AutoencoderKLQwenImage, faster for single images; tiles and videos go its own way."""
 
     @classmethod
     def adopt(cls, vae: AutoencoderKLQwenImage) -> Self:
@@ -39,6 +39,12 @@ class ImageQwenImageVAE(AutoencoderKLQwenImage):
         adopted = cls.__new__(cls)
         adopted.__dict__ = vae.__dict__
         return adopted
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode images [batch, channels, frames, height, width]; upstream's caches are for several frames."""
+        if self.use_tiling or x.shape[2] != 1:
+            return super()._encode(x)
+        return self.quant_conv(self.encoder(x))
 
     def _decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """Decode latents [batch, channels, frames, height, width]; upstream's caches are for several frames."""
