@@ -20,6 +20,7 @@ from tests.flux_models import build_flux
 from tests.longcat_image_models import build_longcat_image, build_longcat_image_edit
 from tests.model_builders.wan import build_wan
 from tests.models import build_qwen_image
+from tests.qwen_edit_models import build_qwen_image_edit, build_qwen_image_edit_plus, build_qwen_image_layered
 from tests.sd3_models import build_sd3
 from tests.z_image_models import build_z_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
@@ -88,7 +89,26 @@ class Family:
         pipeline.set_progress_bar_config(disable=True)
         if hasattr(pipeline, "rewire_prompt"):  # which has a language model write each prompt anew
             pipeline.rewire_prompt = lambda prompt, device: prompt
-        return pipeline
+        return _ReturnsLatents(pipeline) if self.class_name == "QwenImageLayeredPipeline" else pipeline
+
+
+@dataclass(frozen=True)
+class _ReturnsLatents:
+    """diffusers' layered pipeline, which fails where latents are asked for."""
+
+    pipeline: Any
+
+    def __call__(self, *, output_type: str, **kwargs: Any) -> Any:
+        if output_type != "latent":
+            return self.pipeline(output_type=output_type, **kwargs)
+        latents: list[torch.Tensor] = []
+
+        def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            latents[:] = [tensors["latents"]]
+            return tensors
+
+        self.pipeline(output_type="pt", callback_on_step_end=keep, **kwargs)
+        return latents
 
 
 def call(pipeline: Any, case: Case, seed: int, output_type: str = "latent") -> Any:
@@ -137,6 +157,8 @@ def _sized(height: int, width: int, **params: Any) -> dict[str, Any]:
     return {"height": height, "width": width, "num_inference_steps": STEPS, **params}
 
 
+_GUIDED = {"true_cfg_scale": 3.0, "negative_prompt": "ugly"}
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         "QwenImagePipeline",
@@ -145,6 +167,35 @@ FAMILIES: tuple[Family, ...] = (
             Case("guided", "a red apple on a blue background", _sized(64, 64, true_cfg_scale=4.0, negative_prompt=" ")),
             Case("unguided", "a rocket", _sized(64, 96)),
             Case("guided, long text", "cat " * 40, _sized(32, 48, true_cfg_scale=2.5, negative_prompt="ugly")),
+        ),
+    ),
+    Family(
+        "QwenImageEditPipeline",
+        partial(build_qwen_image_edit, levels=5),
+        (
+            Case("guided", "a red apple", _sized(64, 128, **_GUIDED), (picture(48, 48),)),
+            Case("unguided, size of the image", "a rocket", {"num_inference_steps": STEPS}, (picture(80, 20),)),
+        ),
+    ),
+    Family(
+        "QwenImageEditPlusPipeline",
+        partial(build_qwen_image_edit_plus, levels=5),
+        (
+            Case("guided, two images", "a red apple", _sized(64, 128, **_GUIDED), (picture(48, 48), picture(20, 80))),
+            Case("unguided, size of the image", "a rocket", {"num_inference_steps": STEPS}, (picture(80, 20),)),
+        ),
+    ),
+    Family(
+        "QwenImageLayeredPipeline",
+        partial(build_qwen_image_layered, levels=5),
+        (
+            Case(
+                "guided",
+                "a red apple",
+                {"num_inference_steps": STEPS, "layers": 2, **_GUIDED},
+                (picture(48, 48, "RGBA"),),
+            ),
+            Case("unguided", "a rocket", {"num_inference_steps": STEPS, "layers": 1}, (picture(80, 20, "RGBA"),)),
         ),
     ),
     Family(

@@ -35,6 +35,7 @@ class TextRules:
         fixed_tokens: what every text takes, where the family pads texts to one length; None where it does not.
         sees_images: the text encoder reads a request's images too.
         pieces: the parts of a text that are tokenized each by itself.
+        image_template: what comes before the prompt for each of the images, which are numbered from 1.
     """
 
     max_tokens: int
@@ -44,6 +45,11 @@ class TextRules:
     fixed_tokens: int | None = None
     sees_images: bool = False
     pieces: Callable[[str], Sequence[str]] = lambda text: [text]
+    image_template: str = ""
+
+    def with_images(self, prompt: str, images: int) -> str:
+        """A prompt as the text encoder is given it, but for the template."""
+        return "".join(self.image_template.format(number + 1) for number in range(images)) + prompt
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,9 @@ class PipelineInfo:
         produces: "image" or "video".
         frames_per_latent: frames of a video that one latent frame stands for; frames must be a multiple plus 1.
         fps: frames per second at which a video is meant to be shown.
-        condition_tokens: (tokens of its sequences, tokens of its text) that images of these (width, height) add.
+        condition_tokens: (tokens of its sequences, tokens of its text) that images of these (width, height) add; of the
+            text beyond what stands for them in `image_template`.
+        images_take_result_size: images are brought to the size of the result, which `condition_tokens` is then given.
         default_size: (height, width) of the result for images of these (width, height); None: `default_params` say.
     """
 
@@ -87,12 +95,17 @@ class PipelineInfo:
     frames_per_latent: int = 1
     fps: int = 0
     condition_tokens: Callable[[Sequence[ImageSize]], tuple[int, int]] = lambda sizes: (0, 0)
+    images_take_result_size: bool = False
     default_size: Callable[[Sequence[ImageSize]], ImageSize] | None = None
 
     def image_tokens(self, height: int, width: int, num_frames: int = 1, layers: int = 0) -> int:
         """Tokens of the latents; a layered image has one more than its layers."""
         latent_frames = (num_frames - 1) // self.frames_per_latent + 1 + layers
         return latent_frames * (height // self.pixels_per_token) * (width // self.pixels_per_token)
+
+    def tokens_of_images(self, sizes: Sequence[ImageSize], height: int, width: int) -> tuple[int, int]:
+        """`condition_tokens` of images of these (width, height) for a result of that size."""
+        return self.condition_tokens([(width, height)] * len(sizes) if self.images_take_result_size else sizes)
 
     @property
     def is_transparent(self) -> bool:

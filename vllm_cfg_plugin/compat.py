@@ -118,3 +118,18 @@ def silence_all_gather_deprecation() -> None:
     calls. Exit condition: vLLM calls `all_gather_single`.
     """
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+
+
+def let_vl_processors_do_without_videos() -> None:
+    """Make Qwen2VLProcessor a processor of texts and images where torchvision is missing.
+
+    Symptom: without torchvision it can neither be made (AttributeError: `_extra_content`) nor loaded (ImportError).
+    Cause: transformers 5 asks every such processor for a video processor too, and those exist for torchvision alone;
+    images have a PIL one. Exit condition: transformers makes `video_processor` optional.
+    """
+    from transformers import Qwen2VLProcessor
+    from transformers.utils import is_torchvision_available
+
+    processor_class: Any = Qwen2VLProcessor
+    if not is_torchvision_available():
+        processor_class.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])

@@ -51,7 +51,11 @@ def resolve_requests(
     _check_known_fields(asked, info)
     _check_images(images, info, limits)
     params = _with_defaults(asked, info, images)
-    text = _checked_prompt("prompt", prompt, info, count_tokens)
+
+    def count_with_images(text: str) -> int:
+        return count_tokens(info.text.with_images(text, len(images)))
+
+    text = _checked_prompt("prompt", prompt, info, count_with_images)
     height, width = _checked_size(params, info, limits)
     num_frames = _checked_frames(params, info)
     if height * width * num_frames > limits.max_video_pixels:
@@ -61,11 +65,11 @@ def resolve_requests(
     steps = _checked_int("num_inference_steps", params.num_inference_steps, info.min_steps, limits.max_inference_steps)
     count = _checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
     guidance = _checked_guidance(params, info)
-    branches = [text, *_negative_branches(params, info, guidance, count_tokens)]
+    branches = [text, *_negative_branches(params, info, guidance, count_with_images)]
     guided = guidance.scale > 1 and len(branches) > 1 and bool(guidance.guided_steps(steps))
     branches = branches if guided else branches[:1]
     sizes = [(image.width, image.height) for image in images]
-    condition_tokens, condition_text_tokens = info.condition_tokens(sizes)
+    condition_tokens, condition_text_tokens = info.tokens_of_images(sizes, height, width)
     first_seed = _checked_seed(params.seed, count)
     return [
         DiffusionRequest(

@@ -18,12 +18,12 @@ from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import (
 from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import calculate_dimensions
 from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
 from PIL import Image
-from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
-from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines import vision_processor
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, to_pil
 from vllm_cfg_plugin.pipelines.direct_call import is_guided
 from vllm_cfg_plugin.pipelines.flow_schedule import set_flow_timesteps
@@ -200,11 +200,7 @@ def load_image_processor(model: str, revision: str | None = None) -> _ImageProce
     Raises:
         ConfigurationError: there is none.
     """
-    try:
-        processor = AutoImageProcessor.from_pretrained(model, subfolder="text_processor", revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"model {model!r}: its text_processor/ can't be loaded: {error}") from error
-    return _ImageProcessorOnly(processor)
+    return _ImageProcessorOnly(vision_processor.load_image_processor(model, "text_processor", revision))
 
 
 def _edit_size(sizes: Sequence[ImageSize]) -> ImageSize:
@@ -216,5 +212,4 @@ def _edit_size(sizes: Sequence[ImageSize]) -> ImageSize:
 
 def _vision_tokens(processor: Any, height: int, width: int) -> int:
     """Tokens that an image of so many pixels, seen at half its size, adds to the text: its own, a start and an end."""
-    patches: int = processor.get_number_of_image_patches(height // 2, width // 2)
-    return patches // processor.merge_size**2 + 2
+    return vision_processor.tokens_of_image(processor, height // 2, width // 2) + 2

@@ -30,6 +30,9 @@ FAMILIES: dict[str, str] = {
     "ZImagePipeline": f"{_PIPELINES}.z_image:ZImagePipeline",
     "WanPipeline": f"{_PIPELINES}.wan:WanPipeline",
     "WanImageToVideoPipeline": f"{_PIPELINES}.wan_image_to_video:WanImageToVideoPipeline",
+    "QwenImageEditPipeline": f"{_PIPELINES}.qwen_image_edit:QwenImageEditPipeline",
+    "QwenImageEditPlusPipeline": f"{_PIPELINES}.qwen_image_edit:QwenImageEditPlusPipeline",
+    "QwenImageLayeredPipeline": f"{_PIPELINES}.qwen_image_layered:QwenImageLayeredPipeline",
 }
 
 

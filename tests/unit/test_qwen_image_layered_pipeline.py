@@ -1,0 +1,77 @@
+"""Our Qwen-Image-Layered pipeline against diffusers' own, called directly and through the contract."""
+
+import diffusers
+import pytest
+import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
+
+from tests import contract
+from tests.qwen_edit_models import build_qwen_image_layered
+from tests.unit.conditioned_checks import CPU, ConditionedChecks, picture, shrink
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.pipelines.qwen_image_layered import QwenImageLayeredPipeline
+from vllm_cfg_plugin.pipelines.registry import describe
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    shrink(monkeypatch, pipeline_qwenimage_layered)
+
+
+class TestLayered(ConditionedChecks):
+    # The sizes that diffusers brings these images to.
+    cases = (
+        ([picture(96, 64, 1, "RGBA")], {"layers": 4, "height": 64, "width": 96}),
+        ([picture(50, 100, 2, "RGBA")], {"layers": 1, "height": 128, "width": 64}),
+        ([picture(64, 64, 3, "RGBA")], {"layers": 2, "height": 64, "width": 64, "cfg_normalize": True}),
+    )
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        return str(build_qwen_image_layered(tmp_path_factory.mktemp("layered")))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def pipelines(cls, folder):
+        ours = QwenImageLayeredPipeline.load(folder, dtype=torch.float32, device=CPU)
+        reference = diffusers.QwenImageLayeredPipeline.from_pretrained(folder, dtype=torch.float32)
+        reference.set_progress_bar_config(disable=True)
+        return reference, ours
+
+    def direct(self, own):
+        return {name: value for name, value in own.items() if name not in ("height", "width")}
+
+    def test_the_size_follows_the_image_or_the_request(self, pipelines, folder, monkeypatch):
+        _, ours = pipelines
+        info = describe(Checkpoint(folder))
+        monkeypatch.undo()
+        assert info.default_size([(300, 200)]) == (512, 768)
+        request = contract.make_request(folder, "a cat", [picture(300, 200)], height=48, width=80, layers=3)
+        assert (request.image_tokens, request.condition_tokens) == (4 * 15, 15)
+        assert ours.decode(ours.draw_noise(request), request).shape == (3, 48, 80, 4)
+
+    def test_a_direct_call_takes_a_size_or_the_resolution(self, pipelines):
+        _, ours = pipelines
+        arguments = {"image": picture(64, 64), "prompt": "a cat", "num_inference_steps": 2, "layers": 1}
+        assert ours(**arguments, height=32, width=48).images[0][0].size == (48, 32)
+        assert ours(**arguments, resolution=1024).images[0][0].size == (128, 128)
+
+    def test_an_opaque_image_gets_an_alpha_channel(self, pipelines, folder):
+        _, ours = pipelines
+        opaque = picture(64, 48)
+        with_alpha, without = (
+            contract.make_request(folder, "a cat", [image]) for image in (opaque.convert("RGBA"), opaque)
+        )
+        assert without.images[0].mode == "RGB"
+        assert torch.equal(ours.encode_images(with_alpha)[0], ours.encode_images(without)[0])
+
+    def test_layers_are_counted_and_checked(self, folder):
+        assert contract.make_request(folder, "a cat", [picture(64, 64)]).layers == 2
+        with pytest.raises(InvalidRequestError, match="layers=0"):
+            contract.make_request(folder, "a cat", [picture(64, 64)], layers=0)
+
+    def test_an_empty_prompt_is_refused(self, folder):
+        with pytest.raises(InvalidRequestError, match="prompt=''"):
+            contract.make_request(folder, "", [picture(64, 64)])
