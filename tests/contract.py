@@ -13,7 +13,7 @@ from PIL import Image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.entrypoints.input_images import read_images
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, group_branches
 from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.resolve import resolve_requests
 from vllm_cfg_plugin.tokens import TokenCounter
@@ -40,7 +40,14 @@ def generate(pipeline: EnginePipeline, request: DiffusionRequest) -> torch.Tenso
     try:
         for step, timestep in enumerate(scheduler.timesteps):
             branches = [
-                BranchInput(request, latents, embeds[branch], timestep, branch, condition)
+                BranchInput(
+                    request,
+                    latents,
+                    embeds[branch],
+                    timestep,
+                    branch,
+                    condition if request.sees_images(branch) else (),
+                )
                 for branch in range(request.branches_at(step))
             ]
             predictions = predict(pipeline, branches)
@@ -53,9 +60,13 @@ def generate(pipeline: EnginePipeline, request: DiffusionRequest) -> torch.Tenso
 
 
 def predict(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
-    """The predictions of branches that share a forward group, by one packed forward."""
-    assert len({pipeline.forward_group(branch) for branch in branches}) == 1
-    return pipeline.unpack_predictions(pipeline.predict_noise(**pipeline.pack_branches(branches)), branches)
+    """The predictions of branches, by one packed forward for each group of them."""
+    predictions: dict[int, torch.Tensor] = {}
+    for group in group_branches(pipeline, branches):
+        members = [branches[position] for position in group]
+        prediction = pipeline.predict_noise(**pipeline.pack_branches(members))
+        predictions |= zip(group, pipeline.unpack_predictions(prediction, members), strict=True)
+    return [predictions[position] for position in range(len(branches))]
 
 
 def branches_of(pipeline: EnginePipeline, request: DiffusionRequest, step: int = 0) -> list[BranchInput]:
@@ -69,7 +80,7 @@ def branches_of(pipeline: EnginePipeline, request: DiffusionRequest, step: int =
             pipeline.encode_branch(request, branch),
             timesteps[step],
             branch,
-            condition,
+            condition if request.sees_images(branch) else (),
             timesteps[step + 1 :],
         )
         for branch in range(request.branches_at(step))

@@ -34,7 +34,8 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
             s of classifier-free guidance, `neg + s * (pos - neg)`, on above 1; the other one may be an input of a
             distilled model.
         guidance_scale_2: the scale of the second expert, for the steps with little noise (Wan 2.2).
-        image_guidance_scale: scale of the branch with images and no text against the one without both.
+        image_guidance_scale: scale of the branch with images and no prompt against the one without both, beside that of
+            the prompt (InstructPix2Pix, Brooks et al. 2023, https://arxiv.org/abs/2211.09800); 1 needs no third branch.
         guidance_interval: [start, stop], fractions of the steps; only steps from `int(start * steps)` until before
             `int(stop * steps)` are guided (Kynkaanniemi et al. 2024, https://arxiv.org/abs/2404.07724).
         cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
@@ -111,7 +112,7 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
             step without guidance are the first alone.
         text_tokens: tokens that each branch's text adds to its sequence, in the same order.
         image_tokens: tokens of the latents.
-        condition_tokens: tokens that the images add to every branch's sequence.
+        condition_tokens: tokens that the images add to the sequence of a branch that sees them.
         images: what the request brings along, in the user's order.
         text_sees_images: the text encoder reads the images too, so an embedding belongs to both.
         num_frames: frames of a video; 1 of an image. layers: of a layered image; 0 of all others.
@@ -144,9 +145,19 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         """Names the images; empty without any."""
         return tuple(image.digest for image in self.images)
 
+    def sees_images(self, branch: int) -> bool:
+        """Whether a branch is conditioned on the images: the third one has neither them nor the prompt."""
+        return bool(self.images) and branch < 2
+
+    def sequence_tokens(self, branch: int) -> int:
+        """Tokens of a branch's sequence."""
+        condition = self.condition_tokens if self.sees_images(branch) else 0
+        return self.image_tokens + condition + self.text_tokens[branch]
+
     def embeds_key(self, branch: int) -> tuple[str, ...]:
         """Names what the embedding of a branch is made of."""
-        return (self.prompts[branch], *(self.condition_key if self.text_sees_images else ()))
+        sees_images = self.text_sees_images and self.sees_images(branch)
+        return (self.prompts[branch], *(self.condition_key if sees_images else ()))
 
     def branches_at(self, step: int) -> int:
         """Branches that are forwarded at a step, from branch 0 on."""

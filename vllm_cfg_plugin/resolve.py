@@ -51,11 +51,7 @@ def resolve_requests(
     _check_known_fields(asked, info)
     _check_images(images, info, limits)
     params = _with_defaults(asked, info, images)
-
-    def count_with_images(text: str) -> int:
-        return count_tokens(info.text.with_images(text, len(images)))
-
-    text = _checked_prompt("prompt", prompt, info, count_with_images)
+    text = _checked_prompt("prompt", prompt, info, _counting_images(count_tokens, info, len(images)))
     height, width = _checked_size(params, info, limits)
     num_frames = _checked_frames(params, info)
     if height * width * num_frames > limits.max_video_pixels:
@@ -65,7 +61,7 @@ def resolve_requests(
     steps = _checked_int("num_inference_steps", params.num_inference_steps, info.min_steps, limits.max_inference_steps)
     count = _checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
     guidance = _checked_guidance(params, info)
-    branches = [text, *_negative_branches(params, info, guidance, count_with_images)]
+branches = [text, *_negative_branches(params, info, guidance, count_tokens, len(images))]
     guided = guidance.scale > 1 and len(branches) > 1 and bool(guidance.guided_steps(steps))
     branches = branches if guided else branches[:1]
     sizes = [(image.width, image.height) for image in images]
@@ -74,7 +70,8 @@ def resolve_requests(
     return [
         DiffusionRequest(
             prompts=[branch for branch, _ in branches],
-            text_tokens=[tokens + condition_text_tokens for _, tokens in branches],
+            # The third branch does not see the images.
+            text_tokens=[tokens + condition_text_tokens * (i < 2) for i, (_, tokens) in enumerate(branches)],
             image_tokens=info.image_tokens(height, width, num_frames, layers),
             condition_tokens=condition_tokens,
             images=list(images),
@@ -161,7 +158,11 @@ def _is_encodable(text: str) -> bool:
 
 
 def _negative_branches(
-    params: DiffusionParams, info: PipelineInfo, guidance: Guidance, count_tokens: Callable[[str], int]
+    params: DiffusionParams,
+    info: PipelineInfo,
+    guidance: Guidance,
+    count_tokens: Callable[[str], int],
+    images: int,
 ) -> list[tuple[str, int]]:
     """The texts of the branches after the positive one, with their tokens."""
     negative = params.negative_prompt
@@ -169,8 +170,15 @@ def _negative_branches(
         if info.needs_negative_prompt:
             return []
         negative = ""
-    branch = _checked_prompt("negative_prompt", negative, info, count_tokens, empty_ok=True)
-    return [branch, branch] if guidance.image_scale != 1 else [branch]
+    counters = [_counting_images(count_tokens, info, images)]
+    if images and guidance.image_scale != 1:
+        counters.append(count_tokens)  # the third branch sees no images
+    return [_checked_prompt("negative_prompt", negative, info, count, empty_ok=True) for count in counters]
+
+
+def _counting_images(count_tokens: Callable[[str], int], info: PipelineInfo, images: int) -> Callable[[str], int]:
+    """Counts a prompt with what the text encoder is given of so many images around it."""
+    return lambda text: count_tokens(info.text.with_images(text, images))
 
 
 def _checked_size(params: DiffusionParams, info: PipelineInfo, limits: RequestLimits) -> tuple[int, int]:

@@ -54,8 +54,7 @@ class ScheduledRequest:
 
     @cached_property
     def branch_tokens(self) -> tuple[int, ...]:
-        shared = self.spec.image_tokens + self.spec.condition_tokens
-        return tuple(shared + text for text in self.spec.text_tokens)
+        return tuple(self.spec.sequence_tokens(branch) for branch in range(len(self.spec.prompts)))
 
     @cached_property
     def costs(self) -> tuple[int, ...]:

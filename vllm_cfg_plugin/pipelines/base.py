@@ -52,7 +52,8 @@ class BranchInput:
         embeds: of this branch's text.
         timestep: a scalar, one element of the noise scheduler's `timesteps`.
         branch: number of the branch.
-        condition: what `encode_images` made of the request's images; empty without any.
+        condition: what `encode_images` made of the request's images; empty without any, and where the branch does not
+            see them.
         timesteps_ahead: those of the following steps, [any number], a view of the same `timesteps`: what depends on a
             timestep alone may be computed ahead and remembered, as weights do not change; None forbids that. Both may
             stay on the CPU, which spares a GPU's queue from being waited for.
@@ -145,7 +146,10 @@ class EnginePipeline(CFGParallelMixin, ABC):
     # ---- once for a step ----
 
     def forward_group(self, branch: BranchInput) -> Hashable:
-        """Branches of one group share a packed forward: those that the same model forwards."""
+        """Branches of one group share a packed forward: those that the same model forwards.
+
+        A family without a packed forward returns `object()`, equal to nothing else: every branch is alone.
+        """
         return None
 
     @abstractmethod
@@ -197,6 +201,14 @@ class EnginePipeline(CFGParallelMixin, ABC):
 
     def forget_derived(self) -> None:
         """Forget what was computed from the weights alone, because they have changed; a family that keeps any does."""
+
+
+def group_branches(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> list[list[int]]:
+    """Positions of the branches that share a forward, group by group."""
+    groups: dict[Hashable, list[int]] = {}
+    for position, branch in enumerate(branches):
+        groups.setdefault(pipeline.forward_group(branch), []).append(position)
+    return list(groups.values())
 
 
 def to_uint8(pixels: np.ndarray) -> torch.Tensor:

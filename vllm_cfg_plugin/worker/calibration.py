@@ -32,7 +32,7 @@ from vllm_cfg_plugin.engine.cost import (
 )
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance, ImageInput
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, group_branches
 from vllm_cfg_plugin.pipelines.registry import describe, implementation_of
 from vllm_cfg_plugin.worker.stopwatch import Run, Stopwatch
 
@@ -127,7 +127,13 @@ def _pack_runs(pipeline: EnginePipeline, branch: BranchInput) -> Iterator[Run]:
 
 def _forward_run(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> Run:
     lengths = tuple(_length(branch) for branch in branches)
-    return Run(lambda: pipeline.predict_noise(**pipeline.pack_branches(branches)), lengths)
+    groups = [[branches[position] for position in group] for group in group_branches(pipeline, branches)]
+
+    def forward() -> None:
+        for group in groups:
+            pipeline.predict_noise(**pipeline.pack_branches(group))
+
+    return Run(forward, lengths)
 
 
 def _length(branch: BranchInput) -> int:

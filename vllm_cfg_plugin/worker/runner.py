@@ -9,7 +9,7 @@ collective comes in as a function.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ import torch
 from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, StepPlan, StepReport
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, group_branches
 from vllm_cfg_plugin.worker.exchange import AllGather, ExchangeLayout, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.side_work import SideWork
 from vllm_cfg_plugin.worker.state import RequestState, TensorCache
@@ -165,15 +165,12 @@ class StepRunner:
 
     def _forward(self, lineup: Lineup) -> dict[Slot, torch.Tensor]:
         """One packed forward of this rank's branches for each model that forwards some of them."""
-        groups: dict[Hashable, dict[Slot, BranchInput]] = {}
-        for slot in lineup.mine:
-            state = lineup.states[slot[0]]
-            if not state.error:
-                branch = _branch_input(state, slot[1])
-                groups.setdefault(self.pipeline.forward_group(branch), {})[slot] = branch
+        slots = [slot for slot in lineup.mine if not lineup.states[slot[0]].error]
+        inputs = [_branch_input(lineup.states[position], branch) for position, branch in slots]
         predictions = {}
-        for group in groups.values():
-            for slot, outcome in zip(group, self._predict([*group.values()]), strict=True):
+        for group in group_branches(self.pipeline, inputs):
+            for index, outcome in zip(group, self._predict([inputs[index] for index in group]), strict=True):
+                slot = slots[index]
                 if isinstance(outcome, Exception):
                     self._note_failure(lineup.states[slot[0]], "predicting its noise", outcome)
                 else:
@@ -241,11 +238,12 @@ def _branch_input(state: RequestState, branch: int) -> BranchInput:
         embeds=state.prompt_embeds[branch],
         timestep=timesteps[state.index],
         branch=branch,
-        condition=state.condition,
+        condition=state.condition if state.request.sees_images(branch) else (),
         timesteps_ahead=timesteps[state.index + 1 :],
     )
 
 
 def _lengths(request: DiffusionRequest, branch: int) -> tuple[int, int]:
     """Tokens of a branch's image (with its conditions) and text."""
-    return request.image_tokens + request.condition_tokens, request.text_tokens[branch]
+    text_tokens = request.text_tokens[branch]
+    return request.sequence_tokens(branch) - text_tokens, text_tokens
