@@ -6,10 +6,12 @@ It forwards its branches one after the other, by diffusers' own transformer: not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isqrt
 from typing import Any
 
 import torch
 from diffusers import AuraFlowPipeline as DiffusersAuraFlowPipeline
+from diffusers import ImagePipelineOutput
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin, same_on_all_ranks
@@ -69,8 +71,9 @@ class AuraFlowPipeline(AuraFlowCFGParallelMixin, EnginePipeline, DiffusersAuraFl
         width: int = 1024,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
-    ) -> Any:
-        """The image; under `torchrun` every rank calls this alike. A missing negative prompt is an empty one."""
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """One image; under `torchrun` every rank calls this alike. A missing negative prompt is an empty one."""
         do_true_cfg = guidance_scale > 1
         negative_embeds = self._encode(negative_prompt or "") if do_true_cfg else None
         noise = self._draw_noise(height, width, generator)
@@ -84,9 +87,10 @@ class AuraFlowPipeline(AuraFlowCFGParallelMixin, EnginePipeline, DiffusersAuraFl
             do_true_cfg=do_true_cfg,
             true_cfg_scale=guidance_scale,
         )
-        if output_type == "latent":
-            return latents
-        return self.image_processor.postprocess(self._decode_latents(latents), output_type=output_type)[0]
+        images: Any = latents
+        if output_type != "latent":
+            images = self.image_processor.postprocess(self._decode_latents(latents), output_type=output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _encode(self, text: str) -> torch.Tensor:
         """[1, TEXT_TOKENS, dim]"""
@@ -114,6 +118,7 @@ class AuraFlowPipeline(AuraFlowCFGParallelMixin, EnginePipeline, DiffusersAuraFl
             text=TextRules(TEXT_TOKENS, fixed_tokens=TEXT_TOKENS),
             size_multiple=token,
             pixels_per_token=token,
+            max_side=token * isqrt(transformer["pos_embed_max_size"]),  # its positions are learned
             min_steps=1,
             cfg_scale="guidance_scale",
             needs_negative_prompt=False,

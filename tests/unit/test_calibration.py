@@ -256,3 +256,19 @@ def test_a_real_pipeline_is_calibrated_and_the_next_start_reads_it(checkpoint, t
     assert found.cost.forward(1000) > found.cost.forward(10)
     monkeypatch.setattr(pipeline, "predict_noise", None)
     assert calibrate_rank(pipeline, checkpoint, tmp_path, 1) == found
+
+
+def test_a_family_that_packs_nothing_is_timed_forward_by_forward(clock):
+    class OneByOne(TimedPipeline):
+        def forward_group(self, branch):
+            return object()
+
+    pipeline = OneByOne(clock)
+    calibrate(pipeline, INFO)
+    assert {len(pack) for pack in pipeline.packs} == {1}
+
+
+def test_sizes_end_where_the_models_do(clock):
+    pipeline = TimedPipeline(clock)
+    calibrate(pipeline, replace(INFO, max_side=96))
+    assert max(max(lengths) for lengths in pipeline.packs if len(lengths) == 1) <= (96 // 16) ** 2 + 10

@@ -2,13 +2,14 @@
 
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 
 from tests.unit.fakes import INFO, LIMITS
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import MAX_SEED, MIN_SEED, DiffusionParams
+from vllm_cfg_plugin.params import MAX_SEED, MIN_SEED, DiffusionParams, ImageInput
 from vllm_cfg_plugin.resolve import resolve_requests
 
 
@@ -146,3 +147,22 @@ def test_errors_survive_pickling_and_can_be_placed():
     placed = error.within("prompts[2].")
     assert placed.param == "prompts[2].n"
     assert str(placed).startswith("prompts[2].n=0 is not valid")
+
+
+def test_a_third_branch_sees_neither_prompt_nor_images():
+    info = replace(
+        INFO,
+        text=replace(INFO.text, sees_images=True),
+        options=frozenset({"image_guidance_scale"}),
+        max_images=1,
+        condition_tokens=lambda sizes: (16 * len(sizes), 3 * len(sizes)),
+    )
+    asked = DiffusionParams(negative_prompt="bad", true_cfg_scale=3.0, image_guidance_scale=2.0)
+    images = [ImageInput("red", "RGB", 1, 1, b"\xff\x00\x00")]
+    (request,) = resolve_requests("a cat", asked, info, LIMITS, len, images)
+    assert request.prompts == ["a cat", "bad", "bad"]
+    assert request.text_tokens == [5 + 3, 3 + 3, 3]
+    assert [request.sequence_tokens(branch) for branch in range(3)] == [64 + 16 + 8, 64 + 16 + 6, 64 + 3]
+    assert [request.embeds_key(branch) for branch in range(3)] == [("a cat", "red"), ("bad", "red"), ("bad",)]
+    (without,) = resolve_requests("a cat", asked, info, LIMITS, len)
+    assert without.prompts == ["a cat", "bad"]
