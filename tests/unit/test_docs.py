@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.contract import make_request
-from vllm_cfg_plugin.distributed.parallel_state import destroy_model_parallel
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
+from vllm_cfg_plugin.distributed.parallel_state import destroy_model_parallel
 from vllm_cfg_plugin.pipelines import registry
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
 

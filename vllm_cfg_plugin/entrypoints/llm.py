@@ -77,6 +77,11 @@ class DiffusionLLM:
             self.close()
             raise
 
+    @property
+    def info(self) -> PipelineInfo:
+        """What the model can do: the name of its guidance scale, its defaults, the images it takes, ..."""
+        return self._front_end.info
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
