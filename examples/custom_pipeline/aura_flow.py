@@ -24,6 +24,8 @@ TEXT_TOKENS = 256  # every text is padded to so many
 class AuraFlowCFGParallelMixin(CFGParallelMixin):
     """The denoising loop, on one rank or two."""
 
+    channel_dim = -3  # predictions are [batch, channels, height, width]
+
     def diffuse(
         self,
         prompt_embeds: torch.Tensor,

@@ -13,6 +13,8 @@ from PIL import Image
 from examples.vllm_server import VllmServer
 from tests.distributed.ranks import free_port
 from tests.e2e.conftest import START_TIMEOUT_S
+from tests.families import picture
+from tests.longcat_image_models import build_longcat_image_edit
 from tests.model_builders.wan import build_wan
 
 pytestmark = pytest.mark.e2e
@@ -25,12 +27,30 @@ def video_model(tmp_path_factory):
     return build_wan(tmp_path_factory.mktemp("wan") / "model", "2.1")
 
 
+@pytest.fixture(scope="module")
+def edit_model(tmp_path_factory):
+    return build_longcat_image_edit(tmp_path_factory.mktemp("edit") / "model")
+
+
 def run(script: str, *arguments: str, cwd: Path, launcher: Sequence[str] = ()) -> str:
     """Standard output and error of an example that must succeed."""
+    code, printed = _run(script, arguments, cwd, launcher)
+    assert code == 0, printed[-3000:]
+    return printed
+
+
+def run_failing(script: str, *arguments: str, cwd: Path) -> str:
+    """Standard output and error of an example that must say what is wrong."""
+    code, printed = _run(script, arguments, cwd)
+    assert code in (1, 2)
+    assert "Traceback" not in printed
+    return printed
+
+
+def _run(script: str, arguments: Sequence[str], cwd: Path, launcher: Sequence[str] = ()) -> tuple[int, str]:
     command = [sys.executable, *launcher, str(EXAMPLES / script), *arguments]
     done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
+    return done.returncode, done.stdout
 
 
 def test_the_demo(tmp_path):
@@ -90,6 +110,22 @@ def test_text_to_image_compares(model, tmp_path):
     check_comparison(run("offline_inference/text_to_image/text_to_image.py", *arguments, cwd=tmp_path))
 
 
+def test_image_edit_compares(edit_model, tmp_path):
+    picture(48, 48).save(tmp_path / "bear.png")
+    arguments = flags(model=edit_model, image="bear.png", cfg_scale=4.0, output="snow.png", **COMPARED)
+    check_comparison(run("offline_inference/image_edit/image_edit.py", *arguments, cwd=tmp_path))
+    assert Image.open(tmp_path / "snow.png").size == (1024, 1024)
+
+
+def test_image_edit_takes_several_images_and_says_how_many_the_model_does(edit_model, tmp_path):
+    for name in ("one.png", "two.png"):
+        picture(48, 48).save(tmp_path / name)
+    arguments = flags(model=edit_model, image=["one.png", "two.png"])
+    assert "failed: image='2 images' is not valid" in run_failing(
+        "offline_inference/image_edit/image_edit.py", *arguments, cwd=tmp_path
+    )
+
+
 def test_text_to_video_compares(video_model, tmp_path):
     arguments = flags(
         model=video_model, cfg_scale=4.0, height=32, width=48, num_frames=5, fps=8, output="cat.mp4", **COMPARED
@@ -101,12 +137,9 @@ def test_text_to_video_compares(video_model, tmp_path):
 
 
 def test_a_comparison_needs_two_ranks(model, tmp_path):
-    command = [sys.executable, str(EXAMPLES / "offline_inference/text_to_image/text_to_image.py")]
-    done = subprocess.run(
-        [*command, *flags(model=model, compare=True)], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert "--compare needs --cfg_parallel_size of 2 or more" in done.stderr
+    arguments = flags(model=model, compare=True)
+    printed = run_failing("offline_inference/text_to_image/text_to_image.py", *arguments, cwd=tmp_path)
+    assert "--compare needs --cfg_parallel_size of 2 or more" in printed
 
 
 def test_the_mixin_called_directly_on_one_rank_and_on_two(tmp_path):
