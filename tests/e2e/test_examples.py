@@ -168,6 +168,18 @@ def test_the_client_draws_an_image(server, tmp_path):
     assert Image.open(tmp_path / "rocket.png").size == (64, 32)
 
 
+def test_the_client_edits_images(edit_model, tmp_path):
+    picture(48, 48).save(tmp_path / "bear.png")
+    with VllmServer(edit_model, ["--cfg-parallel-size", "2"], tmp_path / "server.log") as server:
+        server.wait_ready(START_TIMEOUT_S)
+        asked = {"url": f"{server.url}/v1", "prompt": "snow", "guidance_scale": 4.0, "num_inference_steps": 4}
+        arguments = flags(**asked, image="bear.png", output="snow.png")
+        assert "saved snow.png" in run("openai_client.py", *arguments, cwd=tmp_path)
+        printed = run_failing("openai_client.py", *flags(**asked, output="nothing.png"), cwd=tmp_path)
+    assert Image.open(tmp_path / "snow.png").size == (1024, 1024)
+    assert "/v1/images/edits" in printed
+
+
 def test_the_client_finds_the_endpoint_of_videos(video_model, tmp_path):
     with VllmServer(video_model, ["--cfg-parallel-size", "2"], tmp_path / "server.log") as server:
         server.wait_ready(START_TIMEOUT_S)

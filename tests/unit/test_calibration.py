@@ -264,8 +264,9 @@ def test_a_family_that_packs_nothing_is_timed_forward_by_forward(clock):
             return object()
 
     pipeline = OneByOne(clock)
-    calibrate(pipeline, INFO)
+    calibration = calibrate(pipeline, INFO)
     assert {len(pack) for pack in pipeline.packs} == {1}
+    assert calibration.token_budget < 2 * (64 // 16) ** 2 + 2 * len("a cat")  # one request of the model's own size
 
 
 def test_sizes_end_where_the_models_do(clock):
