@@ -16,13 +16,17 @@ import torch
 from PIL import Image
 
 from tests.contract import make_request
-from tests.flux_models import build_flux
-from tests.longcat_image_models import build_longcat_image, build_longcat_image_edit
+from tests.model_builders.flux import build_flux
+from tests.model_builders.longcat_image import build_longcat_image, build_longcat_image_edit
+from tests.model_builders.qwen_image_edit import (
+    build_qwen_image_edit,
+    build_qwen_image_edit_plus,
+    build_qwen_image_layered,
+)
+from tests.model_builders.sd3 import build_sd3
 from tests.model_builders.wan import build_wan
+from tests.model_builders.z_image import build_z_image
 from tests.models import build_qwen_image
-from tests.qwen_edit_models import build_qwen_image_edit, build_qwen_image_edit_plus, build_qwen_image_layered
-from tests.sd3_models import build_sd3
-from tests.z_image_models import build_z_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import EnginePipeline

@@ -61,7 +61,7 @@ def resolve_requests(
     steps = _checked_int("num_inference_steps", params.num_inference_steps, info.min_steps, limits.max_inference_steps)
     count = _checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
     guidance = _checked_guidance(params, info)
-branches = [text, *_negative_branches(params, info, guidance, count_tokens, len(images))]
+    branches = [text, *_negative_branches(params, info, guidance, count_tokens, len(images))]
     guided = guidance.scale > 1 and len(branches) > 1 and bool(guidance.guided_steps(steps))
     branches = branches if guided else branches[:1]
     sizes = [(image.width, image.height) for image in images]

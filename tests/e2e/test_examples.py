@@ -14,7 +14,7 @@ from examples.vllm_server import VllmServer
 from tests.distributed.ranks import free_port
 from tests.e2e.conftest import START_TIMEOUT_S
 from tests.families import picture
-from tests.longcat_image_models import build_longcat_image_edit
+from tests.model_builders.longcat_image import build_longcat_image_edit
 from tests.model_builders.wan import build_wan
 
 pytestmark = pytest.mark.e2e

@@ -5,7 +5,7 @@ import torch
 from diffusers import FluxPipeline as DiffusersFluxPipeline
 
 from tests import contract
-from tests.flux_models import build_flux
+from tests.model_builders.flux import build_flux
 from tests.unit.pipeline_checks import ManyPromptsChecks
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.pipelines.flux import FluxPipeline

@@ -9,7 +9,7 @@ from diffusers import LongCatImagePipeline as DiffusersLongCatImagePipeline
 from PIL import Image
 
 from tests import contract
-from tests.longcat_image_models import build_longcat_image, build_longcat_image_edit
+from tests.model_builders.longcat_image import build_longcat_image, build_longcat_image_edit
 from tests.unit.pipeline_checks import ManyPromptsChecks, PipelineChecks
 from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
 from vllm_cfg_plugin.pipelines.longcat_image import LongCatImagePipeline

@@ -9,7 +9,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 
 from tests import contract
-from tests.qwen_edit_models import build_qwen_image_edit, build_qwen_image_edit_plus
+from tests.model_builders.qwen_image_edit import build_qwen_image_edit, build_qwen_image_edit_plus
 from tests.unit.conditioned_checks import CPU, ConditionedChecks, picture, shrink
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import ConfigurationError

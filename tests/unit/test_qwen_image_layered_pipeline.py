@@ -6,7 +6,7 @@ import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
 
 from tests import contract
-from tests.qwen_edit_models import build_qwen_image_layered
+from tests.model_builders.qwen_image_edit import build_qwen_image_layered
 from tests.unit.conditioned_checks import CPU, ConditionedChecks, picture, shrink
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import InvalidRequestError

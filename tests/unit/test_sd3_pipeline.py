@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline as DiffusersStableDiffusion3Pipeline
 
 from tests import contract
-from tests.sd3_models import build_sd3
+from tests.model_builders.sd3 import build_sd3
 from tests.unit.pipeline_checks import ManyPromptsChecks
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.pipelines.sd3 import StableDiffusion3Pipeline

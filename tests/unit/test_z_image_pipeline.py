@@ -9,7 +9,7 @@ from diffusers import ZImagePipeline as DiffusersZImagePipeline
 
 from tests import contract
 from tests.contract import assert_packed_is_alone, assert_same_pixels, assert_tokens_are_counted, generate
-from tests.z_image_models import build_z_image
+from tests.model_builders.z_image import build_z_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.distributed import cfg_parallel
 from vllm_cfg_plugin.errors import InvalidRequestError
