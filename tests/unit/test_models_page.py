@@ -15,8 +15,6 @@ from vllm_cfg_plugin.pipelines import registry
 TEXT = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| `(\w+Pipeline)` \|" + r" (.*?) \|" * 5 + r" ?(.*?) \|$", re.MULTILINE)
 ROWS = {row[0]: row[1:] for row in ROW.findall(TEXT)}
-    row[0]: row[1:] for row in re.findall(r"^\| `(\w+Pipeline)` \|" + r" (.*?) \|" * 5 + r" ?(.*?) \|$", TEXT, re.M)
-}
 
 
 def test_every_class_has_a_row():
