@@ -18,6 +18,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import msgspec
+
 from benchmarks.common import engine, equal_jobs, generate, interleave, machine, model_folder, on_ranks, report, start
 from vllm_cfg_plugin import DiffusionLLM
 
@@ -58,7 +60,9 @@ def _arm(worker: Any, side: int, texts: int, beside: bool, number: int) -> None:
     runner = worker.runner
 
     def encode(text: int) -> None:
-        runner.embeddings.get(f"a house with {text} windows, seen {number} times at {side} px")
+        prompt = f"a house with {text} windows, seen {number} times at {side} px"
+        request = msgspec.structs.replace(next(iter(runner.states.values())).request, prompts=[prompt])
+        runner.embeddings.get(request.embeds_key(0), lambda: runner.pipeline.encode_branch(request, 0))
 
     def decode() -> Any:
         state = next(iter(runner.states.values()))
