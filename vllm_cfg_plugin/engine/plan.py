@@ -1,8 +1,9 @@
 """The messages between the engine and its ranks: step plans out, step reports and side reports back.
 
 A plan says what changes; a request that runs takes its next step with every plan that advances, so the plan of a
-steady batch is a few bytes. Ids and integers only: prompts and images travel once, in the plan that admits their request;
-tensors never travel towards a rank, and decoded pixels follow their report as a raw frame. Must not import torch or vLLM.
+steady batch is a few bytes. Ids and integers only: prompts and images travel once, in the plan that admits their
+request; tensors never travel towards a rank, and decoded pixels follow their report as a raw frame. Must not import
+torch or vLLM.
 """
 
 from __future__ import annotations
