@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -16,9 +17,7 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline as DiffusersZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import (
-    calculate_shift,
     get_default_z_image_sigmas,
-    retrieve_timesteps,
 )
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -28,6 +27,7 @@ from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin, log_once,
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, to_uint8
+from vllm_cfg_plugin.pipelines.flow_schedule import dynamic_shift, set_shifted_timesteps
 from vllm_cfg_plugin.pipelines.z_image_layout import Grid
 from vllm_cfg_plugin.pipelines.z_image_packed import FRAMES_PATCH, PATCH, PackedZImageTransformer
 
@@ -292,16 +292,8 @@ class ZImagePipeline(ZImageCFGParallelMixin, EnginePipeline, DiffusersZImagePipe
 
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
         """Set a noise scheduler to the first of its steps, as diffusers' pipeline does."""
-        config = scheduler.config
-        shift = calculate_shift(
-            image_tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        retrieve_timesteps(scheduler, device=device, sigmas=get_default_z_image_sigmas(num_inference_steps), mu=shift)
-        scheduler.set_begin_index(0)
+        sigmas = np.asarray(get_default_z_image_sigmas(num_inference_steps))
+        set_shifted_timesteps(scheduler, sigmas, dynamic_shift(scheduler.config, image_tokens, max_shift=1.15), device)
 
     def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """[batch, 3, height, width] in -1..1; the end of diffusers' `__call__`, which is no method of its own there."""
