@@ -36,6 +36,7 @@ class TextRules:
         sees_images: the text encoder reads a request's images too.
         pieces: the parts of a text that are tokenized each by itself.
         image_template: what comes before the prompt for each of the images, which are numbered from 1.
+        reserved: what a prompt may not hold, because it would stand for an image that is not there.
     """
 
     max_tokens: int
@@ -46,6 +47,7 @@ class TextRules:
     sees_images: bool = False
     pieces: Callable[[str], Sequence[str]] = lambda text: [text]
     image_template: str = ""
+    reserved: tuple[str, ...] = ()
 
     def with_images(self, prompt: str, images: int) -> str:
         """A prompt as the text encoder is given it, but for the template."""
@@ -60,7 +62,8 @@ class PipelineInfo:
         text: how texts are tokenized.
         size_multiple: height and width must be multiples of this many pixels.
         pixels_per_token: side of the square of pixels that one image token covers.
-        max_side: most pixels of height and of width; 0 is no limit.
+        max_side: most pixels of height and of width, where its positions end; 0 is no limit.
+        max_frames: most frames of a video, likewise.
         min_steps: fewest denoising steps for which the noise schedule is finite.
         default_params: what an unset field means for this model.
         cfg_scale: the field that is the scale of classifier-free guidance, as diffusers' pipeline names it.
@@ -87,6 +90,7 @@ class PipelineInfo:
     cfg_scale_offset: float = 0.0
     distilled_scale: str = ""
     max_side: int = 0
+    max_frames: int = 0
     needs_negative_prompt: bool = True
     options: frozenset[str] = frozenset()
     min_images: int = 0

@@ -26,6 +26,7 @@ from vllm_cfg_plugin.params import (
 )
 
 _SCALES = ("true_cfg_scale", "guidance_scale")
+_MAX_SCALE = 1000  # far beyond any use; much larger ones would only overflow
 # Fields that only some models read; `PipelineInfo.options`, `cfg_scale` and `distilled_scale` say which.
 _OPTIONAL = (*_SCALES, "guidance_scale_2", "image_guidance_scale", "num_frames", "layers")
 
@@ -141,6 +142,8 @@ def _checked_prompt(
         raise InvalidRequestError(param, prompt, "a non-empty string")
     if not _is_encodable(prompt):
         raise InvalidRequestError(param, prompt, "text that UTF-8 can encode (no lone surrogates)")
+    if found := [word for word in info.text.reserved if word in prompt]:
+        raise InvalidRequestError(param, prompt, f"without {found[0]}, which stands for an image in this model")
     tokens = count_tokens(prompt)
     if tokens > info.text.max_tokens:
         raise InvalidRequestError(
@@ -208,6 +211,8 @@ def _checked_frames(params: DiffusionParams, info: PipelineInfo) -> int:
         near = 1 if not isinstance(frames, int) or frames < 1 else (frames - 1) // per_latent * per_latent + 1
         allowed = f"a multiple of {per_latent} plus 1, e.g. {near} or {near + per_latent}"
         raise InvalidRequestError("num_frames", frames, allowed)
+    if info.max_frames and frames > info.max_frames:
+        raise InvalidRequestError("num_frames", frames, f"at most {info.max_frames} for this model")
     return frames
 
 
@@ -245,8 +250,8 @@ def _checked_guidance(params: DiffusionParams, info: PipelineInfo) -> Guidance:
 def _checked_scale(param: str, value: object) -> float | None:
     if value is UNSET:
         return None
-    if not _is_number(value) or value < 0:  # type: ignore[operator]
-        raise InvalidRequestError(param, value, "a finite number from 0 up")
+    if not _is_number(value) or not 0 <= value <= _MAX_SCALE:  # type: ignore[operator]
+        raise InvalidRequestError(param, value, f"a number from 0 to {_MAX_SCALE}")
     return float(value)  # type: ignore[arg-type]
 
 
@@ -263,7 +268,9 @@ def _checked_interval(value: object) -> tuple[float, float]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, int) or math.isfinite(value)  # which fails for an int that no float can hold
 
 
 def _why_guidance_is_off(asked: DiffusionParams, info: PipelineInfo, guidance: Guidance, steps: int) -> str:

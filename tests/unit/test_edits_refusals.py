@@ -1,5 +1,7 @@
 """What POST /v1/images/edits refuses: every bad form and every bad image, each by name."""
 
+from dataclasses import replace
+
 import pytest
 from msgspec import structs
 
@@ -179,3 +181,20 @@ def test_an_upload_without_a_length_is_cut_off_at_the_limit(engine, monkeypatch)
 )
 def test_what_a_layered_model_cant_do_is_refused(engine, monkeypatch, fields, param):
     assert_refused(edit(make_app(engine, monkeypatch, LAYERED_INFO), fields), param)
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_a_prompt_with_a_placeholder_of_an_image(engine, monkeypatch, field):
+    info = replace(EDIT_INFO, text=replace(EDIT_INFO.text, reserved=("<image>",)))
+    app = make_app(engine, monkeypatch, info)
+    assert_refused(edit(app, {field: "an <image>"}), field, "<image>")
+    assert engine.requests == {}
+
+
+@pytest.mark.parametrize(("image_format", "side"), [("jpeg", 65_504), ("webp", 16_384)])
+def test_a_side_that_the_file_format_can_not_hold(engine, monkeypatch, image_format, side):
+    """Found out before the image is made."""
+    app = make_app(engine, monkeypatch, EDIT_INFO, structs.replace(LIMITS, max_image_pixels=8 * side))
+    assert_refused(edit(app, {"size": f"{side}x8", "output_format": image_format}), "output_format", "png")
+    assert engine.requests == {}
+    assert edit(app, {"size": f"{side}x8", "output_format": "png"}).status_code == 200

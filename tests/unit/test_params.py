@@ -111,6 +111,9 @@ def test_an_unset_seed_is_drawn():
         ({"true_cfg_scale": math.inf}, "true_cfg_scale"),
         ({"true_cfg_scale": -1.0}, "true_cfg_scale"),
         ({"true_cfg_scale": "4"}, "true_cfg_scale"),
+        ({"true_cfg_scale": 1e30}, "true_cfg_scale"),
+        ({"true_cfg_scale": 10**400}, "true_cfg_scale"),  # which no float can hold
+        ({"guidance_interval": (0, 10**400)}, "guidance_interval"),
         ({"guidance_scale": 4.0}, "guidance_scale"),  # this model's is true_cfg_scale
         ({"guidance_scale_2": 4.0}, "guidance_scale_2"),
         ({"image_guidance_scale": 4.0}, "image_guidance_scale"),

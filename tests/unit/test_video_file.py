@@ -73,6 +73,7 @@ def test_the_same_frames_are_the_same_bytes(tmp_path):
         (plain_frames(), 0, "fps"),
         (plain_frames(), float("nan"), "fps"),
         (plain_frames(), 1e9, "fps"),
+        (plain_frames(), 1e-9, "fps"),
     ],
 )
 def test_what_can_not_be_written_is_refused(tmp_path, frames, fps, what):

@@ -7,6 +7,7 @@ import json
 
 import av
 import httpx
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -221,7 +222,10 @@ def test_an_image_in_a_data_url(image_to_video_app, engine):
         ({"seconds": "-4"}, "seconds", "seconds above 0"),
         ({"seconds": "nan"}, "seconds", "seconds above 0"),
         ({"seconds": "1e400"}, "seconds", "seconds above 0"),
-        ({"fps": 0}, "fps", "greater than 0"),
+        ({"seconds": "1e308"}, "seconds", "seconds above 0"),  # more frames than a float can count
+        ({"guidance_scale": 1e300}, "guidance_scale", "1000"),
+        ({"fps": 0}, "fps", "0.1"),
+        ({"fps": 1e-9}, "fps", "0.1"),
         ({"fps": 1e9}, "fps", "1000"),
         ({"num_inference_steps": 51}, "num_inference_steps", "50"),
         ({"true_cfg_scale": 4.0}, "true_cfg_scale", "guidance_scale"),
@@ -264,10 +268,17 @@ def test_image_to_video_needs_an_image(image_to_video_app, engine, reference, sa
     assert engine.requests == {}
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"", b'{"n": 1' + b"0" * 5000 + b"}"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"", b'{"n": 1' + b"0" * 5000 + b"}", b"[" * 100_000])
 def test_a_body_that_is_no_object_is_a_400(app, content):
     response = post(app, content=content, headers={"Content-Type": "application/json"})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "body")
+
+
+def test_a_side_that_no_file_can_hold(engine, monkeypatch):
+    limits = msgspec.structs.replace(LIMITS, max_image_pixels=16_384 * 8)
+    response = post(make_app(engine, monkeypatch, VIDEO_INFO, limits), {**GOOD, "size": "16384x8", "num_frames": 1})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "size")
+    assert engine.requests == {}
 
 
 def test_an_image_model_makes_no_videos(engine, monkeypatch):

@@ -16,6 +16,9 @@ FULL_QUALITY = "high"  # what a response calls the one quality that a model has
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
+# What the formats can hold; PNG holds more than any model makes.
+_LARGEST_SIDES: dict[ImageFormat, int] = {"jpeg": 65_500, "webp": 16_383}
+
 _FORMATS: dict[str | None, ImageFormat] = {None: "png", "png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
 
 # Of a model whose results have an alpha channel; the rest is as in `ImagesRequest._SERVED`.
@@ -66,6 +69,16 @@ class ImagesRequest(DiffusionFields):
         self.check_fields(self._SERVED | (_SERVED_TRANSPARENT if is_transparent else {}))
         if self.format == "png" and self.output_compression not in (None, 100):
             raise InvalidRequestError("output_compression", self.output_compression, "100 for PNG, which loses nothing")
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse a result that a file of this format can't hold.
+
+        Raises:
+            InvalidRequestError: of "output_format".
+        """
+        largest = _LARGEST_SIDES.get(self.format)
+        if largest is not None and max(height, width) > largest:
+            raise InvalidRequestError("output_format", self.output_format, f'"png" for sides above {largest} pixels')
 
     @property
     def format(self) -> ImageFormat:

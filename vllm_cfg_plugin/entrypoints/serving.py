@@ -72,7 +72,9 @@ class ImagesService:
 
     def _resolve(self, body: ImagesRequest, images: list[ImageInput]) -> list[DiffusionRequest]:
         try:
-            return self._front_end.resolve(body.prompt, body.to_params(), images)
+            requests = self._front_end.resolve(body.prompt, body.to_params(), images)
+            body.check_size(requests[0].height, requests[0].width)
+            return requests
         except InvalidRequestError as error:
             raise body.in_request_terms(error) from None
 

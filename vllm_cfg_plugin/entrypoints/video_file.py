@@ -12,7 +12,8 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 # The encoder's own choice depends on the machine, and the file on the number of threads.
 _THREADS = 4
 _OPTIONS = {"crf": "18", "preset": "medium"}  # visually lossless
-LARGEST_RATE = 1000  # frames a second
+SMALLEST_RATE, LARGEST_RATE = 0.1, 1000  # frames a second
+LARGEST_SIDE = 16383  # of what H.264 and WebP can hold
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
@@ -30,8 +31,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
         raise ValueError(f"frames must be uint8 [number, height, width, 3], not {frames.dtype} {list(frames.shape)}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"frames must have an even height and width, not {frames.shape[1]} and {frames.shape[2]}")
-    if not 0 < fps <= LARGEST_RATE:
-        raise ValueError(f"fps={fps} is not valid: it must be above 0 and at most {LARGEST_RATE}")
+    if not SMALLEST_RATE <= fps <= LARGEST_RATE:
+        raise ValueError(f"fps={fps} is not valid: it must be a number from {SMALLEST_RATE} to {LARGEST_RATE}")
     rate = Fraction(fps).limit_denominator(1001)
     # The index of an MP4 comes last unless it is moved; a browser plays from the first bytes on only if it was.
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:

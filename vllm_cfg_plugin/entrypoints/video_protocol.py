@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.entrypoints.fields import DiffusionFields
-from vllm_cfg_plugin.entrypoints.video_file import LARGEST_RATE
+from vllm_cfg_plugin.entrypoints.video_file import LARGEST_RATE, SMALLEST_RATE
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionParams
 
@@ -29,7 +29,9 @@ class VideosRequest(DiffusionFields):
 
     seconds: str | float | None = Field(None, description='length of the video, e.g. "4"')
     num_frames: int | None = None
-    fps: float | None = Field(None, gt=0, le=LARGEST_RATE, description="of the file; the model's own if absent")
+    fps: float | None = Field(
+        None, ge=SMALLEST_RATE, le=LARGEST_RATE, description="of the file; the model's own if absent"
+    )
 
     def params_for(self, info: PipelineInfo) -> DiffusionParams:
         """The parameters; `prompt` and the image are passed beside them.
@@ -60,7 +62,7 @@ class VideosRequest(DiffusionFields):
             seconds = float(self.seconds or 0)
         except ValueError:
             seconds = math.nan
-        if not 0 < seconds < math.inf:
+        if not 0 < seconds * LARGEST_RATE < math.inf:
             raise InvalidRequestError("seconds", self.seconds, 'a number of seconds above 0, e.g. "4"')
         return seconds
 

@@ -19,7 +19,7 @@ from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, check_model_name
 from vllm_cfg_plugin.entrypoints.input_images import read_images
 from vllm_cfg_plugin.entrypoints.serving import encode_image
-from vllm_cfg_plugin.entrypoints.video_file import write_video
+from vllm_cfg_plugin.entrypoints.video_file import LARGEST_SIDE, write_video
 from vllm_cfg_plugin.entrypoints.video_jobs import VideoJob, VideoJobs
 from vllm_cfg_plugin.entrypoints.video_protocol import Video, VideosRequest
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, RequestAbortedError
@@ -121,6 +121,9 @@ class VideosService:
             (request,) = self._front_end.resolve(body.prompt, body.params_for(self._front_end.info), images)
         except InvalidRequestError as error:
             raise body.in_request_terms(error) from None
+        if max(request.height, request.width) > LARGEST_SIDE:
+            size = f"{request.width}x{request.height}"
+            raise InvalidRequestError("size", size, f"of sides of at most {LARGEST_SIDE} pixels, to fit in a file")
         return request
 
     def _check_task(self, model: str, reference: bytes | None) -> None:

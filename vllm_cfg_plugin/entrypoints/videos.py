@@ -56,7 +56,8 @@ async def read_video_form(raw_request: Request) -> VideoForm:
 async def _read_json(raw_request: Request) -> dict[str, Any]:
     try:
         fields = json.loads(await raw_request.body())
-    except ValueError:  # of bytes that are not text too, and of numbers too long to parse
+    # Of bytes that are not text too, of numbers too long to parse and of too many brackets in brackets.
+    except (ValueError, RecursionError):
         raise InvalidRequestError("body", None, "valid JSON") from None
     if not isinstance(fields, dict):
         raise InvalidRequestError("body", fields, "a form, or a JSON object")

@@ -34,6 +34,7 @@ from vllm_cfg_plugin.pipelines.direct_call import DenoisingMixin, as_many, is_gu
 from vllm_cfg_plugin.pipelines.flow_schedule import min_steps, set_flow_timesteps
 from vllm_cfg_plugin.pipelines.latent_tokens import LatentTokensPipeline, vae_scale_factor
 from vllm_cfg_plugin.pipelines.longcat_image_packed import PackedLongCatImageTransformer
+from vllm_cfg_plugin.pipelines.vision_processor import PLACEHOLDERS
 from vllm_cfg_plugin.worker.packing import LayoutCache
 
 MAX_TEXT_TOKENS = 512  # `tokenizer_max_length` of diffusers' `__init__`: every text is padded to it
@@ -268,7 +269,13 @@ def describe_longcat_image(
     """What text-to-image and editing have in common, and `more`."""
     scale = vae_scale_factor(checkpoint)
     return PipelineInfo(
-        text=TextRules(MAX_TEXT_TOKENS, pieces=_text_pieces, fixed_tokens=MAX_TEXT_TOKENS, sees_images=sees_images),
+        text=TextRules(
+            MAX_TEXT_TOKENS,
+            pieces=_text_pieces,
+            fixed_tokens=MAX_TEXT_TOKENS,
+            sees_images=sees_images,
+            reserved=PLACEHOLDERS if sees_images else (),
+        ),
         size_multiple=2 * scale,
         pixels_per_token=2 * scale,
         min_steps=min_steps(checkpoint.component_config("scheduler", "scheduler_config.json")),

@@ -27,6 +27,9 @@ from vllm_cfg_plugin.pipelines.qwen_image_vae import ImageQwenImageVAE
 
 DEFAULT_CFG_SCALE = 4.0
 MAX_TEXT_TOKENS = 1024
+# Of the model's 4096 positions, half of the longest side takes some and the text the next ones: at most 3324 with the
+# ten images of an edit.
+MAX_SIDE_TOKENS = 2 * (4096 - 3328)
 PROMPT_TEMPLATE = (  # of diffusers' `__init__`, where only an object has it
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
@@ -278,6 +281,7 @@ def describe_qwen_image(
         text=text,
         size_multiple=2 * vae_scale_factor,
         pixels_per_token=2 * vae_scale_factor,
+        max_side=MAX_SIDE_TOKENS * 2 * vae_scale_factor,
         min_steps=min_steps(scheduler),
         cfg_scale="true_cfg_scale",
         default_params=DiffusionParams(**shared | defaults),

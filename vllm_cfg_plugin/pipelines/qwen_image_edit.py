@@ -18,7 +18,7 @@ from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo, Text
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.qwen_image_base import MAX_TEXT_TOKENS, Generators, describe_qwen_image
 from vllm_cfg_plugin.pipelines.qwen_image_conditioned import QwenImageConditioned, in_whole_tokens, size_of_area
-from vllm_cfg_plugin.pipelines.vision_processor import load_image_processor, tokens_of_image
+from vllm_cfg_plugin.pipelines.vision_processor import PLACEHOLDERS, load_image_processor, tokens_of_image
 
 EDIT_TEMPLATE = (  # of diffusers' `__init__`, where only an object has it
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
@@ -67,7 +67,12 @@ class QwenImageEditBase(QwenImageConditioned):
         info: PipelineInfo = describe_qwen_image(
             checkpoint,
             TextRules(
-                MAX_TEXT_TOKENS, EDIT_TEMPLATE, prefix_tokens=64, sees_images=True, image_template=cls.image_template
+                MAX_TEXT_TOKENS,
+                EDIT_TEMPLATE,
+                prefix_tokens=64,
+                sees_images=True,
+                image_template=cls.image_template,
+                reserved=PLACEHOLDERS,
             ),
             {},
             min_images=1,

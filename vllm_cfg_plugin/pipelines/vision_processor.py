@@ -8,6 +8,9 @@ from transformers import AutoImageProcessor
 
 from vllm_cfg_plugin.errors import ConfigurationError
 
+# What stands for an image or a video in the texts of Qwen's encoders.
+PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>")
+
 
 def load_image_processor(model: str, component: str, revision: str | None = None) -> Any:
     """The image processor in a component of a checkpoint; it knows how many tokens an image becomes.

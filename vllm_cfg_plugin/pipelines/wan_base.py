@@ -124,11 +124,13 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
         index = checkpoint.read_json(MODEL_INDEX) or {}
         vae = checkpoint.component_config("vae")
-        patch = checkpoint.component_config("transformer").get("patch_size", (1, 2, 2))
+        transformer = checkpoint.component_config("transformer")
+        patch, positions = transformer.get("patch_size", (1, 2, 2)), transformer.get("rope_max_seq_len", 1024)
         has_experts = index.get("boundary_ratio") is not None
         if has_experts:
             checkpoint.component_config("transformer_2")
         pixels_per_token = vae.get("scale_factor_spatial", 8) * patch[1]
+        frames_per_latent = vae.get("scale_factor_temporal", 4)
         is_5b = bool(index.get("expand_timesteps"))
         return PipelineInfo(
             text=TextRules(TEXT_TOKENS, fixed_tokens=TEXT_TOKENS),
@@ -139,7 +141,9 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
             needs_negative_prompt=False,
             options=frozenset({"num_frames", *(["guidance_scale_2"] if has_experts else [])}),
             produces="video",
-            frames_per_latent=vae.get("scale_factor_temporal", 4),
+            frames_per_latent=frames_per_latent,
+            max_side=positions * pixels_per_token,
+            max_frames=(positions - 1) * frames_per_latent + 1,
             fps=24 if is_5b else 16,
             default_params=DiffusionParams(
                 height=480, width=832, num_frames=81, num_inference_steps=50, guidance_scale=5.0

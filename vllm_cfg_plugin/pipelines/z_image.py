@@ -113,10 +113,12 @@ class ZImagePipeline(ZImageCFGParallelMixin, EnginePipeline, DiffusersZImagePipe
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
         vae = checkpoint.component_config("vae")
         token_side = PATCH * 2 ** (len(vae["block_out_channels"]) - 1)
+        _, *positions = checkpoint.component_config("transformer").get("axes_lens", (1024, 512, 512))
         return PipelineInfo(
             text=TextRules(MAX_TEXT_TOKENS, PROMPT_TEMPLATE),
             size_multiple=token_side,
             pixels_per_token=token_side,
+            max_side=min(positions) * token_side,
             min_steps=1,
             cfg_scale="guidance_scale",
             cfg_scale_offset=1.0,
