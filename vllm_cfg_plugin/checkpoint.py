@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 MODEL_INDEX = "model_index.json"
 DEFAULTS_FILE = "generation_config.json"
 
+# Components that no family does without where model_index.json names them, by how their names begin.
+_MODELS = ("transformer", "vae", "text_encoder", "image_encoder")
+_NEEDED = (*_MODELS, "tokenizer", "scheduler", "processor")
+_WEIGHTS = (".safetensors", ".bin")  # or an index of such files
+
 ImageSize = tuple[int, int]
 
 
@@ -191,6 +196,25 @@ class Checkpoint:
             return isinstance(try_to_load_from_cache(self.model, name, revision=self.revision), str)
         except HFValidationError:
             return False
+
+    def check_components(self) -> None:
+        """Check that a local checkpoint has what its model_index.json names: each component, and a model's weights.
+
+        Raises:
+            ConfigurationError: something is missing.
+        """
+        folder = Path(self.model).expanduser()
+        if not folder.is_dir():
+            return
+        for component, value in (self.read_json(MODEL_INDEX) or {}).items():
+            is_named = isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
+            if not is_named or not component.startswith(_NEEDED):
+                continue
+            if not (folder / component).is_dir():
+                raise ConfigurationError(f"model {self.model!r} is incomplete: {component}/ is missing")
+            files = [path.name for path in (folder / component).iterdir()]
+            if component.startswith(_MODELS) and not any(kind in name for name in files for kind in _WEIGHTS):
+                raise ConfigurationError(f"model {self.model!r} is incomplete: {component}/ has no file of weights")
 
     def check_weights(self) -> None:
         """Check the weight files of a local checkpoint by their headers; reads a few kilobytes of each.

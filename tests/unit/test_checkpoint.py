@@ -59,6 +59,36 @@ def test_a_missing_shard_is_named(model, tmp_path):
         check_servable(Checkpoint(str(copy)))
 
 
+@pytest.mark.parametrize("component", ["vae", "tokenizer", "text_encoder", "transformer", "scheduler"])
+def test_a_component_that_the_index_names_must_be_there(model, tmp_path, component):
+    copy = linked_copy(model, tmp_path)
+    (copy / component).unlink()
+    with pytest.raises(ConfigurationError, match=f"incomplete: {component}/ is missing"):
+        check_servable(Checkpoint(str(copy)))
+
+
+@pytest.mark.parametrize("component", ["vae", "text_encoder", "transformer"])
+def test_a_model_without_weights_is_named(model, tmp_path, component):
+    copy = linked_copy(model, tmp_path)
+    (copy / component).unlink()
+    (copy / component).mkdir()
+    (copy / component / "config.json").symlink_to(model / component / "config.json")
+    with pytest.raises(ConfigurationError, match=f"incomplete: {component}/ has no file of weights"):
+        check_servable(Checkpoint(str(copy)))
+    (copy / component / "pytorch_model.bin").touch()
+    check_servable(Checkpoint(str(copy)))
+
+
+def test_a_value_that_no_model_has_names_the_checkpoint(model, tmp_path):
+    copy = linked_copy(model, tmp_path)
+    (copy / "vae").unlink()
+    (copy / "vae").mkdir()
+    config = json.loads((model / "vae/config.json").read_text()) | {"temperal_downsample": 2}
+    (copy / "vae/config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match=r"copy.*configuration files have a value.*TypeError"):
+        describe(Checkpoint(str(copy)))
+
+
 def test_a_whole_checkpoint_passes(model):
     check_servable(Checkpoint(str(model)))
 

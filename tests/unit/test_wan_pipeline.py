@@ -1,5 +1,7 @@
 """Our Wan pipelines against diffusers' own, called directly and through the engine's contract."""
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -236,6 +238,15 @@ def test_several_videos_per_prompt(get_model):
     together = model.call(model.ours, prompt=["a cat", "a dog"], num_videos_per_prompt=2)
     assert together.shape[0] == 4
     assert torch.isfinite(together).all()
+
+
+@pytest.mark.parametrize("wrong", [{"transformer_2": [None, None]}, {"boundary_ratio": "0.9"}])
+def test_an_index_without_a_second_expert_or_a_boundary_is_refused(tmp_path, wrong):
+    folder = build_wan(tmp_path / "model", "2.2")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | wrong))
+    with pytest.raises(ConfigurationError, match=rf"model_index\.json: {next(iter(wrong))}"):
+        registry.describe(Checkpoint(str(folder)))
 
 
 def test_a_model_without_its_second_expert_is_refused(get_model, tmp_path):

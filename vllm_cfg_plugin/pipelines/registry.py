@@ -67,8 +67,11 @@ def check_servable(checkpoint: Checkpoint) -> None:
     """Everything that can be known to be wrong with a checkpoint before a process is started.
 
     Raises:
-        ConfigurationError: unknown class, missing or unreadable component configs, missing or truncated weight files.
+        ConfigurationError: unknown class, missing components, missing or unreadable component configs, missing or
+            truncated weight files.
     """
+    implementation_of(checkpoint)
+    checkpoint.check_components()
     describe(checkpoint)
     checkpoint.check_weights()
 
@@ -79,7 +82,16 @@ def describe(checkpoint: Checkpoint) -> PipelineInfo:
     Raises:
         ConfigurationError: see `implementation_of`; missing or unreadable configurations.
     """
-    info = pipeline_class(checkpoint).describe(checkpoint)
+    family = pipeline_class(checkpoint)
+    try:
+        info = family.describe(checkpoint)
+    except ConfigurationError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"model {checkpoint.model!r}: its configuration files have a value that a {family.__name__} can't have: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     raw = checkpoint.read_json(DEFAULTS_FILE) or {}
     try:
         defaults = msgspec.convert(raw, DiffusionParams)

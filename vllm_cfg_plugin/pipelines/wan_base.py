@@ -129,6 +129,10 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
         has_experts = index.get("boundary_ratio") is not None
         if has_experts:
             checkpoint.component_config("transformer_2")
+            if not isinstance(index["boundary_ratio"], (int, float)):
+                raise ConfigurationError(f"{MODEL_INDEX}: boundary_ratio={index['boundary_ratio']!r} is not a number")
+            if not index.get("transformer_2") or index["transformer_2"][0] is None:
+                raise ConfigurationError(f"{MODEL_INDEX}: transformer_2 is missing, and boundary_ratio needs it")
         pixels_per_token = vae.get("scale_factor_spatial", 8) * patch[1]
         frames_per_latent = vae.get("scale_factor_temporal", 4)
         is_5b = bool(index.get("expand_timesteps"))
