@@ -10,8 +10,11 @@ from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
+from vllm_cfg_plugin.pipelines.registry import FAMILIES
+
 TIMEOUT_S = 120
-PRELOADED = ["vllm.distributed.parallel_state", "vllm.config", "vllm_cfg_plugin.pipelines.qwen_image"]
+FAMILY_MODULES = sorted({implementation.partition(":")[0] for implementation in FAMILIES.values()})
+PRELOADED = ["vllm.distributed.parallel_state", "vllm.config", "tests.families", *FAMILY_MODULES]
 
 
 def free_port() -> int:
