@@ -186,3 +186,8 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_input_images: int = 16
     max_input_pixels: int = 33_554_432
     max_upload_bytes: int = 268_435_456
+
+    @property
+    def max_copied_pixels(self) -> int:
+        """Pixels of all images of a request, once for each of its results: what the engine holds for it."""
+        return 4 * self.max_input_pixels

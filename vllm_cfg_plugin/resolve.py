@@ -61,6 +61,7 @@ def resolve_requests(
     layers = 0 if params.layers is UNSET else _checked_int("layers", params.layers, 1, 16)
     steps = _checked_int("num_inference_steps", params.num_inference_steps, info.min_steps, limits.max_inference_steps)
     count = _checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
+    _check_copies(images, count, limits)
     guidance = _checked_guidance(params, info)
     branches = [text, *_negative_branches(params, info, guidance, count_tokens, len(images))]
     guided = guidance.scale > 1 and len(branches) > 1 and bool(guidance.guided_steps(steps))
@@ -120,6 +121,16 @@ def _check_images(images: Sequence[ImageInput], info: PipelineInfo, limits: Requ
         if image.width * image.height > limits.max_input_pixels:
             size = f"{image.width}x{image.height}"
             raise InvalidRequestError("image", size, f"of at most {limits.max_input_pixels} pixels")
+
+
+def _check_copies(images: Sequence[ImageInput], count: int, limits: RequestLimits) -> None:
+    """Each of the results takes the images along: a small upload may unpack to gigabytes."""
+    pixels = sum(image.width * image.height for image in images)
+    most = limits.max_copied_pixels
+    if pixels > most:
+        raise InvalidRequestError("image", f"{pixels} pixels in all", f"of at most {most} pixels, all images together")
+    if pixels * count > most:
+        raise InvalidRequestError("n", count, f"at most {most // pixels} with images of {pixels} pixels in all")
 
 
 def _with_defaults(params: DiffusionParams, info: PipelineInfo, images: Sequence[ImageInput]) -> DiffusionParams:

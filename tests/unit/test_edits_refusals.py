@@ -198,3 +198,18 @@ def test_a_side_that_the_file_format_can_not_hold(engine, monkeypatch, image_for
     assert_refused(edit(app, {"size": f"{side}x8", "output_format": image_format}), "output_format", "png")
     assert engine.requests == {}
     assert edit(app, {"size": f"{side}x8", "output_format": "png"}).status_code == 200
+
+
+def test_images_that_unpack_to_too_many_pixels_together(engine, monkeypatch):
+    """Each of n results takes all of them along, so the engine would hold them n times."""
+    app = make_app(engine, monkeypatch, EDIT_INFO, structs.replace(LIMITS, max_input_pixels=128))
+    files = [("image[]", ("cat.png", CAT)), ("image[]", ("cat.png", CAT))]  # of 128 pixels each
+    assert edit(app, {"n": "2"}, files).status_code == 200
+    engine.requests.clear()
+    assert_refused(edit(app, {"n": "3"}, files), "n", "at most 2", "256 pixels")
+    narrow = structs.replace(LIMITS, max_input_pixels=128)
+    assert narrow.max_copied_pixels == 512
+    five = replace(EDIT_INFO, max_images=5)
+    app = make_app(engine, monkeypatch, five, narrow)
+    assert_refused(edit(app, files=[("image[]", ("cat.png", CAT))] * 5), "image", "640 pixels", "512")
+    assert engine.requests == {}

@@ -222,6 +222,9 @@ def test_an_image_in_a_data_url(image_to_video_app, engine):
         ({"seconds": "-4"}, "seconds", "seconds above 0"),
         ({"seconds": "nan"}, "seconds", "seconds above 0"),
         ({"seconds": "1e400"}, "seconds", "seconds above 0"),
+        ({"seconds": 10**400}, "seconds", "seconds above 0"),
+        ({"seconds": True}, "seconds", "string"),
+        ({"seconds": [4]}, "seconds", "string"),
         ({"seconds": "1e308"}, "seconds", "seconds above 0"),  # more frames than a float can count
         ({"guidance_scale": 1e300}, "guidance_scale", "1000"),
         ({"fps": 0}, "fps", "0.1"),

@@ -7,10 +7,10 @@ import vLLM or torch.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.entrypoints.fields import DiffusionFields
@@ -21,13 +21,18 @@ from vllm_cfg_plugin.params import DiffusionParams
 VideoStatus = Literal["queued", "in_progress", "completed", "failed"]
 
 
+def _as_text(value: object) -> object:
+    """OpenAI's field is a text; a number is as good."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
 class VideosRequest(DiffusionFields):
     """The fields of POST /v1/videos, without `input_reference`.
 
     `num_frames` decides the length; without it `seconds` does, as closely as the model can; else the model does.
     """
 
-    seconds: str | float | None = Field(None, description='length of the video, e.g. "4"')
+    seconds: Annotated[str, BeforeValidator(_as_text)] | None = Field(None, description='length of the video, e.g. "4"')
     num_frames: int | None = None
     fps: float | None = Field(
         None, ge=SMALLEST_RATE, le=LARGEST_RATE, description="of the file; the model's own if absent"
