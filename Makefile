@@ -29,11 +29,12 @@ endif
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+# The unit tests share two cores; the others start processes of their own.
+test: unit
+	$(BIN)/python -m pytest tests/distributed tests/e2e
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
 
 # A short version of every benchmark; benchmarks/README.md says what each shows.
 bench: $(STAMP)
