@@ -14,7 +14,7 @@ import torch
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import VAE_LOCK, BranchInput
+from vllm_cfg_plugin.pipelines.base import BranchInput
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
 
 
@@ -45,22 +45,16 @@ class ThreeBranchPipeline(QwenImagePipeline):
             _, rows, columns = self._image_shape(image.height, image.width)
             side = 2 * self.vae_scale_factor
             pixels = pixels[: rows * side, : columns * side].permute(2, 0, 1)[None, :, None]
-            with VAE_LOCK:
-                latents = self.vae.encode(pixels.to(self._weight) / 127.5 - 1).latent_dist.mode()
+            latents = self.vae.encode(pixels.to(self._weight) / 127.5 - 1).latent_dist.mode()
             encoded.append(self._pack_latents(latents[:, :, 0], 1, latents.shape[1], 2 * rows, 2 * columns))
         return encoded
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
         arguments = super().pack_branches(branches)
-        arguments["hidden_states"] = torch.cat([self._sequence(branch) for branch in branches], dim=1)
         for shapes, branch in zip(arguments["img_shapes"], branches, strict=True):
             if branch.condition:
                 shapes += [self._image_shape(image.height, image.width) for image in branch.request.images]
         return arguments
-
-    def unpack_predictions(self, prediction: torch.Tensor, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
-        sequences = prediction.split([self._sequence(branch).shape[1] for branch in branches], dim=1)
-        return [sequence[:, : branch.latents.shape[1]] for sequence, branch in zip(sequences, branches, strict=True)]
 
     def combine_branches(
         self, predictions: Sequence[torch.Tensor], request: DiffusionRequest, timestep: torch.Tensor, step: int
@@ -71,7 +65,3 @@ class ThreeBranchPipeline(QwenImagePipeline):
         asked = request.guidance
         combined = nothing + asked.image_scale * (image - nothing) + asked.scale * (both - image)
         return self.cfg_normalize_function(both, combined) if asked.normalize else combined
-
-    def _sequence(self, branch: BranchInput) -> torch.Tensor:
-        """[1, image tokens and those of the condition, channels]"""
-        return torch.cat([branch.latents, *branch.condition], dim=1)

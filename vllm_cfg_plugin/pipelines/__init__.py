@@ -1,13 +1,22 @@
-"""The model families: one file for each, and what they share.
+"""The model families, and what they share.
 
-- `base`: the contract between the step loop and a family; `registry`: the table of those that are served.
-- A family's pipeline, for the engine and to be called directly: `qwen_image` (text-to-image), `qwen_image_edit`,
-  `qwen_image_layered`, on `qwen_image_base`, `qwen_image_cfg` (the denoising loop) and `qwen_image_conditioned` (images
-  that come along); `flux`, `longcat_image` and `longcat_image_edit`, on `latent_tokens`; `sd3`; `z_image`; `wan`
-  (text-to-video) and `wan_image_to_video`, on `wan_base`.
-- A family's packed transformer: `qwen_image_packed`, `flux_packed`, `longcat_image_packed`, `sd3_packed`,
-  `z_image_packed` (with `z_image_layout`), `wan_packed` (with `wan_attention`); all on `packed_model`,
-  `packed_attention`, `modulation` and `linear`, and those of dual-stream blocks on `mmdit`.
-- Autoencoders of several threads and single images: `qwen_image_vae`, `wan_vae`.
-- `direct_call` (when guidance is on, the loop), `flow_schedule` (timesteps), `vision_processor` (images for encoders).
+The contract: `base`, between the step loop and a family; `registry`, the table of the families that are served.
+
+The families, each a pipeline for the engine and for direct calls, and a packed transformer over diffusers' weights:
+
+- Qwen-Image: `qwen_image` (text-to-image), `qwen_image_edit` and `qwen_image_layered`, which take images
+  (`qwen_image_conditioned`), all on `qwen_image_base` and its denoising loop `qwen_image_cfg`; `qwen_image_packed`.
+- Flux: `flux`; `flux_packed`.
+- LongCat-Image: `longcat_image` (text-to-image), `longcat_image_edit`; `longcat_image_packed`.
+- Stable Diffusion 3: `sd3`; `sd3_packed`.
+- Z-Image: `z_image`; `z_image_packed`, `z_image_layout`.
+- Wan: `wan` (text-to-video), `wan_image_to_video`, both on `wan_base`; `wan_packed`, `wan_attention`.
+
+What the pipelines share: `image_pipeline` (noise, timesteps and pixels of images), `latent_tokens` (those whose latents
+are tokens), `direct_call` (when guidance is on, the denoising loop), `flow_schedule` (timesteps), `autoencoders` (the
+decode; for single images or several threads at once `qwen_image_vae`, `wan_vae`), `vision_processor` (images for text
+encoders).
+
+What the packed transformers share: `shared_modules` (diffusers' modules in a class of ours), `packed_attention`,
+`modulation`, `linear`, and `mmdit`, the blocks of all families with a text and an image stream.
 """

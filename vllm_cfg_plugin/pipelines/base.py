@@ -5,7 +5,6 @@ Must not import vLLM; diffusers is the business of the families.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,6 @@ from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
-
-# Held around every use of a VAE that keeps state on its modules (the feature caches of video VAEs): a rank encodes
-# images on one thread and decodes latents on another.
-VAE_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -167,8 +162,7 @@ class EnginePipeline(CFGParallelMixin, ABC):
     @property
     def prediction_like(self) -> torch.Tensor:
         """Any tensor of the predictions' dtype and device."""
-        weight: torch.Tensor = next(self.transformer.parameters())
-        return weight
+        return self._weight
 
     def guidance_scale_at(self, request: DiffusionRequest, timestep: torch.Tensor) -> float:
         """The scale of classifier-free guidance at a timestep."""
@@ -199,6 +193,12 @@ class EnginePipeline(CFGParallelMixin, ABC):
 
     # ---- weights ----
 
+    @property
+    def _weight(self) -> torch.Tensor:
+        """Any weight of the transformer's dtype and device; diffusers' own properties search all of them each time."""
+        weight: torch.Tensor = next(self.transformer.parameters())
+        return weight
+
     def forget_derived(self) -> None:
         """Forget what was computed from the weights alone, because they have changed; a family that keeps any does."""
 
@@ -209,6 +209,12 @@ def group_branches(pipeline: EnginePipeline, branches: Sequence[BranchInput]) ->
     for position, branch in enumerate(branches):
         groups.setdefault(pipeline.forward_group(branch), []).append(position)
     return list(groups.values())
+
+
+def joint_timesteps_ahead(branches: Sequence[BranchInput]) -> torch.Tensor | None:
+    """The `timesteps_ahead` of all branches, [any number]; None where one of them forbids that."""
+    ahead = [branch.timesteps_ahead for branch in branches if branch.timesteps_ahead is not None]
+    return torch.cat(ahead) if len(ahead) == len(branches) else None
 
 
 def to_uint8(pixels: np.ndarray) -> torch.Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
+from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import InvalidRequestError
 
 
@@ -50,6 +51,7 @@ def dynamic_shift(config: Any, image_tokens: int, max_shift: float) -> float:
     return shift
 
 
-def min_steps(scheduler_config: dict[str, Any]) -> int:
-    """Fewest denoising steps for which the schedule is finite: with `shift_terminal` it is stretched between two."""
-    return 2 if scheduler_config.get("shift_terminal") else 1
+def min_steps(checkpoint: Checkpoint) -> int:
+    """Fewest denoising steps for which its schedule is finite: with `shift_terminal` it is stretched between two."""
+    config = checkpoint.component_config("scheduler", "scheduler_config.json")
+    return 2 if config.get("shift_terminal") else 1

@@ -21,12 +21,13 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.pipelines.autoencoders import vae_scale_factor
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
 from vllm_cfg_plugin.pipelines.direct_call import DenoisingMixin, as_many, is_guided
-from vllm_cfg_plugin.pipelines.flow_schedule import min_steps, set_flow_timesteps
+from vllm_cfg_plugin.pipelines.flow_schedule import min_steps
 from vllm_cfg_plugin.pipelines.flux_packed import PackedFluxTransformer
-from vllm_cfg_plugin.pipelines.latent_tokens import LatentTokensPipeline, vae_scale_factor
-from vllm_cfg_plugin.worker.packing import LayoutCache
+from vllm_cfg_plugin.pipelines.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.latent_tokens import PositionIdsPipeline
 
 MAX_TEXT_TOKENS = 512
 DEFAULT_GUIDANCE_SCALE = 3.5
@@ -79,7 +80,7 @@ class FluxCFGParallelMixin(DenoisingMixin):
         )
 
 
-class FluxPipeline(FluxCFGParallelMixin, LatentTokensPipeline, DiffusersFluxPipeline):
+class FluxPipeline(FluxCFGParallelMixin, PositionIdsPipeline, DiffusersFluxPipeline):
     """diffusers' FluxPipeline with CFG-Parallel, for the engine or to be called directly."""
 
     @classmethod
@@ -90,7 +91,7 @@ class FluxPipeline(FluxCFGParallelMixin, LatentTokensPipeline, DiffusersFluxPipe
             text=TextRules(MAX_TEXT_TOKENS, tokenizer="tokenizer_2", fixed_tokens=MAX_TEXT_TOKENS),
             size_multiple=2 * scale,
             pixels_per_token=2 * scale,
-            min_steps=min_steps(checkpoint.component_config("scheduler", "scheduler_config.json")),
+            min_steps=min_steps(checkpoint),
             cfg_scale="true_cfg_scale",
             distilled_scale="guidance_scale" if is_distilled else "",
             default_params=DiffusionParams(
@@ -117,7 +118,6 @@ class FluxPipeline(FluxCFGParallelMixin, LatentTokensPipeline, DiffusersFluxPipe
         packed = PackedFluxTransformer.adopt(transformer)
         encoders = (text_encoder, tokenizer, text_encoder_2, tokenizer_2)
         super().__init__(scheduler, vae, *encoders, packed, image_encoder, feature_extractor)
-        self._ids = LayoutCache()
 
     @torch.no_grad()
     def __call__(
@@ -130,7 +130,7 @@ class FluxPipeline(FluxCFGParallelMixin, LatentTokensPipeline, DiffusersFluxPipe
         num_inference_steps: int = 28,
         guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -148,8 +148,7 @@ class FluxPipeline(FluxCFGParallelMixin, LatentTokensPipeline, DiffusersFluxPipe
             output_type: "pil", "np", "pt" or "latent".
             cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
         """
-        height = height or self.default_sample_size * self.vae_scale_factor
-        width = width or self.default_sample_size * self.vae_scale_factor
+        height, width = self._size(height, width)
         self.check_inputs(prompt, None, height, width, negative_prompt, max_sequence_length=max_sequence_length)
         do_true_cfg = is_guided(true_cfg_scale, negative_prompt)
         options: dict[str, Any] = {
@@ -161,7 +160,7 @@ class FluxPipeline(FluxCFGParallelMixin, LatentTokensPipeline, DiffusersFluxPipe
         if do_true_cfg and negative_prompt is not None:
             negative_embeds, negative_pooled, _ = self.encode_prompt(as_many(negative_prompt, prompt), **options)
         latents = self._prepare_noise(embeds.shape[0], height, width, embeds, generator, latents)
-        set_flow_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
+        self._set_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
         latents = self.diffuse(
             prompt_embeds=embeds,
             pooled_prompt_embeds=pooled,
@@ -176,11 +175,7 @@ class FluxPipeline(FluxCFGParallelMixin, LatentTokensPipeline, DiffusersFluxPipe
             true_cfg_scale=true_cfg_scale,
             cfg_normalize=cfg_normalize,
         )
-        images: Any = latents
-        if output_type != "latent":
-            decoded = self._decode_latents(latents, height, width)
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
-        self.maybe_free_model_hooks()
+        images = self._finish(latents, height, width, output_type)
         return FluxPipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -201,18 +196,6 @@ class FluxPipeline(FluxCFGParallelMixin, LatentTokensPipeline, DiffusersFluxPipe
         if not self.transformer.config.guidance_embeds:
             return None
         return torch.tensor(scales, dtype=torch.float32, device=self._weight.device)
-
-    def _prepare_noise(
-        self,
-        count: int,
-        height: int,
-        width: int,
-        like: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        channels = self.transformer.config.in_channels // 4
-        return self.prepare_latents(count, channels, height, width, like.dtype, like.device, generator, latents)[0]
 
     def _image_ids(self, branch: BranchInput) -> torch.Tensor:
         return self._ids_of_size(branch.request.height, branch.request.width)

@@ -16,7 +16,7 @@ from diffusers.utils import apply_lora_scale
 from vllm_cfg_plugin.pipelines.linear import linear
 from vllm_cfg_plugin.pipelines.mmdit import block_modulations, forward_blocks, layout_of_ids, rows_of
 from vllm_cfg_plugin.pipelines.modulation import Modulation
-from vllm_cfg_plugin.pipelines.packed_model import share_modules
+from vllm_cfg_plugin.pipelines.shared_modules import share_modules
 from vllm_cfg_plugin.worker.packing import LayoutCache, pad_rows
 
 
@@ -28,7 +28,7 @@ class PackedFluxTransformer(FluxTransformer2DModel):
     @classmethod
     def adopt(cls, transformer: FluxTransformer2DModel) -> Self:
         """The packed model over a loaded transformer's own modules; no weight is copied."""
-        return share_modules(cls, transformer)
+        return share_modules(cls, transformer, _layouts=LayoutCache())
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(

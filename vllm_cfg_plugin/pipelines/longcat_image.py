@@ -19,23 +19,21 @@ from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
 )
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids, split_quotation
 from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
-from transformers import (
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-)
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from vllm_cfg_plugin import guidance as combine_rules
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.pipelines.autoencoders import vae_scale_factor
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
 from vllm_cfg_plugin.pipelines.direct_call import DenoisingMixin, as_many, is_guided
-from vllm_cfg_plugin.pipelines.flow_schedule import min_steps, set_flow_timesteps
-from vllm_cfg_plugin.pipelines.latent_tokens import LatentTokensPipeline, vae_scale_factor
+from vllm_cfg_plugin.pipelines.flow_schedule import min_steps
+from vllm_cfg_plugin.pipelines.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.latent_tokens import PositionIdsPipeline
 from vllm_cfg_plugin.pipelines.longcat_image_packed import PackedLongCatImageTransformer
 from vllm_cfg_plugin.pipelines.vision_processor import PLACEHOLDERS
-from vllm_cfg_plugin.worker.packing import LayoutCache
 
 MAX_TEXT_TOKENS = 512  # `tokenizer_max_length` of diffusers' `__init__`: every text is padded to it
 LATENT_CHANNELS = 16  # of diffusers' `__call__`
@@ -115,33 +113,23 @@ class LongCatImageCFGParallelMixin(DenoisingMixin):
         return comb_pred * scale
 
 
-class LongCatImageBase(LongCatImageCFGParallelMixin, LatentTokensPipeline):
+class LongCatImageBase(LongCatImageCFGParallelMixin, PositionIdsPipeline):
     """What text-to-image and editing have in common for the engine."""
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
-        dtype = branches[0].latents.dtype
-        ahead = [own.timesteps_ahead for own in branches if own.timesteps_ahead is not None]
-        return super().pack_branches(branches) | {
-            "timesteps_ahead": torch.cat(ahead).to(dtype) / 1000 if len(ahead) == len(branches) else None
-        }
+        return super().pack_branches(branches) | {"timesteps_ahead": self._times_ahead(branches)}
 
     def forget_derived(self) -> None:
         self.transformer.modulations.clear()
+
+    @property
+    def _latent_channels(self) -> int:
+        return LATENT_CHANNELS
 
     def _text_ids(self, tokens: int) -> torch.Tensor:
         return self._kept_ids(
             tokens, lambda: prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=tokens)
         )
-
-    def _output(
-        self, latents: torch.Tensor, height: int, width: int, output_type: str, return_dict: bool
-    ) -> LongCatImagePipelineOutput | tuple[Any]:
-        """What a direct call returns."""
-        images: Any = latents
-        if output_type != "latent":
-            decoded = self._decode_latents(latents, height, width)
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
-        return LongCatImagePipelineOutput(images=images) if return_dict else (images,)
 
 
 class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
@@ -169,7 +157,6 @@ class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
     ) -> None:
         packed = PackedLongCatImageTransformer.adopt(transformer)
         super().__init__(scheduler, vae, text_encoder, tokenizer, text_processor, packed)
-        self._ids = LayoutCache()
 
     @torch.no_grad()
     def __call__(
@@ -181,7 +168,7 @@ class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -203,8 +190,7 @@ class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
         Raises:
             ConfigurationError: the prompt can't be rewritten, as the pipeline was loaded without its `text_processor`.
         """
-        height = height or self.default_sample_size * self.vae_scale_factor
-        width = width or self.default_sample_size * self.vae_scale_factor
+        height, width = self._size(height, width)
         self.check_inputs(prompt, height, width, negative_prompt)
         if enable_prompt_rewrite:
             prompt = self._rewritten(prompt)
@@ -214,7 +200,7 @@ class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
         if do_true_cfg:
             negative_embeds = self.encode_prompt(as_many(negative_prompt or "", prompt), num_images_per_prompt)[0]
         latents = self._prepare_noise(embeds.shape[0], height, width, embeds, generator, latents)
-        set_flow_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
+        self._set_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
         latents = self.diffuse(
             prompt_embeds=embeds,
             negative_prompt_embeds=negative_embeds,
@@ -226,9 +212,8 @@ class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
             true_cfg_scale=guidance_scale,
             cfg_normalize=enable_cfg_renorm and (cfg_renorm_min or True),
         )
-        output = self._output(latents, height, width, output_type, return_dict)
-        self.maybe_free_model_hooks()
-        return output
+        images = self._finish(latents, height, width, output_type)
+        return LongCatImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
@@ -241,19 +226,6 @@ class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
                 "without: load it with from_pretrained"
             )
         return self.rewire_prompt(prompt, self._weight.device)
-
-    def _prepare_noise(
-        self,
-        count: int,
-        height: int,
-        width: int,
-        like: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.prepare_latents(count, LATENT_CHANNELS, height, width, like.dtype, like.device, generator, latents)[
-            0
-        ]
 
     def _image_ids(self, branch: BranchInput) -> torch.Tensor:
         return self._ids_of_size(branch.request.height, branch.request.width)
@@ -278,7 +250,7 @@ def describe_longcat_image(
         ),
         size_multiple=2 * scale,
         pixels_per_token=2 * scale,
-        min_steps=min_steps(checkpoint.component_config("scheduler", "scheduler_config.json")),
+        min_steps=min_steps(checkpoint),
         cfg_scale="guidance_scale",
         needs_negative_prompt=False,
         default_params=DiffusionParams(

@@ -24,10 +24,10 @@ from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines import vision_processor
+from vllm_cfg_plugin.pipelines.autoencoders import vae_scale_factor
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, to_pil
 from vllm_cfg_plugin.pipelines.direct_call import is_guided
-from vllm_cfg_plugin.pipelines.flow_schedule import set_flow_timesteps
-from vllm_cfg_plugin.pipelines.latent_tokens import vae_scale_factor
+from vllm_cfg_plugin.pipelines.image_pipeline import Generators
 from vllm_cfg_plugin.pipelines.longcat_image import (
     CONDITION,
     DEFAULT_GUIDANCE_SCALE,
@@ -38,7 +38,6 @@ from vllm_cfg_plugin.pipelines.longcat_image import (
     image_ids,
 )
 from vllm_cfg_plugin.pipelines.longcat_image_packed import PackedLongCatImageTransformer
-from vllm_cfg_plugin.worker.packing import LayoutCache
 
 EDIT_PIXELS = 1024 * 1024  # area that diffusers' `__call__` brings an image to
 
@@ -86,7 +85,6 @@ class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeli
     ) -> None:
         packed = PackedLongCatImageTransformer.adopt(transformer)
         super().__init__(scheduler, vae, text_encoder, tokenizer, text_processor, packed)
-        self._ids = LayoutCache()
 
     @torch.no_grad()
     def __call__(
@@ -97,7 +95,7 @@ class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeli
         num_inference_steps: int = 50,
         guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -120,7 +118,7 @@ class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeli
         )
         condition = self._encode_condition(image).repeat(num_images_per_prompt, 1, 1)
         latents = self._prepare_noise(num_images_per_prompt, height, width, embeds, generator, latents)
-        set_flow_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
+        self._set_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
         latents = self.diffuse(
             prompt_embeds=embeds,
             negative_prompt_embeds=negative_embeds,
@@ -133,9 +131,8 @@ class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeli
             cfg_normalize=cfg_normalize,
             image_latents=condition,
         )
-        output = self._output(latents, height, width, output_type, return_dict)
-        self.maybe_free_model_hooks()
-        return output
+        images = self._finish(latents, height, width, output_type)
+        return LongCatImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
@@ -174,17 +171,9 @@ class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeli
             lambda: torch.cat([image_ids(NEW_IMAGE, text_tokens, *new), image_ids(CONDITION, text_tokens, *old)]),
         )
 
-    def _prepare_noise(
-        self,
-        count: int,
-        height: int,
-        width: int,
-        like: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        size, text_tokens = (LATENT_CHANNELS, height, width), 0  # only the position ids depend on the text
-        return self.prepare_latents(None, count, *size, like.dtype, text_tokens, like.device, generator, latents)[0]
+    def _noise_options(self, layers: int) -> dict[str, Any]:
+        # Only the position ids depend on the text.
+        return {"image": None, "prompt_embeds_length": 0}
 
 
 class _ImageProcessorOnly(Qwen2VLProcessor):

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_longcat_image import LongCatImage
 from vllm_cfg_plugin.pipelines.linear import linear
 from vllm_cfg_plugin.pipelines.mmdit import block_modulations, forward_blocks, layout_of_ids, rows_of
 from vllm_cfg_plugin.pipelines.modulation import Modulation, ModulationCache, modulations_at
-from vllm_cfg_plugin.pipelines.packed_model import share_modules
+from vllm_cfg_plugin.pipelines.shared_modules import share_modules
 from vllm_cfg_plugin.worker.packing import LayoutCache, pad_rows
 
 
@@ -28,9 +28,7 @@ class PackedLongCatImageTransformer(LongCatImageTransformer2DModel):
     @classmethod
     def adopt(cls, transformer: LongCatImageTransformer2DModel) -> Self:
         """The packed model over a loaded transformer's own modules; no weight is copied."""
-        packed = share_modules(cls, transformer)
-        packed.modulations = ModulationCache()
-        return packed
+        return share_modules(cls, transformer, _layouts=LayoutCache(), modulations=ModulationCache())
 
     def forward(  # type: ignore[override]
         self,

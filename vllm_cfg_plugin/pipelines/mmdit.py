@@ -16,12 +16,12 @@ import torch.nn.functional as F
 
 from vllm_cfg_plugin.pipelines.linear import feed_forward, gelu_linear, linear
 from vllm_cfg_plugin.pipelines.modulation import (
-    Factors,
     Modulation,
+    StreamSpans,
     add_gated,
     modulate,
+    modulate_last,
     project_modulations,
-    span_starts,
 )
 from vllm_cfg_plugin.pipelines.packed_attention import (
     JointLayout,
@@ -29,24 +29,7 @@ from vllm_cfg_plugin.pipelines.packed_attention import (
     make_joint_layout,
     self_attention,
 )
-from vllm_cfg_plugin.worker.packing import LayoutCache, PackedRows
-
-
-class StreamSpans(NamedTuple):
-    """Neighbouring rows of one stream that share a modulation: these modulations, and the rows of each span."""
-
-    modulations: list[Modulation]
-    rows: list[slice]
-
-    @classmethod
-    def of(cls, modulations: Sequence[Modulation], stream: PackedRows) -> Self:
-        """The spans of a stream whose parts have these modulations, one per part."""
-        firsts = span_starts(modulations)
-        return cls([modulations[i] for i in firsts], stream.cut(firsts))
-
-    def factors(self, number: int) -> list[Factors]:
-        """Each span's factors of block `number`."""
-        return [modulation.blocks[number] for modulation in self.modulations]
+from vllm_cfg_plugin.worker.packing import LayoutCache
 
 
 @dataclass(frozen=True)
@@ -118,12 +101,6 @@ def forward_single_block(block: Any, stream: torch.Tensor, spans: Spans, number:
     hidden = gelu_linear(block.proj_mlp, normed)
     add_gated(stream, linear(block.proj_out, torch.cat([attended, hidden], dim=1)), spans.joint.rows, factors, 2)
     _keep_finite(stream)
-
-
-def modulate_last(norm: Any, image: torch.Tensor, spans: StreamSpans) -> torch.Tensor:
-    """The image after the last block, [rows, dim], normalised for the output projection."""
-    factors = [(modulation.shift, modulation.scale) for modulation in spans.modulations]
-    return modulate(norm, image, spans.rows, factors, 0)
 
 
 def forward_blocks(

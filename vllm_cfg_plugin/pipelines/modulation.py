@@ -12,13 +12,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 
 from vllm_cfg_plugin.pipelines.linear import linear
-from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE
+from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE, PackedRows
 
 # Timesteps kept: as many as fit in these bytes, but for a large model at least this many (each 4.4 MB in
 # Qwen-Image).
@@ -140,9 +140,21 @@ def _factors_of(projected: torch.Tensor, dim: int) -> torch.Tensor:
     return factors
 
 
-def span_starts(modulations: Sequence[Modulation]) -> list[int]:
-    """The first sequence of each maximal span of neighbours that share one modulation: what is cheaper done at once."""
-    return [i for i, own in enumerate(modulations) if i == 0 or own is not modulations[i - 1]]
+class StreamSpans(NamedTuple):
+    """Neighbouring rows of one stream that share a modulation: these modulations, and the rows of each span."""
+
+    modulations: list[Modulation]
+    rows: list[slice]
+
+    @classmethod
+    def of(cls, modulations: Sequence[Modulation], stream: PackedRows) -> Self:
+        """The spans of a stream whose parts have these modulations, one per part."""
+        firsts = [i for i, own in enumerate(modulations) if i == 0 or own is not modulations[i - 1]]
+        return cls([modulations[i] for i in firsts], stream.cut(firsts))
+
+    def factors(self, number: int) -> list[Factors]:
+        """Each span's factors of block `number`."""
+        return [modulation.blocks[number] for modulation in self.modulations]
 
 
 def modulate(
@@ -157,6 +169,12 @@ def modulate(
         for span, own in zip(rows, factors, strict=True)
     ]
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(stream.dtype)
+
+
+def modulate_last(norm: Any, stream: torch.Tensor, spans: StreamSpans) -> torch.Tensor:
+    """The stream after the last block, [rows, dim], normalised for the output projection."""
+    factors = [(modulation.shift, modulation.scale) for modulation in spans.modulations]
+    return modulate(norm, stream, spans.rows, factors, 0)
 
 
 def add_gated(

@@ -16,10 +16,10 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline a
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
+from vllm_cfg_plugin.pipelines.image_pipeline import Generators
 from vllm_cfg_plugin.pipelines.qwen_image_base import (
     MAX_TEXT_TOKENS,
     PROMPT_RULES,
-    Generators,
     QwenImageBase,
     describe_qwen_image,
 )
@@ -73,8 +73,7 @@ class QwenImagePipeline(QwenImageBase, DiffusersQwenImagePipeline):
         Raises:
             InvalidRequestError: too few steps for this checkpoint's noise schedule.
         """
-        height = height or self.default_sample_size * self.vae_scale_factor
-        width = width or self.default_sample_size * self.vae_scale_factor
+        height, width = self._size(height, width)
         self.check_inputs(prompt, height, width, negative_prompt, max_sequence_length=max_sequence_length)
         images = self._generate(
             prompt,
@@ -91,17 +90,3 @@ class QwenImagePipeline(QwenImageBase, DiffusersQwenImagePipeline):
             encode_options={"num_images_per_prompt": num_images_per_prompt, "max_sequence_length": max_sequence_length},
         )
         return QwenImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _prepare_noise(
-        self,
-        count: int,
-        height: int,
-        width: int,
-        layers: int,
-        like: torch.Tensor,
-        generator: Generators,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.prepare_latents(
-            count, self._latent_channels, height, width, like.dtype, like.device, generator, latents
-        )

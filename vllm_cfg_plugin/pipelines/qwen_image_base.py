@@ -18,9 +18,12 @@ from PIL import Image
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, to_pil, to_uint8
+from vllm_cfg_plugin.pipelines.autoencoders import decode_standardised
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, to_pil
 from vllm_cfg_plugin.pipelines.direct_call import as_many, is_guided
-from vllm_cfg_plugin.pipelines.flow_schedule import min_steps, set_flow_timesteps
+from vllm_cfg_plugin.pipelines.flow_schedule import min_steps
+from vllm_cfg_plugin.pipelines.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.latent_tokens import LatentTokensPipeline
 from vllm_cfg_plugin.pipelines.qwen_image_cfg import QwenImageCFGParallelMixin
 from vllm_cfg_plugin.pipelines.qwen_image_packed import PackedQwenImageTransformer
 from vllm_cfg_plugin.pipelines.qwen_image_vae import ImageQwenImageVAE
@@ -38,26 +41,18 @@ PROMPT_TEMPLATE = (  # of diffusers' `__init__`, where only an object has it
 PROMPT_RULES = TextRules(MAX_TEXT_TOKENS, PROMPT_TEMPLATE, prefix_tokens=34)
 
 ImageShape = tuple[int, int, int]  # (frames, height, width) of an image in tokens
-Generators = torch.Generator | list[torch.Generator] | None
 
 
-class QwenImageBase(QwenImageCFGParallelMixin, EnginePipeline):
+class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
     """The engine's contract for Qwen-Image's pipelines, and the body of a direct call.
 
     Inherited beside diffusers' pipeline, whose methods it calls. `image_latents` are [1, tokens, channels] everywhere,
     one tensor for each image that is a condition.
     """
 
-    vae: Any
     text_encoder: Any
-    image_processor: Any
-    vae_scale_factor: int
-    default_sample_size: int
     check_inputs: Any
     encode_prompt: Any
-    prepare_latents: Any
-    _unpack_latents: Any
-    maybe_free_model_hooks: Any
 
     def __init__(
         self,
@@ -86,27 +81,9 @@ class QwenImageBase(QwenImageCFGParallelMixin, EnginePipeline):
         )
         return PromptEmbeds(embeds[0])
 
-    def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        return self._prepare_noise(1, request.height, request.width, request.layers, self._weight, generator)
-
-    def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
-        # Its numbers stay on the CPU: reading one from a GPU would wait for all that is queued there.
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        shapes = self._image_shapes(request.height, request.width, request.layers)
-        self._set_timesteps(scheduler, request.num_inference_steps, shapes, torch.device("cpu"))
-        return scheduler
-
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
-        dtype = branches[0].latents.dtype
-        ahead = [branch.timesteps_ahead for branch in branches if branch.timesteps_ahead is not None]
-        return {
-            "hidden_states": torch.cat([part for b in branches for part in (b.latents, *b.condition)], dim=1),
-            "timestep": torch.stack([branch.timestep for branch in branches]).to(dtype) / 1000,
-            "timesteps_ahead": torch.cat(ahead).to(dtype) / 1000 if len(ahead) == len(branches) else None,
-            "guidance": None,
-            "encoder_hidden_states": torch.cat([branch.embeds.tokens for branch in branches])[None],
-            "encoder_hidden_states_mask": None,
+        return super().pack_branches(branches) | {
+            "timesteps_ahead": self._times_ahead(branches),
             "img_shapes": [
                 [
                     *self._image_shapes(branch.request.height, branch.request.width, branch.request.layers),
@@ -116,20 +93,6 @@ class QwenImageBase(QwenImageCFGParallelMixin, EnginePipeline):
             ],
             "txt_seq_lens": [branch.embeds.tokens.shape[0] for branch in branches],
         }
-
-    def unpack_predictions(self, prediction: torch.Tensor, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
-        pieces = prediction.split([size for b in branches for size in _lengths(b)], dim=1)
-        return list(pieces[::2])
-
-    def prediction_shape(self, request: DiffusionRequest) -> tuple[int, ...]:
-        return request.image_tokens, self.transformer.config.in_channels
-
-    @torch.no_grad()
-    def decode(
-        self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor] = ()
-    ) -> torch.Tensor:
-        images = self._decode_latents(latents, request.height, request.width, request.layers)
-        return to_uint8(self.image_processor.postprocess(images, output_type="np"))
 
     def forget_derived(self) -> None:
         self.transformer.modulations.clear()
@@ -147,25 +110,6 @@ class QwenImageBase(QwenImageCFGParallelMixin, EnginePipeline):
     def _image_shapes(self, height: int, width: int, layers: int) -> list[ImageShape]:
         """Of the latents of a result of that size in pixels."""
         return [self._image_shape(height, width)]
-
-    def _prepare_noise(
-        self,
-        count: int,
-        height: int,
-        width: int,
-        layers: int,
-        like: torch.Tensor,
-        generator: Generators,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """First latents, [count, image tokens, channels], of the dtype and on the device of `like`."""
-        raise NotImplementedError
-
-    def _set_timesteps(
-        self, scheduler: Any, num_inference_steps: int, shapes: Sequence[ImageShape], device: torch.device
-    ) -> None:
-        """Set a noise scheduler to the first of its steps, for latents of these shapes."""
-        set_flow_timesteps(scheduler, num_inference_steps, sum(prod(shape) for shape in shapes), device)
 
     def _frames(self, latents: torch.Tensor, height: int, width: int, layers: int) -> torch.Tensor:
         """What the VAE decodes of final latents, [images, channels, 1, latent height, latent width]."""
@@ -201,9 +145,9 @@ class QwenImageBase(QwenImageCFGParallelMixin, EnginePipeline):
         if do_true_cfg and negative_prompt is not None:
             negative_embeds, negative_mask = self.encode_prompt(as_many(negative_prompt, prompt), **encode_options)
         count = embeds.shape[0]
-        latents = self._prepare_noise(count, height, width, layers, embeds, generator, latents)
+        latents = self._prepare_noise(count, height, width, embeds, generator, latents, layers)
         shapes = self._image_shapes(height, width, layers)
-        self._set_timesteps(self.scheduler, num_inference_steps, shapes, latents.device)
+        self._set_timesteps(self.scheduler, num_inference_steps, prod(shapes[0]), latents.device)
         latents = self.diffuse(
             prompt_embeds=embeds,
             prompt_embeds_mask=mask,
@@ -220,36 +164,14 @@ class QwenImageBase(QwenImageCFGParallelMixin, EnginePipeline):
             cfg_normalize=cfg_normalize,
             image_latents=torch.cat([*image_latents], dim=1).expand(count, -1, -1) if image_latents else None,
         )
-        images: Any = latents
-        if output_type != "latent":
-            decoded = self._decode_latents(latents, height, width, layers)
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return images
-
-    @property
-    def _weight(self) -> torch.Tensor:
-        """Any weight, for its device and dtype: diffusers' own properties search all modules for milliseconds."""
-        return self.transformer.img_in.weight
-
-    @property
-    def _latent_channels(self) -> int:
-        return self.transformer.config.in_channels // 4
+        return self._finish(latents, height, width, output_type, layers)
 
     def _image_shape(self, height: int, width: int) -> ImageShape:
         """(frames, height, width) in tokens of an image of that size in pixels."""
-        side = 2 * self.vae_scale_factor
-        return 1, height // side, width // side
+        return 1, *self._grid(height, width)
 
-    def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int) -> torch.Tensor:
-        """[images, channels, height, width] in -1..1; the end of diffusers' `__call__`, no method of its own there."""
-        frames = self._frames(latents, height, width, layers).to(self.vae.dtype)
-        config = self.vae.config
-        mean, std = (
-            torch.tensor(values).view(1, config.z_dim, 1, 1, 1).to(frames.device, frames.dtype)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return self.vae.decode(frames / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+    def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
+        return decode_standardised(self.vae, self._frames(latents, height, width, layers))[:, :, 0]
 
 
 def describe_qwen_image(
@@ -265,7 +187,6 @@ def describe_qwen_image(
         ConfigurationError: a configuration file is missing.
     """
     vae = checkpoint.component_config("vae")
-    scheduler = checkpoint.component_config("scheduler", "scheduler_config.json")
     # diffusers pipeline_qwenimage.py: two latent pixels each way make one token.
     vae_scale_factor = 2 ** len(vae["temperal_downsample"])
     side = 128 * vae_scale_factor
@@ -282,13 +203,8 @@ def describe_qwen_image(
         size_multiple=2 * vae_scale_factor,
         pixels_per_token=2 * vae_scale_factor,
         max_side=MAX_SIDE_TOKENS * 2 * vae_scale_factor,
-        min_steps=min_steps(scheduler),
+        min_steps=min_steps(checkpoint),
         cfg_scale="true_cfg_scale",
         default_params=DiffusionParams(**shared | defaults),
         **details,
     )
-
-
-def _lengths(branch: BranchInput) -> tuple[int, int]:
-    """Tokens of a branch's latents and of its condition."""
-    return branch.latents.shape[1], sum(latents.shape[1] for latents in branch.condition)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
+from vllm_cfg_plugin.pipelines.direct_call import DenoisingMixin
 
 
-class QwenImageCFGParallelMixin(CFGParallelMixin):
+class QwenImageCFGParallelMixin(DenoisingMixin):
     """The denoising loop of the Qwen-Image pipelines, on one rank or many."""
 
     def diffuse(
@@ -42,31 +42,28 @@ class QwenImageCFGParallelMixin(CFGParallelMixin):
             timesteps: the noise scheduler's.
             image_latents: of the images that are the condition, [batch, their tokens, channels]; None without any.
         """
-        for t in timesteps:
-            timestep = t.expand(latents.shape[0]).to(device=latents.device, dtype=latents.dtype)
-            shared = {
-                "hidden_states": latents if image_latents is None else torch.cat([latents, image_latents], dim=1),
-                "timestep": timestep / 1000,
+        condition = [] if image_latents is None else [image_latents]
+        return self.denoise(
+            latents,
+            timesteps,
+            lambda latents, timestep: {
+                "hidden_states": torch.cat([latents, *condition], dim=1),
+                "timestep": timestep.to(latents.dtype) / 1000,
                 "guidance": guidance,
                 "img_shapes": img_shapes,
-            }
-            positive_kwargs = shared | {
+            },
+            {
                 "encoder_hidden_states": prompt_embeds,
                 "encoder_hidden_states_mask": prompt_embeds_mask,
                 "txt_seq_lens": txt_seq_lens,
-            }
-            negative_kwargs = shared | {
+            },
+            {
                 "encoder_hidden_states": negative_prompt_embeds,
                 "encoder_hidden_states_mask": negative_prompt_embeds_mask,
                 "txt_seq_lens": negative_txt_seq_lens,
-            }
-            noise_pred = self.predict_noise_maybe_with_cfg(
-                do_true_cfg=do_true_cfg,
-                true_cfg_scale=true_cfg_scale,
-                positive_kwargs=positive_kwargs,
-                negative_kwargs=negative_kwargs if do_true_cfg else None,
-                cfg_normalize=cfg_normalize,
-                output_slice=None if image_latents is None else latents.shape[1],
-            )
-            latents = self.scheduler_step_maybe_with_cfg(noise_pred, t, latents, do_true_cfg)
-        return latents
+            },
+            do_true_cfg,
+            true_cfg_scale,
+            cfg_normalize,
+            output_slice=latents.shape[1] if condition else None,
+        )

@@ -16,7 +16,8 @@ from PIL import Image
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo, TextRules
 from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.qwen_image_base import MAX_TEXT_TOKENS, Generators, describe_qwen_image
+from vllm_cfg_plugin.pipelines.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.qwen_image_base import MAX_TEXT_TOKENS, describe_qwen_image
 from vllm_cfg_plugin.pipelines.qwen_image_conditioned import QwenImageConditioned, in_whole_tokens, size_of_area
 from vllm_cfg_plugin.pipelines.vision_processor import PLACEHOLDERS, load_image_processor, tokens_of_image
 
@@ -33,9 +34,11 @@ class QwenImageEditBase(QwenImageConditioned):
     """What the editing pipelines share: the text encoder sees the images, and the result has about a million pixels.
 
     Attributes:
+        image_argument: what diffusers' `prepare_latents` calls the images.
         image_template: what stands for an image in the text, by its number.
     """
 
+    image_argument: ClassVar[str]
     image_template: ClassVar[str]
 
     @classmethod
@@ -150,24 +153,14 @@ class QwenImageEditBase(QwenImageConditioned):
     def _condition_sizes(self, request: DiffusionRequest) -> list[ImageSize]:
         return self.condition_sizes([(image.width, image.height) for image in request.images])
 
-    def _prepare_noise(
-        self,
-        count: int,
-        height: int,
-        width: int,
-        layers: int,
-        like: torch.Tensor,
-        generator: Generators,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.prepare_latents(
-            None, count, self._latent_channels, height, width, like.dtype, like.device, generator, latents
-        )[0]
+    def _noise_options(self, layers: int) -> dict[str, Any]:
+        return {self.image_argument: None}
 
 
 class QwenImageEditPipeline(QwenImageEditBase, upstream_edit.QwenImageEditPipeline):
     """diffusers' QwenImageEditPipeline with CFG-Parallel, for the engine or to be called directly."""
 
+    image_argument = "image"
     image_template = "<|vision_start|><|image_pad|><|vision_end|>"
 
     @classmethod
@@ -188,6 +181,7 @@ class QwenImageEditPlusPipeline(QwenImageEditBase, upstream_plus.QwenImageEditPl
 
     # The text's positions end at 4096: so many images of at most 230 tokens, and a prompt of 1024, fit.
     max_images = 10
+    image_argument = "images"
     image_template = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 
     @classmethod

@@ -6,8 +6,6 @@ prompt must be given. Must not import vLLM at module level.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,10 +17,10 @@ from PIL import Image
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.flow_schedule import set_shifted_timesteps
+from vllm_cfg_plugin.pipelines.image_pipeline import Generators
 from vllm_cfg_plugin.pipelines.qwen_image_base import (
     MAX_TEXT_TOKENS,
     PROMPT_RULES,
-    Generators,
     ImageShape,
     describe_qwen_image,
 )
@@ -125,25 +123,12 @@ class QwenImageLayeredPipeline(QwenImageConditioned, upstream.QwenImageLayeredPi
     def _image_shapes(self, height: int, width: int, layers: int) -> list[ImageShape]:
         return [self._image_shape(height, width)] * (layers + 1)
 
-    def _prepare_noise(
-        self,
-        count: int,
-        height: int,
-        width: int,
-        layers: int,
-        like: torch.Tensor,
-        generator: Generators,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.prepare_latents(
-            None, count, self._latent_channels, height, width, layers, like.dtype, like.device, generator, latents
-        )[0]
+    def _noise_options(self, layers: int) -> dict[str, Any]:
+        return {"image": None, "layers": layers}
 
-    def _set_timesteps(
-        self, scheduler: Any, num_inference_steps: int, shapes: Sequence[ImageShape], device: torch.device
-    ) -> None:
+    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
         sigmas = np.linspace(1.0, 0, num_inference_steps + 1)[:-1]
-        set_shifted_timesteps(scheduler, sigmas, (prod(shapes[0]) / _BASE_TOKENS) ** 0.5, device)
+        set_shifted_timesteps(scheduler, sigmas, (image_tokens / _BASE_TOKENS) ** 0.5, device)
 
     def _frames(self, latents: torch.Tensor, height: int, width: int, layers: int) -> torch.Tensor:
         frames = self._unpack_latents(latents, height, width, layers, self.vae_scale_factor)

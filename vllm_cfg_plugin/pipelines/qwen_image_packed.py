@@ -20,17 +20,17 @@ from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.linear import linear
-from vllm_cfg_plugin.pipelines.mmdit import (
-    DualBlock,
-    Spans,
+from vllm_cfg_plugin.pipelines.mmdit import DualBlock, Spans, forward_dual_block, rows_of
+from vllm_cfg_plugin.pipelines.modulation import (
+    Modulation,
+    ModulationCache,
     StreamSpans,
-    forward_dual_block,
     modulate_last,
-    rows_of,
+    modulations_at,
+    project_modulations,
 )
-from vllm_cfg_plugin.pipelines.modulation import Modulation, ModulationCache, modulations_at, project_modulations
 from vllm_cfg_plugin.pipelines.packed_attention import JointLayout, make_joint_layout, rms_norm
-from vllm_cfg_plugin.pipelines.packed_model import share_modules
+from vllm_cfg_plugin.pipelines.shared_modules import share_modules
 from vllm_cfg_plugin.worker.packing import LayoutCache, PackedRows, pad_rows
 
 ImageShape = tuple[tuple[int, int, int], ...]  # (frames, height, width) in tokens of each image of one sequence
@@ -51,9 +51,7 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         """
         if transformer.config.get("guidance_embeds"):
             raise ConfigurationError("transformer/config.json: guidance_embeds=true is not supported: it must be false")
-        packed = share_modules(cls, transformer)
-        packed.modulations = ModulationCache()
-        return packed
+        return share_modules(cls, transformer, _layouts=LayoutCache(), modulations=ModulationCache())
 
     @apply_lora_scale("attention_kwargs")
     def forward(

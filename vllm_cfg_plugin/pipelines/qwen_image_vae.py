@@ -19,6 +19,8 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
 
+from vllm_cfg_plugin.pipelines.shared_modules import share_modules
+
 
 class ImageQwenImageVAE(AutoencoderKLQwenImage):
     """diffusers' AutoencoderKLQwenImage, faster for single images; tiles and videos go its own way."""
@@ -36,9 +38,7 @@ class ImageQwenImageVAE(AutoencoderKLQwenImage):
                 module.__class__ = _Resample
             elif type(module) is nn.Conv2d:
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-        adopted = cls.__new__(cls)
-        adopted.__dict__ = vae.__dict__
-        return adopted
+        return share_modules(cls, vae)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """Encode images [batch, channels, frames, height, width]; upstream's caches are for several frames."""

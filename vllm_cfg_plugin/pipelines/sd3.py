@@ -23,10 +23,11 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, to_uint8
+from vllm_cfg_plugin.pipelines.autoencoders import decode_scaled, vae_scale_factor
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
 from vllm_cfg_plugin.pipelines.direct_call import DenoisingMixin, as_many, is_guided
 from vllm_cfg_plugin.pipelines.flow_schedule import dynamic_shift, min_steps
-from vllm_cfg_plugin.pipelines.latent_tokens import decode_latents, vae_scale_factor
+from vllm_cfg_plugin.pipelines.image_pipeline import Generators, ImagePipeline
 from vllm_cfg_plugin.pipelines.sd3_packed import Grid, PackedSD3Transformer, patchify, unpatchify
 
 MAX_T5_TOKENS = 256
@@ -71,7 +72,7 @@ class StableDiffusion3CFGParallelMixin(DenoisingMixin):
         )
 
 
-class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, EnginePipeline, DiffusersStableDiffusion3Pipeline):
+class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, ImagePipeline, DiffusersStableDiffusion3Pipeline):
     """diffusers' StableDiffusion3Pipeline with CFG-Parallel, for the engine or to be called directly."""
 
     @classmethod
@@ -86,7 +87,7 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, EnginePipeline,
             size_multiple=token_side,
             pixels_per_token=token_side,
             max_side=token_side * transformer.get("pos_embed_max_size", 96),
-            min_steps=min_steps(checkpoint.component_config("scheduler", "scheduler_config.json")),
+            min_steps=min_steps(checkpoint),
             cfg_scale="guidance_scale",
             needs_negative_prompt=False,
             default_params=DiffusionParams(height=side, width=side, num_inference_steps=28, guidance_scale=7.0),
@@ -128,7 +129,7 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, EnginePipeline,
         guidance_scale: float = 7.0,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -145,8 +146,7 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, EnginePipeline,
             output_type: "pil", "np", "pt" or "latent".
             cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
         """
-        height = height or self.default_sample_size * self.vae_scale_factor
-        width = width or self.default_sample_size * self.vae_scale_factor
+        height, width = self._size(height, width)
         self.check_inputs(prompt, None, None, height, width, max_sequence_length=max_sequence_length)
         do_true_cfg = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
         embeds, pooled = self._encode(prompt, num_images_per_prompt, max_sequence_length)
@@ -168,26 +168,13 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, EnginePipeline,
             true_cfg_scale=guidance_scale,
             cfg_normalize=cfg_normalize,
         )
-        images: Any = latents
-        if output_type != "latent":
-            images = self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
-        self.maybe_free_model_hooks()
+        images = self._finish(latents, height, width, output_type)
         return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
         embeds, pooled = self._encode(request.prompts[branch], 1, MAX_T5_TOKENS)
         return PromptEmbeds(embeds[0], pooled[0])
-
-    def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        return self._prepare_noise(1, request.height, request.width, self._weight, generator)
-
-    def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
-        # Its numbers stay on the CPU: reading one from a GPU would wait for all that is queued there.
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        self._set_timesteps(scheduler, request.num_inference_steps, request.image_tokens, torch.device("cpu"))
-        return scheduler
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
         return {
@@ -204,20 +191,13 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, EnginePipeline,
         sequences = prediction.split([rows * columns for rows, columns in grids], dim=1)
         return [unpatchify(tokens, grid, self.patch_size) for tokens, grid in zip(sequences, grids, strict=True)]
 
-    @torch.no_grad()
-    def decode(
-        self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor] = ()
-    ) -> torch.Tensor:
-        return to_uint8(self.image_processor.postprocess(decode_latents(self.vae, latents), output_type="np"))
-
     def prediction_shape(self, request: DiffusionRequest) -> tuple[int, ...]:
         scale = self.vae_scale_factor
         return self.transformer.config.in_channels, request.height // scale, request.width // scale
 
     @property
-    def _weight(self) -> torch.Tensor:
-        """Any weight, for its device and dtype: diffusers' own properties search all modules for milliseconds."""
-        return self.transformer.context_embedder.weight
+    def _latent_channels(self) -> int:
+        return self.transformer.config.in_channels
 
     def _encode(
         self, prompt: str | list[str], num_images_per_prompt: int, max_sequence_length: int
@@ -234,26 +214,15 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, EnginePipeline,
         )
         return embeds, pooled
 
-    def _prepare_noise(
-        self,
-        count: int,
-        height: int,
-        width: int,
-        like: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """First latents, [count, channels, height, width], of the dtype and on the device of `like`."""
-        channels = self.transformer.config.in_channels
-        return self.prepare_latents(count, channels, height, width, like.dtype, like.device, generator, latents)
-
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
-        """Set a noise scheduler to the first of its steps, as diffusers' pipeline does."""
         shift: dict[str, Any] = {}
         if scheduler.config.get("use_dynamic_shifting"):
             shift["mu"] = dynamic_shift(scheduler.config, image_tokens, max_shift=1.16)
         retrieve_timesteps(scheduler, num_inference_steps, device, **shift)
         scheduler.set_begin_index(0)
+
+    def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
+        return decode_scaled(self.vae, latents)
 
     def _grid(self, height: int, width: int) -> Grid:
         """(height, width) of an image in tokens."""

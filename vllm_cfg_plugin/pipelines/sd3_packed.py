@@ -17,7 +17,7 @@ from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.linear import linear
 from vllm_cfg_plugin.pipelines.mmdit import block_modulations, forward_blocks, rows_of
 from vllm_cfg_plugin.pipelines.packed_attention import JointLayout, make_joint_layout
-from vllm_cfg_plugin.pipelines.packed_model import share_modules
+from vllm_cfg_plugin.pipelines.shared_modules import share_modules
 from vllm_cfg_plugin.worker.packing import LayoutCache, pad_rows
 
 Grid = tuple[int, int]  # (height, width) of an image in tokens
@@ -40,7 +40,7 @@ class PackedSD3Transformer(SD3Transformer2DModel):
                 f"transformer/config.json: qk_norm={transformer.config['qk_norm']!r} is not supported: it must be "
                 "'rms_norm' or null"
             )
-        return share_modules(cls, transformer)
+        return share_modules(cls, transformer, _layouts=LayoutCache())
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(

@@ -18,6 +18,7 @@ from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, Te
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin, log_once, same_on_all_ranks
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.pipelines.autoencoders import decode_standardised
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds
 from vllm_cfg_plugin.pipelines.wan_packed import PackedWanTransformer
 
@@ -156,14 +157,14 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
-        weight = self.prediction_like
+        weight = self._weight
         embeds = self._get_t5_prompt_embeds(request.prompts[branch], 1, TEXT_TOKENS, weight.device)
         return PromptEmbeds(embeds[0].to(weight.dtype))
 
     def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
         generator = torch.Generator("cpu").manual_seed(request.seed)
         shape = (1, *self.prediction_shape(request))
-        return randn_tensor(shape, generator=generator, device=self.prediction_like.device, dtype=torch.float32)
+        return randn_tensor(shape, generator=generator, device=self._weight.device, dtype=torch.float32)
 
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
         # Its timesteps stay on the CPU: reading one from a GPU would wait for all that is queued there.
@@ -183,7 +184,7 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
         images = [image for _, _, image in inputs if image is not None]
         return {
             "current_model": getattr(self, self.expert_at(branches[0].timestep)),
-            "hidden_states": [latents.to(self.prediction_like.dtype) for latents, _, _ in inputs],
+            "hidden_states": [latents.to(self._weight.dtype) for latents, _, _ in inputs],
             "timestep": [timestep for _, timestep, _ in inputs],
             "encoder_hidden_states": [branch.embeds.tokens for branch in branches],
             "encoder_hidden_states_image": images or None,
@@ -204,7 +205,7 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
     def decode(
         self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
-        video = self._decode_latents(self.final_latents(latents, condition))[0]  # [3, frames, height, width]
+        video = decode_standardised(self.vae, self.final_latents(latents, condition))[0]  # [3, frames, height, width]
         pixels = self.video_processor.denormalize(video).float()
         # Rounded as diffusers' `numpy_to_pil` does, but where the pixels are: a quarter of the bytes to copy.
         return (pixels * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
@@ -238,13 +239,15 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
         )
         frames: Any = self.final_latents(latents, condition)
         if output_type != "latent":
-            frames = self.video_processor.postprocess_video(self._decode_latents(frames), output_type=output_type)
+            frames = self.video_processor.postprocess_video(
+                decode_standardised(self.vae, frames), output_type=output_type
+            )
         self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def _encode_prompts(self, guidance_scale: float, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """diffusers' `encode_prompt` in the transformer's dtype; without guidance there is no negative embedding."""
-        weight = self.prediction_like
+        weight = self._weight
         guided = guidance_scale > 1
         positive, negative = self.encode_prompt(**kwargs, do_classifier_free_guidance=guided, device=weight.device)
         return positive.to(weight.dtype), negative.to(weight.dtype) if guided else None
@@ -271,21 +274,10 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
         return latents
 
     @property
-    def prediction_like(self) -> torch.Tensor:
+    def _weight(self) -> torch.Tensor:
         # Others of the transformer's parameters are kept in float32.
         weight: torch.Tensor = self.transformer.patch_embedding.weight
         return weight
-
-    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """[batch, 3, frames, height, width] in -1..1; the end of diffusers' `__call__`, no method of its own there."""
-        latents = latents.to(self.vae.dtype)
-        config = self.vae.config
-        mean, std = (
-            torch.tensor(values).view(1, config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        video: torch.Tensor = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0]
-        return video
 
 
 def adopt_experts(

@@ -184,7 +184,7 @@ class WanImageToVideoPipeline(WanEnginePipeline, DiffusersWanImageToVideoPipelin
         """First latents and the condition of so many videos of one image."""
         if last_image is not None and num_frames < 2:
             raise InvalidRequestError("num_frames", num_frames, "more than 1 with a last image")
-        weight = self.prediction_like
+        weight = self._weight
         embeds = []
         if self.transformer.config.image_dim is not None:
             images = image if last_image is None else [image, last_image]

@@ -8,7 +8,6 @@ another's length. See `worker/packing.py` for why a sequence's result is bitwise
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from typing import Any, Self
@@ -20,22 +19,14 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.pipelines.linear import feed_forward, gelu_linear, linear
-from vllm_cfg_plugin.pipelines.modulation import Modulation, add_gated, modulate
-from vllm_cfg_plugin.pipelines.packed_model import share_modules
+from vllm_cfg_plugin.pipelines.modulation import Modulation, StreamSpans, add_gated, modulate, modulate_last
+from vllm_cfg_plugin.pipelines.shared_modules import share_modules
 from vllm_cfg_plugin.pipelines.wan_attention import WanLayout, attend_to_conditions, attend_to_video
 from vllm_cfg_plugin.worker.packing import LayoutCache, PackedRows, pad_rows
 
 Grid = tuple[int, int, int]  # (frames, height, width) of a video in tokens
 
 _FACTORS = 6  # of a block: (shift, scale, gate) of self-attention, then of the feed-forward
-
-
-@dataclass(frozen=True)
-class _Spans:
-    """Neighbouring rows at one timestep: the modulation of each span, and its rows."""
-
-    modulations: list[Modulation]
-    rows: list[slice]
 
 
 class PackedWanTransformer(WanTransformer3DModel):
@@ -46,7 +37,7 @@ class PackedWanTransformer(WanTransformer3DModel):
     @classmethod
     def adopt(cls, transformer: WanTransformer3DModel) -> Self:
         """The packed model over a loaded transformer's own modules; no weight is copied."""
-        return share_modules(cls, transformer)
+        return share_modules(cls, transformer, _layouts=LayoutCache())
 
     def forward(
         self,
@@ -109,8 +100,7 @@ class PackedWanTransformer(WanTransformer3DModel):
         blocks: Any = self.blocks
         for number, block in enumerate(blocks):
             _forward_block(block, video, text, image, spans, number, layout)
-        last = [(modulation.shift, modulation.scale) for modulation in spans.modulations]
-        out = linear(self.proj_out, modulate(self.norm_out, video, spans.rows, last, 0))
+        out = linear(self.proj_out, modulate_last(self.norm_out, video, spans))
         return [self._unpatchify(*one) for one in zip(layout.video.split(out), grids, strict=True)]
 
     def _check(
@@ -151,12 +141,12 @@ class PackedWanTransformer(WanTransformer3DModel):
         embedded: torch.Tensor = embedder(image)
         return embedded.flatten(0, 1)
 
-    def _spans(self, timesteps: Sequence[torch.Tensor], rows: PackedRows, dtype: torch.dtype) -> _Spans:
+    def _spans(self, timesteps: Sequence[torch.Tensor], rows: PackedRows, dtype: torch.dtype) -> StreamSpans:
         """The stream in maximal spans of one timestep; the last ends with the padding."""
         parts = [part for one in zip(timesteps, rows.lengths, strict=True) for part in _parts(*one)]
         distinct = list(dict.fromkeys(t for t, _ in parts))
         of_timestep = dict(zip(distinct, self._modulations(distinct, dtype), strict=True))
-        spans, start = _Spans([], []), 0
+        spans, start = StreamSpans([], []), 0
         for t, neighbours in groupby(parts, lambda part: part[0]):
             end = start + sum(count for _, count in neighbours)
             spans.modulations.append(of_timestep[t])
@@ -233,12 +223,12 @@ def _forward_block(
     video: torch.Tensor,
     text: torch.Tensor,
     image: torch.Tensor | None,
-    spans: _Spans,
+    spans: StreamSpans,
     number: int,
     layout: WanLayout,
 ) -> None:
     """Block `number` on the video's rows, [rows, dim], which are changed in place."""
-    factors = [modulation.blocks[number] for modulation in spans.modulations]
+    factors = spans.factors(number)
     attended = attend_to_video(block.attn1, modulate(block.norm1, video, spans.rows, factors, 0), layout)
     add_gated(video, attended, spans.rows, factors, 2)
     video += attend_to_conditions(block.attn2, block.norm2(video), text, image, layout)

@@ -12,6 +12,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.autoencoders.vae import DecoderOutput
 
+from vllm_cfg_plugin.pipelines.shared_modules import share_modules
+
 
 class ThreadSafeWanVAE(AutoencoderKLWan):
     """diffusers' AutoencoderKLWan whose every encode and decode has feature caches of its own."""
@@ -19,9 +21,7 @@ class ThreadSafeWanVAE(AutoencoderKLWan):
     @classmethod
     def adopt(cls, vae: AutoencoderKLWan) -> Self:
         """The VAE over a loaded one's own modules; no weight is copied."""
-        adopted = cls.__new__(cls)
-        adopted.__dict__ = vae.__dict__
-        return adopted
+        return share_modules(cls, vae)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         encoded: torch.Tensor = self._with_own_caches()._encode(x)

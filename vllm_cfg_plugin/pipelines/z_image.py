@@ -16,9 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline as DiffusersZImagePipeline
-from diffusers.pipelines.z_image.pipeline_z_image import (
-    get_default_z_image_sigmas,
-)
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from transformers import AutoTokenizer, PreTrainedModel
 
 from vllm_cfg_plugin import guidance
@@ -26,8 +24,10 @@ from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin, log_once, same_on_all_ranks
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, to_uint8
+from vllm_cfg_plugin.pipelines.autoencoders import decode_scaled, vae_scale_factor
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, joint_timesteps_ahead
 from vllm_cfg_plugin.pipelines.flow_schedule import dynamic_shift, set_shifted_timesteps
+from vllm_cfg_plugin.pipelines.image_pipeline import Generators, ImagePipeline
 from vllm_cfg_plugin.pipelines.z_image_layout import Grid
 from vllm_cfg_plugin.pipelines.z_image_packed import FRAMES_PATCH, PATCH, PackedZImageTransformer
 
@@ -106,13 +106,12 @@ class ZImageCFGParallelMixin(CFGParallelMixin):
         return guidance.limit_to_norm(noise_pred, comb_pred, most)
 
 
-class ZImagePipeline(ZImageCFGParallelMixin, EnginePipeline, DiffusersZImagePipeline):
+class ZImagePipeline(ZImageCFGParallelMixin, ImagePipeline, DiffusersZImagePipeline):
     """diffusers' ZImagePipeline with CFG-Parallel, for the engine or to be called directly."""
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
-        vae = checkpoint.component_config("vae")
-        token_side = PATCH * 2 ** (len(vae["block_out_channels"]) - 1)
+        token_side = PATCH * vae_scale_factor(checkpoint)
         _, *positions = checkpoint.component_config("transformer").get("axes_lens", (1024, 512, 512))
         return PipelineInfo(
             text=TextRules(MAX_TEXT_TOKENS, PROMPT_TEMPLATE),
@@ -150,7 +149,7 @@ class ZImagePipeline(ZImageCFGParallelMixin, EnginePipeline, DiffusersZImagePipe
         cfg_truncation: float | None = 1.0,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -183,7 +182,7 @@ class ZImagePipeline(ZImageCFGParallelMixin, EnginePipeline, DiffusersZImagePipe
             ]
             for texts in (prompts, negatives if do_true_cfg else [])
         )
-        noise = self._prepare_noise(len(positive), height, width, positive[0].device, generator, latents)
+        noise = self._prepare_noise(len(positive), height, width, positive[0], generator, latents)
         self._set_timesteps(self.scheduler, num_inference_steps, noise.shape[1], noise.device)
         patches = self.diffuse(
             prompt_embeds=positive,
@@ -196,45 +195,27 @@ class ZImagePipeline(ZImageCFGParallelMixin, EnginePipeline, DiffusersZImagePipe
             cfg_normalize=cfg_normalization,
             cfg_truncation=cfg_truncation,
         )
-        images: Any = self._from_patches(patches, height, width)
-        if output_type != "latent":
-            images = self.image_processor.postprocess(self._decode_latents(images), output_type=output_type)
-        self.maybe_free_model_hooks()
+        images = self._finish(patches, height, width, output_type)
+        if output_type == "latent":
+            images = self._from_patches(images, height, width)
         return ZImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
         return PromptEmbeds(self._encode_prompt([request.prompts[branch]], self._weight.device)[0])
 
-    def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        return self._prepare_noise(1, request.height, request.width, self._weight.device, generator)
-
-    def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
-        # Its numbers stay on the CPU: reading one from a GPU would wait for all that is queued there.
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        self._set_timesteps(scheduler, request.num_inference_steps, request.image_tokens, torch.device("cpu"))
-        return scheduler
-
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
-        ahead = [branch.timesteps_ahead for branch in branches if branch.timesteps_ahead is not None]
+        ahead = joint_timesteps_ahead(branches)
         return {
             "x": torch.cat([branch.latents for branch in branches], dim=1).to(self._weight.dtype),
             "t": _image_time(torch.stack([branch.timestep for branch in branches])),
             "cap_feats": [branch.embeds.tokens for branch in branches],
             "grids": [self._grid(branch.request.height, branch.request.width) for branch in branches],
-            "timesteps_ahead": _image_time(torch.cat(ahead)) if len(ahead) == len(branches) else None,
+            "timesteps_ahead": None if ahead is None else _image_time(ahead),
         }
 
     def unpack_predictions(self, prediction: torch.Tensor, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
         return list(prediction.split([branch.latents.shape[1] for branch in branches], dim=1))
-
-    @torch.no_grad()
-    def decode(
-        self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor] = ()
-    ) -> torch.Tensor:
-        image = self._decode_latents(self._from_patches(latents, request.height, request.width))
-        return to_uint8(self.image_processor.postprocess(image, output_type="np"))
 
     def forget_derived(self) -> None:
         self.transformer.modulations.clear()
@@ -243,9 +224,8 @@ class ZImagePipeline(ZImageCFGParallelMixin, EnginePipeline, DiffusersZImagePipe
         return request.image_tokens, PATCH * PATCH * FRAMES_PATCH * self.transformer.in_channels
 
     @property
-    def _weight(self) -> torch.Tensor:
-        """Any weight, for its device and dtype: diffusers' own properties search all modules for milliseconds."""
-        return self.transformer.x_pad_token
+    def _latent_channels(self) -> int:
+        return self.transformer.in_channels
 
     def _encode_prompt(
         self,
@@ -275,14 +255,15 @@ class ZImagePipeline(ZImageCFGParallelMixin, EnginePipeline, DiffusersZImagePipe
         count: int,
         height: int,
         width: int,
-        device: torch.device,
-        generator: torch.Generator | list[torch.Generator] | None,
+        like: torch.Tensor,
+        generator: Generators,
         latents: torch.Tensor | None = None,
+        layers: int = 0,
     ) -> torch.Tensor:
-        """First latents, [count, image tokens, patch]."""
-        channels = self.transformer.in_channels
-        latents = self.prepare_latents(count, channels, height, width, torch.float32, device, generator, latents)
-        images = [self.transformer._patchify_image(image, PATCH, FRAMES_PATCH)[0] for image in latents.unsqueeze(2)]
+        """First latents, [count, image tokens, patch], in float32 whatever the transformer's dtype."""
+        in_float32 = like.new_empty(0, dtype=torch.float32)
+        noise = super()._prepare_noise(count, height, width, in_float32, generator, latents, layers)
+        images = [self.transformer._patchify_image(image, PATCH, FRAMES_PATCH)[0] for image in noise.unsqueeze(2)]
         return torch.stack(images)
 
     def _from_patches(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -293,16 +274,11 @@ class ZImagePipeline(ZImageCFGParallelMixin, EnginePipeline, DiffusersZImagePipe
         return torch.stack(images).squeeze(2)
 
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
-        """Set a noise scheduler to the first of its steps, as diffusers' pipeline does."""
         sigmas = np.asarray(get_default_z_image_sigmas(num_inference_steps))
         set_shifted_timesteps(scheduler, sigmas, dynamic_shift(scheduler.config, image_tokens, max_shift=1.15), device)
 
-    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """[batch, 3, height, width] in -1..1; the end of diffusers' `__call__`, which is no method of its own there."""
-        config = self.vae.config
-        scaled = (latents.to(self.vae.dtype) / config.scaling_factor) + config.shift_factor
-        image: torch.Tensor = self.vae.decode(scaled, return_dict=False)[0]
-        return image
+    def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
+        return decode_scaled(self.vae, self._from_patches(latents, height, width).to(self.vae.dtype))
 
     def _grid(self, height: int, width: int) -> Grid:
         """(frames, height, width) of an image in tokens."""

@@ -8,7 +8,6 @@ another's length. See `worker/packing.py` for why a sequence's result is bitwise
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
 
@@ -24,38 +23,21 @@ from vllm_cfg_plugin.pipelines.modulation import (
     Factors,
     Modulation,
     ModulationCache,
+    StreamSpans,
     add_gated,
-    modulate,
+    modulate_last,
     modulations_at,
-    span_starts,
 )
 from vllm_cfg_plugin.pipelines.packed_attention import rms_norm, scaled_rms_norm, self_attention
+from vllm_cfg_plugin.pipelines.shared_modules import share_modules
 from vllm_cfg_plugin.pipelines.z_image_layout import Grid, PaddedStream, ZImageLayout, lay_out, make_layout
-from vllm_cfg_plugin.worker.packing import LayoutCache, PackedRows, pad_rows
+from vllm_cfg_plugin.worker.packing import LayoutCache, pad_rows
 
 # The patch that diffusers' pipeline asks for: of one frame, two latent pixels each way.
 PATCH, FRAMES_PATCH = 2, 1
 _PATCH_KEY = f"{PATCH}-{FRAMES_PATCH}"
 
 _PER_BLOCK = 4  # the norm's scale before attention, the one behind it, then the same two of the MLP
-
-
-@dataclass(frozen=True)
-class _Spans:
-    """Neighbouring sequences of one modulation: these modulations, and the rows of each span in one stream."""
-
-    modulations: list[Modulation]
-    rows: list[slice]
-
-    @classmethod
-    def of(cls, modulations: Sequence[Modulation], rows: PackedRows) -> Self:
-        """The spans of a stream's sequences, which have these modulations."""
-        firsts = span_starts(modulations)
-        return cls([modulations[i] for i in firsts], rows.cut(firsts))
-
-    def factors(self, number: int) -> list[Factors]:
-        """Each span's factors of block `number`."""
-        return [modulation.blocks[number] for modulation in self.modulations]
 
 
 class PackedZImageTransformer(ZImageTransformer2DModel):
@@ -82,11 +64,7 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
                 f"transformer/config.json: all_patch_size and all_f_patch_size {patches} are not supported: "
                 f"{(PATCH, FRAMES_PATCH)} must be among them"
             )
-        packed = cls.__new__(cls)
-        packed.__dict__ = transformer.__dict__
-        packed._layouts = LayoutCache()
-        packed.modulations = ModulationCache()
-        return packed
+        return share_modules(cls, transformer, _layouts=LayoutCache(), modulations=ModulationCache())
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
@@ -186,7 +164,7 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
         layout: ZImageLayout,
     ) -> torch.Tensor:
         """[image rows, patch] of all sequences from patches and prompt embeddings, each [tokens, ...]."""
-        image_spans, spans = (_Spans.of(modulations, stream.rows) for stream in (layout.image, layout.joint))
+        image_spans, spans = (StreamSpans.of(modulations, stream.rows) for stream in (layout.image, layout.joint))
         image = linear(self.all_x_embedder[_PATCH_KEY], lay_out(patches, layout.image.rows))
         image[layout.image_pads] = self.x_pad_token
         for number, block in enumerate(self.noise_refiner):
@@ -200,8 +178,7 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
                 stream, spans = layout.image_of(stream), image_spans
             _add_feed_forward(block, stream, spans.rows, spans.factors(number))
         final: Any = self.all_final_layer[_PATCH_KEY]
-        factors = [(modulation.shift, modulation.scale) for modulation in spans.modulations]
-        return linear(final.linear, modulate(final.norm_final, stream, spans.rows, factors, 0))
+        return linear(final.linear, modulate_last(final.norm_final, stream, spans))
 
     def _refine_texts(self, texts: Sequence[torch.Tensor], layout: ZImageLayout) -> list[torch.Tensor]:
         """What of each text joins its image, [text rows, dim]; the timestep does not matter to it."""
