@@ -30,6 +30,7 @@ from vllm_cfg_plugin.engine.cost import (
     fit_line,
     fit_non_negative,
 )
+from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance, ImageInput
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, group_branches
@@ -62,6 +63,26 @@ def calibrate_rank(pipeline: EnginePipeline, checkpoint: Checkpoint, folder: Pat
         calibration = calibrate(pipeline, describe(checkpoint))
         _store(path, calibration)
     return calibration
+
+
+def check_noise_scheduler(pipeline: EnginePipeline, info: PipelineInfo) -> None:
+    """Take one step of the checkpoint's noise scheduler, before a request finds out that it can't be taken.
+
+    Raises:
+        ConfigurationError: the family sets its timesteps in a way that this scheduler does not know.
+    """
+    request = _request(info, 1)
+    own = pipeline.scheduler
+    try:
+        pipeline.scheduler = pipeline.make_noise_scheduler(request)
+        zeros = torch.zeros(1, *pipeline.prediction_shape(request))
+        pipeline.scheduler_step(zeros, pipeline.scheduler.timesteps[0], zeros)
+    except Exception as error:
+        raise ConfigurationError(
+            f"scheduler/scheduler_config.json: {type(own).__name__} can't be this model's noise scheduler: {error}"
+        ) from error
+    finally:
+        pipeline.scheduler = own
 
 
 @torch.inference_mode()

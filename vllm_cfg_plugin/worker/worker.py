@@ -16,7 +16,8 @@ from vllm_cfg_plugin.config import PLUGIN_NAME, EngineSettings
 from vllm_cfg_plugin.distributed import parallel_state, shared_memory
 from vllm_cfg_plugin.engine.cost import Calibration
 from vllm_cfg_plugin.logs import get_logger
-from vllm_cfg_plugin.worker.calibration import calibrate_rank
+from vllm_cfg_plugin.pipelines.registry import describe
+from vllm_cfg_plugin.worker.calibration import calibrate_rank, check_noise_scheduler
 from vllm_cfg_plugin.worker.exchange import AllGather
 from vllm_cfg_plugin.worker.loading import load_pipeline
 from vllm_cfg_plugin.worker.runner import StepRunner
@@ -61,8 +62,10 @@ class DiffusionWorker(WorkerBase):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint's pipeline; every rank holds all of it, because any rank may own any branch."""
+        pipeline = load_pipeline(self.model_config, self.device)
+        check_noise_scheduler(pipeline, describe(self._checkpoint))
         self.runner = StepRunner(
-            load_pipeline(self.model_config, self.device),
+            pipeline,
             parallel_state.get_classifier_free_guidance_rank(),
             parallel_state.get_classifier_free_guidance_world_size(),
             self._all_gather,
