@@ -26,7 +26,7 @@ import diffusers
 import torch
 import transformers
 
-from tests.models import build_qwen_image
+from tests.model_builders.qwen_image import build_qwen_image
 from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
 
 EMOJI = Path(__file__).parents[1] / "examples/models/emoji"
@@ -75,7 +75,7 @@ def equal_jobs(count: int, side: int, steps: int, guided: bool, round_number: in
 
 @contextmanager
 def model_folder(name: str) -> Iterator[str]:
-    """The folder of a model: "emoji" is the bundled one, else a size of tests/models.py, built for the while."""
+    """The folder of a model: "emoji" is the bundled one, else a size of `build_qwen_image`, built for the while."""
     if name == "emoji":
         yield str(EMOJI)
         return

@@ -125,7 +125,7 @@ def heavy_model() -> Iterator[str]:
     """A random Qwen-Image of 440 MB as float32, nearly all of it in the transformer."""
     import torch
 
-    from tests.models import ModelSize, build_qwen_image, transformer
+    from tests.model_builders.qwen_image import ModelSize, build_qwen_image, transformer
 
     with tempfile.TemporaryDirectory() as folder:
         model = build_qwen_image(Path(folder) / "heavy")

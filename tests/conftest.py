@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from tests.models import SIZES, build_qwen_image
+from tests.model_builders.qwen_image import SIZES, build_qwen_image
 
 torch.set_num_threads(1)
 

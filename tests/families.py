@@ -18,6 +18,7 @@ from PIL import Image
 from tests.contract import make_request
 from tests.model_builders.flux import build_flux
 from tests.model_builders.longcat_image import build_longcat_image, build_longcat_image_edit
+from tests.model_builders.qwen_image import build_qwen_image
 from tests.model_builders.qwen_image_edit import (
     build_qwen_image_edit,
     build_qwen_image_edit_plus,
@@ -26,7 +27,6 @@ from tests.model_builders.qwen_image_edit import (
 from tests.model_builders.sd3 import build_sd3
 from tests.model_builders.wan import build_wan
 from tests.model_builders.z_image import build_z_image
-from tests.models import build_qwen_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import EnginePipeline

@@ -11,7 +11,7 @@ import torch
 from diffusers import QwenImagePipeline
 
 from tests.distributed.engine_ranks import run_ranks
-from tests.models import build_qwen_image
+from tests.model_builders.qwen_image import build_qwen_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.params import DiffusionParams, RequestLimits
 from vllm_cfg_plugin.pipelines.registry import describe

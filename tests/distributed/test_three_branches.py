@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.contract import make_request
 from tests.distributed.engine_ranks import run_ranks
-from tests.models import build_qwen_image
+from tests.model_builders.qwen_image import build_qwen_image
 from tests.three_branches import ThreeBranchPipeline
 from vllm_cfg_plugin.pipelines import registry
 

@@ -6,7 +6,7 @@ import pytest
 from openai import OpenAI
 
 from examples.vllm_server import VllmServer
-from tests.models import build_qwen_image
+from tests.model_builders.qwen_image import build_qwen_image
 
 START_TIMEOUT_S = 180
 SERVED_NAMES = ("tiny", "alias")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import ModelSize, build_qwen_image, transformer
+from tests.model_builders.qwen_image import ModelSize, build_qwen_image, transformer
 from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
 
 pytestmark = pytest.mark.e2e

@@ -9,7 +9,7 @@ import torch
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import Qwen2Tokenizer, UMT5Config, UMT5EncoderModel
 
-from tests.models import TOKENIZER
+from tests.model_builders.qwen_image import TOKENIZER
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE
 
 LATENT_CHANNELS = 4

@@ -9,9 +9,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from tests.model_builders.mmdit import LATENT_CHANNELS, POOLED, flux_transformer
+from tests.model_builders.qwen_image import SIZES
 from tests.model_builders.text import clip_text_model, clip_tokenizer, t5_encoder, t5_tokenizer
 from tests.model_builders.vae import image_vae
-from tests.models import SIZES
 
 
 def build_flux(folder: Path, *, size: str = "tiny", seed: int = 0, is_distilled: bool = False) -> Path:

@@ -12,8 +12,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.model_builders.mmdit import longcat_image_transformer
+from tests.model_builders.qwen_image import SIZES, TOKENIZER, text_encoder
 from tests.model_builders.vae import image_vae
-from tests.models import SIZES, TOKENIZER, text_encoder
 
 LATENT_CHANNELS = 16  # diffusers' pipelines know no other number
 VISION_PIXELS = 56 * 56  # an image is no more than so many pixels to the text encoder

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel, LongCatImageTransformer2DModel, SD3Transformer2DModel
 
-from tests.models import ModelSize
+from tests.model_builders.qwen_image import ModelSize
 
 LATENT_CHANNELS = 4
 POOLED = 24

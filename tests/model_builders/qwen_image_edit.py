@@ -14,7 +14,7 @@ from transformers import Qwen2Tokenizer, Qwen2VLProcessor, Qwen2VLVideoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
-from tests.models import (
+from tests.model_builders.qwen_image import (
     LATENT_CHANNELS,
     SIZES,
     TOKENIZER,

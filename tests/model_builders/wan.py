@@ -24,7 +24,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from tests.models import TOKENIZER
+from tests.model_builders.qwen_image import TOKENIZER
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE
 
 TEXT_WIDTH = 24

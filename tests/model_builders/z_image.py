@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from tests.models import SIZES, TOKENIZER, ModelSize
+from tests.model_builders.qwen_image import SIZES, TOKENIZER, ModelSize
 
 LATENT_CHANNELS = 4
 # That of the real model's tokenizer, as far as it serves one user message.

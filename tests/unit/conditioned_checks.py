@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from PIL import Image
 
 from tests import contract
 from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.pipelines.qwen_image_conditioned import QwenImageConditioned
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -30,16 +33,30 @@ def shrink(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> None:
         monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio, own=original: own(area // 64, ratio))
 
 
+def load(ours: type[QwenImageConditioned], folder: str | Path) -> tuple[Any, QwenImageConditioned]:
+    """(diffusers' pipeline, ours)"""
+    reference = getattr(diffusers, ours.__name__).from_pretrained(folder, dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    return reference, ours.load(str(folder), dtype=torch.float32, device=CPU)
+
+
 class ConditionedChecks:
     """The tests; a family's class says what is built and asked.
 
-    Fixtures of the family: `folder`, a checkpoint; `pipelines`, (diffusers' pipeline, ours) of it.
+    Fixture of the family, of class scope: `folder`, a checkpoint.
 
     Attributes:
+        ours: our class, which has the name of diffusers' own.
         cases: (images, parameters) of requests.
     """
 
+    ours: ClassVar[type[QwenImageConditioned]]
     cases: tuple[tuple[list[Image.Image], dict[str, Any]], ...] = ()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def pipelines(cls, folder):
+        return load(cls.ours, folder)
 
     def make_request(self, folder, number, **params):
         images, own = self.cases[number]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.model_builders.mmdit import longcat_image_transformer
-from tests.models import SIZES
+from tests.model_builders.qwen_image import SIZES
 from tests.unit.packed_checks import PackedIdsChecks, image_ids
 from vllm_cfg_plugin.pipelines.longcat_image_packed import PackedLongCatImageTransformer
 

@@ -7,10 +7,10 @@ import torch
 
 from tests.contract import branches_of, make_request, predict
 from tests.model_builders.longcat_image import build_longcat_image_edit
+from tests.model_builders.qwen_image import build_qwen_image
 from tests.model_builders.qwen_image_edit import build_qwen_image_edit, build_qwen_image_edit_plus
 from tests.model_builders.wan import build_wan
 from tests.model_builders.z_image import build_z_image
-from tests.models import build_qwen_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.pipelines.registry import describe, pipeline_class

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.models import SIZES, transformer
+from tests.model_builders.qwen_image import SIZES, transformer
 from vllm_cfg_plugin.pipelines import modulation
 from vllm_cfg_plugin.pipelines.modulation import ModulationCache
 from vllm_cfg_plugin.pipelines.qwen_image_packed import PackedQwenImageTransformer

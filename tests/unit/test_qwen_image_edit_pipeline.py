@@ -2,7 +2,6 @@
 
 import json
 
-import diffusers
 import pytest
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
@@ -10,7 +9,7 @@ from PIL import Image
 
 from tests import contract
 from tests.model_builders.qwen_image_edit import build_qwen_image_edit, build_qwen_image_edit_plus
-from tests.unit.conditioned_checks import CPU, ConditionedChecks, picture, shrink
+from tests.unit.conditioned_checks import ConditionedChecks, load, picture, shrink
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.qwen_image_edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
@@ -19,20 +18,13 @@ from vllm_cfg_plugin.pipelines.registry import describe
 SIZE = {"height": 64, "width": 64}
 
 
-def load(ours, folder):
-    """(diffusers' pipeline, ours)"""
-    pipeline = ours.load(str(folder), dtype=torch.float32, device=CPU)
-    reference = getattr(diffusers, ours.__name__).from_pretrained(folder, dtype=torch.float32)
-    reference.set_progress_bar_config(disable=True)
-    return reference, pipeline
-
-
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     shrink(monkeypatch, pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus)
 
 
 class TestEdit(ConditionedChecks):
+    ours = QwenImageEditPipeline
     cases = (
         ([picture(96, 64, 1)], SIZE),
         ([picture(60, 110, 2)], {"height": 32, "width": 96}),
@@ -44,15 +36,11 @@ class TestEdit(ConditionedChecks):
     def folder(cls, tmp_path_factory):
         return str(build_qwen_image_edit(tmp_path_factory.mktemp("edit")))
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def pipelines(cls, folder):
-        return load(QwenImageEditPipeline, folder)
-
 
 class TestEditPlus(ConditionedChecks):
     """With `zero_cond_t`, as Qwen-Image-Edit-2511."""
 
+    ours = QwenImageEditPlusPipeline
     cases = (
         ([picture(96, 64, 1)], SIZE),
         ([picture(60, 110, 2), picture(64, 64, 3)], {"height": 32, "width": 96}),
@@ -63,11 +51,6 @@ class TestEditPlus(ConditionedChecks):
     @classmethod
     def folder(cls, tmp_path_factory):
         return str(build_qwen_image_edit_plus(tmp_path_factory.mktemp("edit_plus")))
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def pipelines(cls, folder):
-        return load(QwenImageEditPlusPipeline, folder)
 
 
 class TestEditPlusWithoutZeroCond(TestEditPlus):

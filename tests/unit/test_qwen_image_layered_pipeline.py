@@ -1,13 +1,12 @@
 """Our Qwen-Image-Layered pipeline against diffusers' own, called directly and through the contract."""
 
-import diffusers
 import pytest
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
 
 from tests import contract
 from tests.model_builders.qwen_image_edit import build_qwen_image_layered
-from tests.unit.conditioned_checks import CPU, ConditionedChecks, picture, shrink
+from tests.unit.conditioned_checks import ConditionedChecks, picture, shrink
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.pipelines.qwen_image_layered import QwenImageLayeredPipeline
@@ -20,6 +19,7 @@ def _small(monkeypatch):
 
 
 class TestLayered(ConditionedChecks):
+    ours = QwenImageLayeredPipeline
     # The sizes that diffusers brings these images to.
     cases = (
         ([picture(96, 64, 1, "RGBA")], {"layers": 4, "height": 64, "width": 96}),
@@ -31,14 +31,6 @@ class TestLayered(ConditionedChecks):
     @classmethod
     def folder(cls, tmp_path_factory):
         return str(build_qwen_image_layered(tmp_path_factory.mktemp("layered")))
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def pipelines(cls, folder):
-        ours = QwenImageLayeredPipeline.load(folder, dtype=torch.float32, device=CPU)
-        reference = diffusers.QwenImageLayeredPipeline.from_pretrained(folder, dtype=torch.float32)
-        reference.set_progress_bar_config(disable=True)
-        return reference, ours
 
     def direct(self, own):
         return {name: value for name, value in own.items() if name not in ("height", "width")}

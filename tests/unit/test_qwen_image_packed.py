@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.models import SIZES, transformer
+from tests.model_builders.qwen_image import SIZES, transformer
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.qwen_image_packed import PackedQwenImageTransformer
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.model_builders.mmdit import LATENT_CHANNELS, POOLED, sd3_transformer
-from tests.models import SIZES
+from tests.model_builders.qwen_image import SIZES
 from tests.unit.packed_checks import PackedChecks
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.sd3_packed import PackedSD3Transformer, patchify, unpatchify

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
 
+from tests.model_builders.qwen_image import SIZES
 from tests.model_builders.z_image import LATENT_CHANNELS, transformer
-from tests.models import SIZES
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.z_image_packed import PackedZImageTransformer
 

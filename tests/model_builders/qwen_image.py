@@ -19,7 +19,7 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-TOKENIZER = Path(__file__).parents[1] / "examples/models/emoji/tokenizer"
+TOKENIZER = Path(__file__).parents[2] / "examples/models/emoji/tokenizer"
 LATENT_CHANNELS = 4
 
 
