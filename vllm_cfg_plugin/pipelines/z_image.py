@@ -220,6 +220,10 @@ class ZImagePipeline(ZImageCFGParallelMixin, ImagePipeline, DiffusersZImagePipel
     def forget_derived(self) -> None:
         self.transformer.modulations.clear()
 
+    @property
+    def prediction_like(self) -> torch.Tensor:
+        return self._weight.new_empty(0, dtype=torch.float32)  # see `predict_noise`
+
     def prediction_shape(self, request: DiffusionRequest) -> tuple[int, ...]:
         return request.image_tokens, PATCH * PATCH * FRAMES_PATCH * self.transformer.in_channels
 
