@@ -84,11 +84,6 @@ class PackedRows:
         return [*self.lengths, padding_rows(self.total)]
 
     @cached_property
-    def runs(self) -> list[Run]:
-        """The sequences in maximal runs of equal length."""
-        return [run for (run,) in common_runs(self)]
-
-    @cached_property
     def starts(self) -> list[int]:
         """First row of each sequence, then the end of the last."""
         return [0, *accumulate(self.lengths)]
