@@ -51,7 +51,7 @@ from benchmarks.contestants import (
 )
 from benchmarks.virtual_engine import Served
 from benchmarks.virtual_ranks import Overheads
-from vllm_cfg_plugin.engine.cost import Calibration
+from vllm_cfg_plugin.engine.calibration import Calibration
 
 KINDS = ("poisson", "bursty", "huge")
 HUGE_EVERY = 50

@@ -24,7 +24,7 @@ from benchmarks.common import EMOJI, engine, percentile
 from benchmarks.contestants import SCALE, SIDES, STEPS, Arrival, Contestant, Machine, arrivals, serve, work_us
 from benchmarks.virtual_ranks import Overheads
 from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
-from vllm_cfg_plugin.engine.cost import Calibration, slowest
+from vllm_cfg_plugin.engine.calibration import Calibration, slowest
 from vllm_cfg_plugin.entrypoints.front_end import pooling_params
 from vllm_cfg_plugin.model import PLACEHOLDER_PROMPT
 from vllm_cfg_plugin.params import DiffusionRequest

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.entrypoints.input_images import read_images
+from vllm_cfg_plugin.entrypoints.images.inputs import read_images
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, group_branches
 from vllm_cfg_plugin.pipelines.registry import describe

@@ -30,7 +30,7 @@ from tests.model_builders.z_image import build_z_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
-from vllm_cfg_plugin.pipelines.longcat_image_edit import load_image_processor
+from vllm_cfg_plugin.pipelines.longcat_image.edit import load_image_processor
 
 STEPS = 6
 SEED = 100  # of a family's first case; each next one has the next seed

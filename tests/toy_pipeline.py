@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm_cfg_plugin.config import keep_calibration
-from vllm_cfg_plugin.engine.cost import UNCALIBRATED, Calibration
+from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration
+from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import EnginePipeline, PromptEmbeds

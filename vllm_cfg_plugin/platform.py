@@ -138,7 +138,7 @@ def _wire_parallelism(vllm_config: VllmConfig, settings: EngineSettings) -> None
             )
     parallel.world_size = settings.cfg_parallel_size * parallel.tensor_parallel_size
     parallel.worker_cls = "vllm_cfg_plugin.worker.worker.DiffusionWorker"
-    parallel.distributed_executor_backend = "vllm_cfg_plugin.engine.executor.CfgExecutor"
+    parallel.distributed_executor_backend = "vllm_cfg_plugin.executor.executor.CfgExecutor"
     parallel.disable_custom_all_reduce = True
 
 

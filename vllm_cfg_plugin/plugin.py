@@ -1,7 +1,7 @@
 """vLLM's entry points into this package: platform, models, HTTP routes.
 
 vLLM calls each of them in every one of its processes, some more than once, so they are idempotent and cheap: what is
-    heavy is imported inside. Must import nothing of vLLM, torch or diffusers at module level.
+heavy is imported inside. Must import nothing of vLLM, torch or diffusers at module level.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm_cfg_plugin.entrypoints.images import ImagesEndpointPlugin
+    from vllm_cfg_plugin.entrypoints.endpoint import DiffusionEndpointPlugin
 
 
 def platform() -> str:
@@ -24,10 +24,10 @@ def register() -> None:
     register_models()
 
 
-def endpoint() -> ImagesEndpointPlugin:
-    """`vllm.endpoint_plugins`: the OpenAI images routes."""
+def endpoint() -> DiffusionEndpointPlugin:
+    """`vllm.endpoint_plugins`: the OpenAI images and videos routes."""
     from vllm_cfg_plugin.compat import silence_chat_warmup
-    from vllm_cfg_plugin.entrypoints.images import ImagesEndpointPlugin
+    from vllm_cfg_plugin.entrypoints.endpoint import DiffusionEndpointPlugin
 
     silence_chat_warmup()
-    return ImagesEndpointPlugin()
+    return DiffusionEndpointPlugin()

@@ -24,8 +24,8 @@ from tests.model_builders.qwen_image import (
     transformer,
 )
 from vllm_cfg_plugin.compat import let_vl_processors_do_without_videos
-from vllm_cfg_plugin.pipelines.qwen_image_base import PROMPT_TEMPLATE
-from vllm_cfg_plugin.pipelines.qwen_image_edit import EDIT_TEMPLATE
+from vllm_cfg_plugin.pipelines.qwen_image.base import PROMPT_TEMPLATE
+from vllm_cfg_plugin.pipelines.qwen_image.edit import EDIT_TEMPLATE
 
 
 def build_qwen_image_edit(folder: Path, *, seed: int = 0, levels: int = 3) -> Path:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests import contract
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.pipelines.qwen_image_conditioned import QwenImageConditioned
+from vllm_cfg_plugin.pipelines.qwen_image.conditioned import QwenImageConditioned
 
 CPU = torch.device("cpu")
 STEPS = 6

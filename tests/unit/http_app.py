@@ -14,7 +14,7 @@ from PIL import Image
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
 from tests.unit.fakes import INFO, LIMITS, answer
-from vllm_cfg_plugin.entrypoints import images
+from vllm_cfg_plugin.entrypoints.endpoint import DiffusionEndpointPlugin
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -52,7 +52,7 @@ def make_app(engine, monkeypatch, info=INFO, limits=LIMITS):
     monkeypatch.setattr(FrontEnd, "from_vllm_config", lambda config: FrontEnd(info, limits, len))
     app = FastAPI()
     init_exception_handler(app)
-    plugin = images.ImagesEndpointPlugin()
+    plugin = DiffusionEndpointPlugin()
     plugin.attach_router(app)
     args = Namespace(served_model_name=["emoji", "alias"], model="/models/emoji", log_error_stack=False)
     asyncio.run(plugin.init_state(engine, app.state, args))

@@ -6,9 +6,11 @@ import pytest
 from vllm.config import scheduler
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_cfg_plugin import config
-from vllm_cfg_plugin.config import FIND_TOKEN_BUDGET, diffusion_engine_args, keep_calibration, token_budget
-from vllm_cfg_plugin.engine.cost import UNCALIBRATED, Calibration
+from vllm_cfg_plugin.config import FIND_TOKEN_BUDGET
+from vllm_cfg_plugin.engine import calibration
+from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration, token_budget
+from vllm_cfg_plugin.engine.cost import UNCALIBRATED
+from vllm_cfg_plugin.entrypoints.engine_args import diffusion_engine_args
 from vllm_cfg_plugin.errors import ConfigurationError
 
 
@@ -60,7 +62,7 @@ def budget_of(model, **engine_args):
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr(config.logger, "info", lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(calibration.logger, "info", lambda text, *args: lines.append(text % args))
     return lines
 
 

@@ -4,15 +4,14 @@ import random
 
 import pytest
 
+from vllm_cfg_plugin.engine.calibration import Calibration, slowest
 from vllm_cfg_plugin.engine.cost import (
     UNCALIBRATED,
-    Calibration,
     CostModel,
     PackSample,
     find_token_budget,
     fit_forward,
     fit_line,
-    slowest,
 )
 
 STEP, TOKEN, SQUARE = 3000.0, 20.0, 0.05

@@ -13,7 +13,7 @@ from tests.model_builders.longcat_image import build_longcat_image, build_longca
 from tests.unit.pipeline_checks import ManyPromptsChecks, PipelineChecks
 from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
 from vllm_cfg_plugin.pipelines.longcat_image import LongCatImagePipeline
-from vllm_cfg_plugin.pipelines.longcat_image_edit import LongCatImageEditPipeline, load_image_processor
+from vllm_cfg_plugin.pipelines.longcat_image.edit import LongCatImageEditPipeline, load_image_processor
 
 
 class TestLongCatImage(ManyPromptsChecks):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.model_builders.qwen_image import SIZES, transformer
-from vllm_cfg_plugin.pipelines import modulation
-from vllm_cfg_plugin.pipelines.modulation import ModulationCache
-from vllm_cfg_plugin.pipelines.qwen_image_packed import PackedQwenImageTransformer
+from vllm_cfg_plugin.pipelines.common import modulation
+from vllm_cfg_plugin.pipelines.common.modulation import ModulationCache
+from vllm_cfg_plugin.pipelines.qwen_image.transformer import PackedQwenImageTransformer
 
 FLOAT = torch.float32
 

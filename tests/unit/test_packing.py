@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from vllm_cfg_plugin.worker.packing import ROW_MULTIPLE, PackedRows, common_runs, interleave, pad_rows, padding_rows
+from vllm_cfg_plugin.pipelines.common.packing import (
+    ROW_MULTIPLE,
+    PackedRows,
+    common_runs,
+    interleave,
+    pad_rows,
+    padding_rows,
+)
 
 CPU = torch.device("cpu")
 MIXES = [(5,), (1,), (16,), (4, 4, 4), (1, 7, 7, 2), (16, 16), (3, 200, 200, 200, 1, 1)]

@@ -12,7 +12,7 @@ from tests.model_builders.qwen_image_edit import build_qwen_image_edit, build_qw
 from tests.unit.conditioned_checks import ConditionedChecks, load, picture, shrink
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.pipelines.qwen_image_edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from vllm_cfg_plugin.pipelines.qwen_image import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from vllm_cfg_plugin.pipelines.registry import describe
 
 SIZE = {"height": 64, "width": 64}

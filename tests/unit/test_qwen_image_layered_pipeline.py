@@ -9,7 +9,7 @@ from tests.model_builders.qwen_image_edit import build_qwen_image_layered
 from tests.unit.conditioned_checks import ConditionedChecks, picture, shrink
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.pipelines.qwen_image_layered import QwenImageLayeredPipeline
+from vllm_cfg_plugin.pipelines.qwen_image import QwenImageLayeredPipeline
 from vllm_cfg_plugin.pipelines.registry import describe
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
-from vllm_cfg_plugin.pipelines.qwen_image_vae import ImageQwenImageVAE
+from vllm_cfg_plugin.pipelines.qwen_image.vae import ImageQwenImageVAE
 
 EMOJI = Path(__file__).parents[2] / "examples/models/emoji"
 SIZES = [(8, 8), (16, 16), (4, 12), (15, 9), (32, 20)]  # height and width of the latents

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from vllm_cfg_plugin.entrypoints.video_file import write_video
+from vllm_cfg_plugin.entrypoints.videos.file import write_video
 
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (250, 250, 250), (5, 5, 5), (128, 60, 190))
 

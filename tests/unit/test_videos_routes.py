@@ -21,10 +21,10 @@ from vllm_cfg_plugin.config import new_progress_address
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.progress import ProgressPublisher
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
-from vllm_cfg_plugin.entrypoints import video_serving
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
-from vllm_cfg_plugin.entrypoints.video_jobs import VideoJobs
-from vllm_cfg_plugin.entrypoints.video_protocol import Video
+from vllm_cfg_plugin.entrypoints.videos import service as video_serving
+from vllm_cfg_plugin.entrypoints.videos.jobs import VideoJobs
+from vllm_cfg_plugin.entrypoints.videos.schema import Video
 from vllm_cfg_plugin.errors import InvalidRequestError, VideoNotFoundError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API")  # openai-python's word on its own servers

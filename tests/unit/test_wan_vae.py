@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.model_builders.wan import wan_vae
-from vllm_cfg_plugin.pipelines.wan_vae import ThreadSafeWanVAE
+from vllm_cfg_plugin.pipelines.wan.vae import ThreadSafeWanVAE
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "residual"])

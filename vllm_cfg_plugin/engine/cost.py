@@ -61,17 +61,6 @@ UNCALIBRATED = CostModel(
 )
 
 
-class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank's start-up measured.
-
-    Attributes:
-        token_budget: image and text tokens in one packed forward past which packing more gains nothing.
-    """
-
-    cost: CostModel
-    token_budget: Annotated[int, msgspec.Meta(ge=1)]
-
-
 class PackSample(msgspec.Struct, frozen=True):
     """One measured packed forward.
 
@@ -159,12 +148,3 @@ def _gains(small: PackSample, large: PackSample) -> bool:
     """Whether going from one pack to a larger one lowers time per token by 2.5 % or more for every doubling."""
     doublings = math.log2(large.tokens / small.tokens)
     return large.us / large.tokens <= small.us / small.tokens * math.pow(1 - WORTHWHILE_GAIN, doublings)
-
-
-def slowest(calibrations: Sequence[Calibration]) -> Calibration:
-    """The figures that hold on every rank: each coefficient's largest, and the smallest budget."""
-    costs = [msgspec.structs.asdict(calibration.cost) for calibration in calibrations]
-    return Calibration(
-        cost=CostModel(**{name: max(cost[name] for cost in costs) for name in CostModel.__struct_fields__}),
-        token_budget=min(calibration.token_budget for calibration in calibrations),
-    )

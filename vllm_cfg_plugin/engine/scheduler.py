@@ -15,8 +15,9 @@ from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutpu
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_cfg_plugin.config import EngineSettings, calibration_of, token_budget
+from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.batching import PlannedStep, StepBatch
+from vllm_cfg_plugin.engine.calibration import calibration_of, token_budget
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport
 from vllm_cfg_plugin.engine.progress import ProgressPublisher

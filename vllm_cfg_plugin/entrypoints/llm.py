@@ -20,10 +20,10 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.compat import end_output_thread, wake_on_engine_death
-from vllm_cfg_plugin.config import diffusion_engine_args
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
+from vllm_cfg_plugin.entrypoints.engine_args import diffusion_engine_args
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output
-from vllm_cfg_plugin.entrypoints.input_images import read_images
+from vllm_cfg_plugin.entrypoints.images.inputs import read_images
 from vllm_cfg_plugin.entrypoints.output import DiffusionOutput
 from vllm_cfg_plugin.entrypoints.progress_bar import StepBar
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
-from vllm_cfg_plugin.entrypoints.video_file import write_video
+from vllm_cfg_plugin.entrypoints.videos.file import write_video
 from vllm_cfg_plugin.errors import InvalidRequestError
 
 _VIDEO_SUFFIX = ".mp4"

@@ -23,16 +23,16 @@ _PIPELINES = "vllm_cfg_plugin.pipelines"
 
 FAMILIES: dict[str, str] = {
     "FluxPipeline": f"{_PIPELINES}.flux:FluxPipeline",
-    "LongCatImageEditPipeline": f"{_PIPELINES}.longcat_image_edit:LongCatImageEditPipeline",
+    "LongCatImageEditPipeline": f"{_PIPELINES}.longcat_image:LongCatImageEditPipeline",
     "LongCatImagePipeline": f"{_PIPELINES}.longcat_image:LongCatImagePipeline",
     "QwenImagePipeline": f"{_PIPELINES}.qwen_image:QwenImagePipeline",
     "StableDiffusion3Pipeline": f"{_PIPELINES}.sd3:StableDiffusion3Pipeline",
     "ZImagePipeline": f"{_PIPELINES}.z_image:ZImagePipeline",
     "WanPipeline": f"{_PIPELINES}.wan:WanPipeline",
-    "WanImageToVideoPipeline": f"{_PIPELINES}.wan_image_to_video:WanImageToVideoPipeline",
-    "QwenImageEditPipeline": f"{_PIPELINES}.qwen_image_edit:QwenImageEditPipeline",
-    "QwenImageEditPlusPipeline": f"{_PIPELINES}.qwen_image_edit:QwenImageEditPlusPipeline",
-    "QwenImageLayeredPipeline": f"{_PIPELINES}.qwen_image_layered:QwenImageLayeredPipeline",
+    "WanImageToVideoPipeline": f"{_PIPELINES}.wan:WanImageToVideoPipeline",
+    "QwenImageEditPipeline": f"{_PIPELINES}.qwen_image:QwenImageEditPipeline",
+    "QwenImageEditPlusPipeline": f"{_PIPELINES}.qwen_image:QwenImageEditPlusPipeline",
+    "QwenImageLayeredPipeline": f"{_PIPELINES}.qwen_image:QwenImageLayeredPipeline",
 }
 
 

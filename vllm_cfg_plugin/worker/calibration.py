@@ -22,8 +22,8 @@ from msgspec import UNSET
 
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, Checkpoint, PipelineInfo
 from vllm_cfg_plugin.config import PLUGIN_NAME
+from vllm_cfg_plugin.engine.calibration import Calibration
 from vllm_cfg_plugin.engine.cost import (
-    Calibration,
     CostModel,
     find_token_budget,
     fit_forward,

@@ -14,7 +14,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.config import PLUGIN_NAME, EngineSettings
 from vllm_cfg_plugin.distributed import parallel_state, shared_memory
-from vllm_cfg_plugin.engine.cost import Calibration
+from vllm_cfg_plugin.engine.calibration import Calibration
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.worker.calibration import calibrate_rank, check_noise_scheduler

@@ -1,0 +1,206 @@
+"""Images that users send along: what is decoded, how it is turned and told apart, and every refusal."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.unit.edits import image_file, png_bomb
+from vllm_cfg_plugin.entrypoints.images.inputs import FORMATS, read_image, read_images
+from vllm_cfg_plugin.errors import InvalidRequestError
+
+MAX_PIXELS = 10_000
+PHOTO = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)  # [height, width, channels]
+
+
+def saved(image: Image.Image, image_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def read(image, param="image"):
+    return read_image(image, param, MAX_PIXELS)
+
+
+def pixels_of(decoded) -> np.ndarray:
+    return np.frombuffer(decoded.pixels, np.uint8).reshape(decoded.height, decoded.width, len(decoded.mode))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "BMP", "TIFF"])
+def test_lossless_formats_are_decoded_exactly(image_format):
+    decoded = read(
+        saved(Image.fromarray(PHOTO), image_format, **({"lossless": True} if image_format == "WEBP" else {}))
+    )
+    assert (decoded.mode, decoded.width, decoded.height) == ("RGB", 20, 12)
+    assert np.array_equal(pixels_of(decoded), PHOTO)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_every_format_is_told_by_its_bytes(image_format):
+    flat = pixels_of(read(image_file((200, 40, 90), (20, 12), image_format)))
+    assert np.abs(flat.astype(int) - [200, 40, 90]).max() <= 8
+
+
+def test_jpeg_is_as_pil_decodes_it():
+    data = saved(Image.fromarray(PHOTO), "JPEG")
+    assert np.array_equal(pixels_of(read(data)), np.asarray(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda a: a),
+        (3, lambda a: a[::-1, ::-1]),
+        (6, lambda a: np.rot90(a, -1)),
+        (8, lambda a: np.rot90(a)),
+        (5, lambda a: a.transpose(1, 0, 2)),
+    ],
+)
+def test_a_camera_rotation_is_undone(orientation, upright):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = read(saved(Image.fromarray(PHOTO), "PNG", exif=exif))
+    assert np.array_equal(pixels_of(decoded), upright(PHOTO))
+
+
+def test_alpha_is_kept():
+    rgba = np.dstack([PHOTO, np.arange(240, dtype=np.uint8).reshape(12, 20)])
+    decoded = read(saved(Image.fromarray(rgba), "PNG"))
+    assert decoded.mode == "RGBA"
+    assert np.array_equal(pixels_of(decoded), rgba)
+
+
+def test_gray_with_alpha_is_rgba():
+    decoded = read(saved(Image.new("LA", (3, 2), (7, 100)), "PNG"))
+    assert decoded.mode == "RGBA"
+    assert pixels_of(decoded)[0, 0].tolist() == [7, 7, 7, 100]
+
+
+def test_a_transparent_palette_entry_is_alpha_and_a_palette_without_one_is_not():
+    palette = Image.new("P", (4, 2), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.putpixel((0, 0), 0)
+    transparent = read(saved(palette, "PNG", transparency=0))
+    assert transparent.mode == "RGBA"
+    assert pixels_of(transparent)[0, :2].tolist() == [[0, 0, 0, 0], [255, 0, 0, 255]]
+    assert read(saved(palette, "PNG")).mode == "RGB"
+
+
+def test_the_first_frame_of_a_gif_is_the_image():
+    frames = [Image.new("RGB", (6, 4), color) for color in ("red", "lime", "blue")]
+    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert pixels_of(read(data))[..., :3].reshape(-1, 3).max(0).tolist() == [255, 0, 0]
+
+
+def test_sixteen_bits_keep_their_brightness():
+    deep = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
+    assert np.array_equal(pixels_of(read(saved(Image.fromarray(deep), "PNG")))[..., 0], deep >> 8)
+
+
+def test_other_modes_become_rgb():
+    for mode in ("1", "L", "CMYK", "YCbCr"):
+        assert read(Image.new(mode, (4, 4))).mode == "RGB"
+
+
+def test_paths_bytes_and_pil_images_are_the_same_image(tmp_path, monkeypatch):
+    data = saved(Image.fromarray(PHOTO), "PNG")
+    (tmp_path / "cat.dat").write_bytes(data)  # the name says nothing
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sources = [data, tmp_path / "cat.dat", str(tmp_path / "cat.dat"), "~/cat.dat", Image.fromarray(PHOTO)]
+    decoded = read_images(sources, "image", MAX_PIXELS)
+    assert len(set(decoded)) == 1
+    assert read_images(data, "image", MAX_PIXELS) == decoded[:1]
+    assert read_images([], "image", MAX_PIXELS) == []
+
+
+def test_the_digest_names_content_and_shape():
+    black = [Image.new(mode, size) for mode, size in (("RGB", (4, 6)), ("RGB", (6, 4)), ("RGBA", (6, 3)))]
+    nearly = Image.new("RGB", (4, 6))
+    nearly.putpixel((3, 5), (0, 0, 1))
+    digests = {read(image).digest for image in [*black, nearly]}
+    assert len(digests) == 4
+    assert read(Image.new("RGB", (4, 6))).digest in digests
+
+
+def test_the_image_of_a_user_is_left_as_it_was():
+    image = Image.new("P", (4, 4))
+    read(image)
+    assert image.mode == "P"
+    assert image.load() is not None
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"", "0 bytes"),
+        (b"GIF89a", "6 bytes"),
+        (b"no image", "PNG, JPEG"),
+        (image_file()[:30], "decoded"),
+        (saved(Image.fromarray(PHOTO), "JPEG")[:-40], "truncated"),
+        (saved(Image.fromarray(PHOTO), "PNG")[:-40], "truncated"),
+        (saved(Image.fromarray(PHOTO), "WEBP")[:-40], "decoded"),
+        (saved(Image.fromarray(PHOTO), "TIFF")[:-40], "decoded"),
+        (saved(Image.fromarray(PHOTO), "ICO"), "PNG, JPEG"),  # a format that PIL has and we don't
+        (saved(Image.new("F", (4, 4)), "TIFF"), "8 or 16 bits"),
+    ],
+)
+def test_what_is_no_whole_image_is_refused(data, word):
+    with pytest.raises(InvalidRequestError, match=word) as refused:
+        read(data, "image[1]")
+    assert refused.value.param == "image[1]"
+
+
+@pytest.mark.parametrize("flip", range(0, 400, 7))
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, about what it repairs
+def test_damaged_files_are_decoded_or_refused(flip):
+    """Nothing but our own error leaves, whichever byte lies."""
+    for image_format in FORMATS:
+        data = bytearray(image_file((200, 40, 90), (20, 12), image_format))
+        data[flip % len(data)] ^= 0xFF
+        try:
+            decoded = read(bytes(data))
+        except InvalidRequestError:
+            continue
+        assert len(decoded.pixels) == decoded.width * decoded.height * len(decoded.mode)
+
+
+@pytest.mark.parametrize("size", [(101, 100), (9_000, 9_000), (10_000, 10_000), (60_000, 60_000), (2**31 - 1, 1)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_too_many_pixels_are_refused_before_they_are_decoded(size, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(InvalidRequestError, match="at most 10000 pixels"):
+        read(png_bomb(*size))
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_where_warnings_are_errors():
+    with pytest.raises(InvalidRequestError, match="at most 10000 pixels"):
+        read(png_bomb(10_000, 10_000))
+
+
+def test_an_image_of_exactly_the_limit_is_fine():
+    assert read(Image.new("RGB", (100, 100))).width == 100
+    with pytest.raises(InvalidRequestError, match="101x100"):
+        read(Image.new("RGB", (101, 100)))
+
+
+@pytest.mark.parametrize("image", [None, 5, 1.5, {"image": 1}, np.zeros((4, 4, 3), np.uint8)])
+def test_other_types_are_refused(image):
+    with pytest.raises(InvalidRequestError, match="a PIL image, a path"):
+        read(image)
+
+
+@pytest.mark.parametrize("path", ["/no/such/file.png", os.sep, "a\0b.png", "~no_such_user/cat.png", "x" * 5000])
+def test_a_file_that_cant_be_read_is_refused(path):
+    with pytest.raises(InvalidRequestError, match="a file that can be read") as refused:
+        read(path)
+    assert refused.value.param == "image"
+
+
+def test_each_of_several_is_named():
+    with pytest.raises(InvalidRequestError) as refused:
+        read_images([image_file(), image_file(), b"x"], "image", MAX_PIXELS)
+    assert refused.value.param == "image[2]"

@@ -1,0 +1,64 @@
+"""What start-up measured: from the ranks to the scheduler, in the engine's copy of vLLM's configuration.
+
+Must not import torch or vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+
+from vllm_cfg_plugin.config import FIND_TOKEN_BUDGET, additional_config
+from vllm_cfg_plugin.engine.cost import CostModel
+from vllm_cfg_plugin.logs import get_logger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = get_logger(__name__)
+
+_CALIBRATION = "calibration"  # key of `additional_config`
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank's start-up measured.
+
+    Attributes:
+        token_budget: image and text tokens in one packed forward past which packing more gains nothing.
+    """
+
+    cost: CostModel
+    token_budget: Annotated[int, msgspec.Meta(ge=1)]
+
+
+def slowest(calibrations: Sequence[Calibration]) -> Calibration:
+    """The figures that hold on every rank: each coefficient's largest, and the smallest budget."""
+    costs = [msgspec.structs.asdict(calibration.cost) for calibration in calibrations]
+    return Calibration(
+        cost=CostModel(**{name: max(cost[name] for cost in costs) for name in CostModel.__struct_fields__}),
+        token_budget=min(calibration.token_budget for calibration in calibrations),
+    )
+
+
+def keep_calibration(vllm_config: VllmConfig, calibration: Calibration) -> None:
+    """Leave the calibration where `calibration_of` finds it, in the engine's own copy of the configuration."""
+    vllm_config.additional_config = {**additional_config(vllm_config), _CALIBRATION: msgspec.to_builtins(calibration)}
+
+
+def calibration_of(vllm_config: VllmConfig) -> Calibration:
+    """What `keep_calibration` left."""
+    return msgspec.convert(additional_config(vllm_config)[_CALIBRATION], Calibration)
+
+
+def token_budget(vllm_config: VllmConfig) -> int:
+    """Image and text tokens per rank and step: what the user asked for, else what was found at start-up; logs that."""
+    asked = vllm_config.scheduler_config.max_num_batched_tokens
+    if asked != FIND_TOKEN_BUDGET:
+        return asked
+    found = calibration_of(vllm_config).token_budget
+    logger.info(
+        "Token budget: %d tokens per rank and step (found at start-up; --max-num-batched-tokens overrides it)", found
+    )
+    return found

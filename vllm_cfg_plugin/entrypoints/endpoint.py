@@ -1,0 +1,53 @@
+"""vLLM's endpoint plugin: the images and the videos routes in its OpenAI server."""
+
+from __future__ import annotations
+
+import multiprocessing
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+
+from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
+from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
+from vllm_cfg_plugin.entrypoints.images import routes as images
+from vllm_cfg_plugin.entrypoints.images.service import ImagesService
+from vllm_cfg_plugin.entrypoints.videos import routes as videos
+from vllm_cfg_plugin.entrypoints.videos.service import VideosService
+from vllm_cfg_plugin.executor.lifeline import die_with_parent
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+    from vllm.tasks import SupportedTask
+
+
+class DiffusionEndpointPlugin:
+    """vLLM's endpoint plugin contract (vllm/plugins/endpoint_plugins/interface.py)."""
+
+    name = "vllm_cfg_plugin"
+    required_tasks: tuple[SupportedTask, ...] | None = ("plugin",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.include_router(images.router)
+        app.include_router(videos.router)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        if engine_client is None:  # vLLM's render server, which `required_tasks` keeps us out of
+            return
+        if multiprocessing.parent_process() is not None:
+            # One of several API servers: a kill -9 of their parent would leave them without an engine.
+            die_with_parent()
+        names = args.served_model_name or [args.model]
+        front_end = FrontEnd.from_vllm_config(engine_client.vllm_config)
+        calls = EngineCalls(engine_client, lambda: _is_stopping(state))
+        state.max_upload_bytes = front_end.limits.max_upload_bytes
+        state.images_service = ImagesService(calls, front_end, names)
+        state.videos_service = VideosService(calls, front_end, names)
+        if front_end.progress_address and front_end.info.produces == "video":
+            state.videos_service.follow_progress(front_end.progress_address)
+
+
+def _is_stopping(state: State) -> bool:
+    server = getattr(state, "server", None)  # set by vLLM once uvicorn runs
+    return server is not None and server.should_exit

@@ -1,0 +1,43 @@
+"""Arguments of vLLM's `EngineArgs` for offline use; must not import torch, and vLLM only when called."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.config import ENGINE_DEFAULTS, PLUGIN_NAME, EngineSettings, default_dtype, new_progress_address
+from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.registry import check_servable
+
+
+def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any) -> dict[str, Any]:
+    """Keyword arguments of vLLM's `EngineArgs` for offline use; what the caller gives wins over our defaults.
+
+    Args:
+        engine_args: fields of `EngineSettings`, or anything that `EngineArgs` takes.
+
+    Raises:
+        ConfigurationError: a model that we don't serve, a setting out of range, or a VLLM_PLUGINS without us.
+    """
+    _check_plugin_is_allowed()
+    from vllm.platforms import current_platform
+
+    check_servable(Checkpoint(model, engine_args.get("revision")))
+    settings = {name: engine_args.pop(name) for name in EngineSettings.__struct_fields__ if name in engine_args}
+    additional = {
+        **engine_args.pop("additional_config", {}),
+        **settings,
+        "cfg_parallel_size": cfg_parallel_size,
+        "progress_address": new_progress_address(),
+    }
+    EngineSettings.from_dict(additional)
+    dtype = {"dtype": default_dtype(current_platform.is_cpu())}
+    return {**ENGINE_DEFAULTS, **dtype, **engine_args, "model": model, "additional_config": additional}
+
+
+def _check_plugin_is_allowed() -> None:
+    """Without our platform vLLM fails with "Failed to infer device type", which names neither cause nor remedy."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        raise ConfigurationError(f"VLLM_PLUGINS={allowed!r} leaves us out: add {PLUGIN_NAME} to it, or unset it")

@@ -1,0 +1,73 @@
+"""HTTP: `POST /v1/images/generations` and `/v1/images/edits` in vLLM's OpenAI server.
+
+Routes are thin: `schema` knows the fields, `forms` reads uploads, `service` does the work, `error_route` answers with
+errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
+from vllm.utils import random_uuid
+
+from vllm_cfg_plugin.entrypoints.error_route import OpenAIErrorRoute
+from vllm_cfg_plugin.entrypoints.forms import UploadedFile, read_form
+from vllm_cfg_plugin.entrypoints.images.schema import EditsRequest, ImagesRequest, ImagesResponse, edits_form_schema
+from vllm_cfg_plugin.errors import InvalidRequestError
+
+router = APIRouter(route_class=OpenAIErrorRoute)
+
+
+@router.post("/v1/images/generations", responses={HTTPStatus.OK.value: {"model": ImagesResponse}})
+@with_cancellation
+@load_aware_call
+async def generate_images(body: ImagesRequest, raw_request: Request) -> JSONResponse:
+    """Text to image: the fields of OpenAI's images API, and those of diffusion (`ImagesRequest`)."""
+    return await _respond(raw_request, body)
+
+
+@dataclass(frozen=True)
+class EditForm:
+    """What a form for /v1/images/edits holds: its fields, and its images as `read_images` takes them."""
+
+    body: EditsRequest
+    images: bytes | list[bytes]
+
+
+async def read_edit_form(raw_request: Request) -> EditForm:
+    """Reads the whole body, so that `with_cancellation` may wait for a disconnect.
+
+    Raises:
+        InvalidRequestError: it is no form, or one of its fields has the wrong type.
+    """
+    fields = await read_form(raw_request)
+    images = fields.pop("image", None) or []  # one, or a list of those that came as `image[]`
+    for index, image in enumerate(images if isinstance(images, list) else [images]):
+        if not isinstance(image, UploadedFile):
+            param = f"image[{index}]" if isinstance(images, list) else "image"
+            raise InvalidRequestError(param, image, "an uploaded file: a part of the form that has a filename")
+    files = [image.data for image in images] if isinstance(images, list) else images.data
+    return EditForm(EditsRequest.from_form(fields), files)
+
+
+@router.post(
+    "/v1/images/edits", responses={HTTPStatus.OK.value: {"model": ImagesResponse}}, openapi_extra=edits_form_schema()
+)
+@with_cancellation
+@load_aware_call
+async def edit_images(form: Annotated[EditForm, Depends(read_edit_form)], raw_request: Request) -> JSONResponse:
+    """Images and text to image: `image` once or `image[]` several times, and the fields of /v1/images/generations."""
+    return await _respond(raw_request, form.body, form.images)
+
+
+async def _respond(
+    raw_request: Request, body: ImagesRequest, images: bytes | list[bytes] | None = None
+) -> JSONResponse:
+    request_id = raw_request.headers.get("X-Request-Id") or random_uuid()
+    response = await raw_request.app.state.images_service.generate(body, f"img-{request_id}", images)
+    return JSONResponse(response.model_dump())

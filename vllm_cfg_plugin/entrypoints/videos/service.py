@@ -1,0 +1,172 @@
+"""Video jobs from their checked bodies to their files: engine calls, states, cancellation. Knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import msgspec
+import numpy as np
+import zmq
+from vllm.logger import init_logger
+from vllm.utils import random_uuid
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_cfg_plugin.engine.progress import ProgressListener
+from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
+from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, check_model_name
+from vllm_cfg_plugin.entrypoints.images.inputs import read_images
+from vllm_cfg_plugin.entrypoints.images.service import encode_image
+from vllm_cfg_plugin.entrypoints.videos.file import LARGEST_SIDE, write_video
+from vllm_cfg_plugin.entrypoints.videos.jobs import VideoJob, VideoJobs
+from vllm_cfg_plugin.entrypoints.videos.schema import Video, VideosRequest
+from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, RequestAbortedError
+from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
+
+logger = init_logger(f"vllm.{__name__}")
+
+_THUMBNAIL_QUALITY = 80
+
+
+class VideosService:
+    """Serves one engine's model under one or more names; its calls are made on one event loop.
+
+    Args:
+        calls: to that engine.
+
+    Attributes:
+        jobs: of this server.
+    """
+
+    def __init__(self, calls: EngineCalls, front_end: FrontEnd, model_names: Sequence[str]) -> None:
+        self._calls = calls
+        self._front_end = front_end
+        self._model_names = model_names
+        self._hears_progress = False
+        self.jobs = VideoJobs()
+
+    def follow_progress(self, address: str) -> None:
+        """Let jobs show the denoising steps that the engine has done; to be called on the event loop.
+
+        One API server can listen to an engine. For the jobs of others, and without this, a job counts as in progress
+        from the beginning, at 0 percent until it is done.
+        """
+        loop = asyncio.get_running_loop()
+
+        def on_progress(video_id: str, done: int, steps: int) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and this thread with it in a moment
+                loop.call_soon_threadsafe(self.jobs.note_progress, video_id, done, steps)
+
+        try:
+            ProgressListener(address, on_progress).start()
+        except zmq.ZMQError:
+            logger.info("Another API server listens to the engine's progress: videos of this one show their state only")
+        else:
+            self._hears_progress = True
+
+    async def create(self, body: VideosRequest, reference: bytes | None) -> Video:
+        """Start a job.
+
+        Args:
+            reference: file of the image to start from.
+
+        Raises:
+            InvalidRequestError, ModelNotFoundError: the request is wrong; nothing was started.
+        """
+        request = await self._resolve(body, reference)
+        info = self._front_end.info
+        video = Video(
+            id=f"video_{random_uuid()}",
+            model=body.model or self._model_names[0],
+            status="queued" if self._hears_progress else "in_progress",
+            created_at=int(time.time()),
+            prompt=body.prompt,
+            seconds=body.length(request.num_frames, info),
+            size=f"{request.width}x{request.height}",
+            seed=request.seed,
+            num_frames=request.num_frames,
+            fps=body.rate(info),
+        )
+        job = self.jobs.add(video)
+        if self._hears_progress:
+            request = msgspec.structs.replace(request, progress_key=video.id)
+        task = asyncio.create_task(self._run(job, request))
+        job.cancel = task.cancel
+        return video
+
+    def finished(self, video_id: str) -> VideoJob:
+        """A job whose files are there.
+
+        Raises:
+            VideoNotFoundError: there is none of this id.
+            InvalidRequestError: it is not completed.
+        """
+        job = self.jobs.get(video_id)
+        if job.video.status != "completed":
+            state = f"failed: {job.video.error.message}" if job.video.error else f"is {job.video.status}"
+            raise InvalidRequestError("video_id", video_id, f"that of a completed video, and this one {state}")
+        return job
+
+    async def _resolve(self, body: VideosRequest, reference: bytes | None) -> DiffusionRequest:
+        check_model_name(body.model, self._model_names)
+        body.check_fields({})
+        self._check_task(body.model or self._model_names[0], reference)
+        images: list[ImageInput] = []
+        if reference is not None:
+            limit = self._front_end.limits.max_input_pixels
+            images = await asyncio.to_thread(read_images, reference, "input_reference", limit)
+        try:
+            (request,) = self._front_end.resolve(body.prompt, body.params_for(self._front_end.info), images)
+        except InvalidRequestError as error:
+            raise body.in_request_terms(error) from None
+        if max(request.height, request.width) > LARGEST_SIDE:
+            size = f"{request.width}x{request.height}"
+            raise InvalidRequestError("size", size, f"of sides of at most {LARGEST_SIDE} pixels, to fit in a file")
+        return request
+
+    def _check_task(self, model: str, reference: bytes | None) -> None:
+        info = self._front_end.info
+        if info.produces != "video":
+            endpoint = "/v1/images/edits" if info.min_images else "/v1/images/generations"
+            raise InvalidRequestError(
+                "model", model, f"one that makes videos: this one does {info.task}, at {endpoint}"
+            )
+        if reference is None and info.min_images:
+            raise InvalidRequestError("input_reference", None, f"given, an image file: this model does {info.task}")
+        if reference is not None and not info.max_images:
+            raise InvalidRequestError(
+                "input_reference", f"{len(reference)} bytes", f"absent: this model does {info.task}"
+            )
+
+    async def _run(self, job: VideoJob, request: DiffusionRequest) -> None:
+        """To its end, whatever that is: nobody waits for this, so the job's state says it."""
+        try:
+            (result,) = await self._calls.run([request], job.video.id)
+            await asyncio.to_thread(_write_files, job, result.pixels)
+            self.jobs.complete(job, msgspec.structs.asdict(result.metrics))
+        except asyncio.CancelledError:
+            self.jobs.fail(job, "cancelled", "it was deleted, or the server stopped, before it was done")
+            raise
+        except RequestAbortedError as error:
+            self.jobs.fail(job, "aborted", str(error))
+        except CfgPluginError as error:
+            self.jobs.fail(job, "failed", str(error))
+        except EngineDeadError:
+            self.jobs.fail(job, "aborted", "the engine has died, see the server's log")
+        except Exception as error:
+            logger.exception("Video %s can't be written", job.video.id)
+            self.jobs.fail(job, "failed", f"the video can't be written: {error}")
+
+
+def _write_files(job: VideoJob, frames: np.ndarray) -> None:
+    """Both files; takes long enough to be kept off the event loop.
+
+    Args:
+        frames: uint8 [number, height, width, 3].
+    """
+    write_video(job.file, frames, job.video.fps)
+    job.thumbnail.write_bytes(encode_image(frames[0], "webp", _THUMBNAIL_QUALITY))
+    if job.is_removed:  # meanwhile
+        job.remove_files()

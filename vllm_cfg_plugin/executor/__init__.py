@@ -1,0 +1,1 @@
+"""How the engine starts its ranks and talks to them: vLLM's executor interface, processes, sockets."""

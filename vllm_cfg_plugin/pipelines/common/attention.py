@@ -1,0 +1,207 @@
+"""Attention over packed sequences, on diffusers' own attention modules of any family; must not import vLLM.
+
+Each sequence attends to itself alone: as one stream, or as a text and an image stream with projections of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+
+from vllm_cfg_plugin.pipelines.common.linear import has_onednn, linear, onednn_linear
+from vllm_cfg_plugin.pipelines.common.packing import ROW_MULTIPLE, PackedRows, common_runs, interleave
+
+# From so many rows on, attention by oneDNN's products beats torch's kernel (measured, one thread, heads of 32 to 128).
+_ONEDNN_FROM = 256
+
+# Scores computed at a time: 1 MiB of them.
+_SCORES = 1 << 18
+
+
+@dataclass(frozen=True)
+class JointLayout:
+    """Where the sequences of one packed batch lie, and what follows from it alone.
+
+    Attributes:
+        text, image: the two streams.
+        joint: the stream of attention: text then image of sequence 0, of sequence 1, ...
+        rotation: complex rotary factors of the joint stream, [rows, 1, head_dim / 2], of at least as many rows as the
+            padded stream has; None where the model has no rotary embedding.
+    """
+
+    text: PackedRows
+    image: PackedRows
+    joint: PackedRows
+    rotation: torch.Tensor | None
+
+    def part(self, sequences: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image and the text stream of the joint stream's sequences."""
+        texts, images = zip(
+            *(rows.split((t, i)) for rows, t, i in zip(sequences, self.text.lengths, self.image.lengths, strict=True)),
+            strict=True,
+        )
+        return self.image.join(images), self.text.join(texts)
+
+
+def make_joint_layout(
+    text_lengths: tuple[int, ...],
+    image_lengths: tuple[int, ...],
+    rotations: Sequence[torch.Tensor],
+    device: torch.device,
+) -> JointLayout:
+    """The layout of sequences of so many text and image rows.
+
+    Args:
+        rotations: complex rotary factors [rows, head_dim / 2] of text, image, text, image, ...; empty for a model
+            without rotary embedding.
+    """
+    text, image = PackedRows(text_lengths, device), PackedRows(image_lengths, device)
+    joint = PackedRows(tuple(t + i for t, i in zip(text_lengths, image_lengths, strict=True)), device)
+    if not rotations:
+        return JointLayout(text, image, joint, None)
+    padding = max(text.sizes[-1] + image.sizes[-1], joint.sizes[-1])
+    return JointLayout(text, image, joint, F.pad(torch.cat([*rotations]), [0, 0, 0, padding])[:, None])
+
+
+def joint_attention(
+    attn: Any, image: torch.Tensor, text: torch.Tensor, layout: JointLayout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each sequence's image and text get from both, before the output projections; streams are [rows, dim]."""
+    heads = _heads(attn)
+    query_key_value = interleave(
+        layout.text,
+        layout.image,
+        (
+            rms_norm(attn.norm_added_q, linear(attn.add_q_proj, text).unflatten(-1, heads)),
+            rms_norm(attn.norm_q, linear(attn.to_q, image).unflatten(-1, heads)),
+            rms_norm(attn.norm_added_k, linear(attn.add_k_proj, text).unflatten(-1, heads)),
+            rms_norm(attn.norm_k, linear(attn.to_k, image).unflatten(-1, heads)),
+            linear(attn.add_v_proj, text).unflatten(-1, heads),
+            linear(attn.to_v, image).unflatten(-1, heads),
+        ),
+    )
+    query, key = rotate(query_key_value[:2], layout.rotation)
+    return layout.part(attend_sequences(query, key, query_key_value[2], layout.joint, attn.processor))
+
+
+def self_attention(attn: Any, stream: torch.Tensor, rows: PackedRows, rotation: torch.Tensor | None) -> torch.Tensor:
+    """What each sequence of one stream gets from itself, before the output projection, [rows, dim].
+
+    Args:
+        rotation: of the stream's rows, see `JointLayout`.
+    """
+    heads = _heads(attn)
+    query = rotate(rms_norm(attn.norm_q, linear(attn.to_q, stream).unflatten(-1, heads)), rotation)
+    key = rotate(rms_norm(attn.norm_k, linear(attn.to_k, stream).unflatten(-1, heads)), rotation)
+    value = linear(attn.to_v, stream).unflatten(-1, heads)
+    return rows.join(attend_sequences(query, key, value, rows, attn.processor))
+
+
+def rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """torch's or diffusers' RMSNorm, the same numbers in float32 but for the last bit; None leaves x as it is."""
+    return x if norm is None else scaled_rms_norm(x, norm.weight, norm.eps)
+
+
+def scaled_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """The RMS norm of x [..., dim] with a weight [dim], None for ones."""
+    if not (x.is_cpu and x.dtype == torch.float32):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    # torch has no fused kernel for the CPU: these four operations take half the time of its seven.
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.addcmul(x.new_tensor(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
+    return x * scale if weight is None else (x * scale).mul_(weight)
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+    """Rotary position embedding of [..., rows, heads, head_dim], neighbours paired as complex numbers; may change x."""
+    if rotation is None:
+        return x
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs.mul_(rotation[: x.shape[-3]])).flatten(-2).type_as(x)
+
+
+def attend_sequences(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: PackedRows,
+    processor: Any,
+    key_rows: PackedRows | None = None,
+) -> list[torch.Tensor]:
+    """Attention of each sequence's queries to its own keys, [length, heads * head_dim]; inputs [rows, heads, head_dim].
+
+    Args:
+        processor: the attention module's, which names the kernel if the user chose one.
+        key_rows: where the sequences lie in key and value, if these are another stream than the query's.
+    """
+    key_rows = key_rows or rows
+    if _has_varlen_kernel(query, processor):
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = query[: rows.total], key[: key_rows.total], value[: key_rows.total]
+        longest, longest_key = max(rows.lengths), max(key_rows.lengths)
+        out: Any = varlen_attn(query, key, value, rows.boundaries, key_rows.boundaries, longest, longest_key)
+        return rows.split(out.flatten(1))
+    attended: list[torch.Tensor] = []
+    is_float_cpu = query.is_cpu and query.dtype == torch.float32 and _is_native(processor) and has_onednn()
+    for run, of_keys in common_runs(rows, key_rows):
+        blocks = run.block(query), of_keys.block(key), of_keys.block(value)
+        if is_float_cpu and min(run.length, of_keys.length) >= _ONEDNN_FROM:
+            attended += [_attend_onednn(*one) for one in zip(*blocks, strict=True)]
+            continue
+        # A kernel works on one sequence and head at a time: a run of equal lengths gives the same bits as one by one.
+        attended += dispatch_attention_fn(*blocks, backend=_backend(processor)).flatten(2).unbind(0)
+    return attended
+
+
+def _attend_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of one long sequence on a CPU in float32, [queries, heads * head_dim]; inputs are [length, heads, ...].
+
+    torch's own kernel is built on MKL's products, see `linear.py`. The scores of some rows at a time stay in the cache.
+    """
+    attended = torch.empty_like(query)
+    query = (query.transpose(0, 1) * query.shape[-1] ** -0.5).contiguous()  # [heads, queries, head_dim]
+    key, value = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+    rows = max(ROW_MULTIPLE, _SCORES // key.shape[1] // ROW_MULTIPLE * ROW_MULTIPLE)
+    for head in range(query.shape[0]):
+        for first in range(0, query.shape[1], rows):
+            some = slice(first, first + rows)
+            scores = onednn_linear(query[head, some], key[head])
+            torch.softmax(scores, dim=-1, out=scores)
+            attended[some, head] = onednn_linear(scores, value[head].t())
+    return attended.flatten(1)
+
+
+def _has_varlen_kernel(query: torch.Tensor, processor: Any) -> bool:
+    """Whether torch's varlen flash attention runs here and the user chose no other."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _is_native(processor)
+    )
+
+
+def _is_native(processor: Any) -> bool:
+    """Whether the user left diffusers' choice of attention kernel to torch."""
+    active: AttentionBackendName = _AttentionBackendRegistry.get_active_backend()[0]
+    return _backend(processor) is None and active == AttentionBackendName.NATIVE
+
+
+def _backend(processor: Any) -> Any:
+    """The kernel that the user chose for this module; diffusers' older processors know no choice."""
+    return getattr(processor, "_attention_backend", None)
+
+
+def _heads(attn: Any) -> tuple[int, int]:
+    """(-1, head_dim): under tensor parallelism a rank holds some of the heads."""
+    return -1, attn.inner_dim // attn.heads

@@ -1,0 +1,206 @@
+"""The blocks of the MMDiT families over packed sequences, on diffusers' own modules; must not import vLLM.
+
+Stable Diffusion 3 (https://arxiv.org/abs/2403.03206), Flux, LongCat-Image and Qwen-Image keep text and image in two
+streams that attend to each other; Flux and LongCat-Image then lay them into one. See `packing.py` for why a
+sequence's result is bitwise the same in any company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+
+from vllm_cfg_plugin.pipelines.common.attention import (
+    JointLayout,
+    joint_attention,
+    make_joint_layout,
+    self_attention,
+)
+from vllm_cfg_plugin.pipelines.common.linear import feed_forward, gelu_linear, linear
+from vllm_cfg_plugin.pipelines.common.modulation import (
+    Modulation,
+    StreamSpans,
+    add_gated,
+    modulate,
+    modulate_last,
+    project_modulations,
+)
+from vllm_cfg_plugin.pipelines.common.packing import LayoutCache
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The spans of every stream; those of the image may divide a sequence."""
+
+    text: StreamSpans
+    image: StreamSpans
+    joint: StreamSpans
+
+    @classmethod
+    def of(cls, modulations: Sequence[Modulation], layout: JointLayout) -> Self:
+        """The spans of sequences with these modulations, one per sequence."""
+        return cls(*(StreamSpans.of(modulations, stream) for stream in (layout.text, layout.image, layout.joint)))
+
+
+class DualBlock(NamedTuple):
+    """The modules of one dual-stream block, whatever its family calls them.
+
+    Attributes:
+        attn: joint attention.
+        image_norms, text_norms: layer norms before attention and before the MLP, without weights of their own.
+        image_mlp, text_mlp: diffusers' FeedForward; no `text_mlp` where nothing reads the text any more.
+        image_attn: the image's attention to itself, which some blocks of Stable Diffusion 3.5 have besides.
+    """
+
+    attn: Any
+    image_norms: tuple[Any, Any]
+    text_norms: tuple[Any, Any]
+    image_mlp: Any
+    text_mlp: Any | None
+    image_attn: Any | None = None
+
+
+def forward_dual_block(
+    block: DualBlock, image: torch.Tensor, text: torch.Tensor, spans: Spans, number: int, layout: JointLayout
+) -> None:
+    """Block `number` of the model, on image and text [rows, dim]: both are changed in place."""
+    of_image, of_text = spans.image.factors(number), spans.text.factors(number)
+    first = 6 if block.image_attn is None else 9  # the text's factors come after the image's
+    image_norm, text_norm = block.image_norms[0], block.text_norms[0]
+    image_out, text_out = joint_attention(
+        block.attn,
+        modulate(image_norm, image, spans.image.rows, of_image, 0),
+        modulate(text_norm, text, spans.text.rows, of_text, first),
+        layout,
+    )
+    own_in = None if block.image_attn is None else modulate(image_norm, image, spans.image.rows, of_image, 6)
+    add_gated(image, linear(block.attn.to_out[0], image_out), spans.image.rows, of_image, 2)
+    if block.image_attn is not None and own_in is not None:
+        own_out = self_attention(block.image_attn, own_in, layout.image, None)
+        add_gated(image, linear(block.image_attn.to_out[0], own_out), spans.image.rows, of_image, 8)
+    image_in = modulate(block.image_norms[1], image, spans.image.rows, of_image, 3)
+    add_gated(image, feed_forward(block.image_mlp, image_in), spans.image.rows, of_image, 5)
+    if block.text_mlp is None:
+        return
+    add_gated(text, linear(block.attn.to_add_out, text_out), spans.text.rows, of_text, first + 2)
+    text_in = modulate(block.text_norms[1], text, spans.text.rows, of_text, first + 3)
+    add_gated(text, feed_forward(block.text_mlp, text_in), spans.text.rows, of_text, first + 5)
+    _keep_finite(image)
+    _keep_finite(text)
+
+
+def forward_single_block(block: Any, stream: torch.Tensor, spans: Spans, number: int, layout: JointLayout) -> None:
+    """Block `number` of the model, one of its single-stream blocks, on the joint stream [rows, dim], in place."""
+    factors = spans.joint.factors(number)
+    normed = modulate(block.norm.norm, stream, spans.joint.rows, factors, 0)
+    attended = self_attention(block.attn, normed, layout.joint, layout.rotation)
+    hidden = gelu_linear(block.proj_mlp, normed)
+    add_gated(stream, linear(block.proj_out, torch.cat([attended, hidden], dim=1)), spans.joint.rows, factors, 2)
+    _keep_finite(stream)
+
+
+def forward_blocks(
+    model: Any, image: torch.Tensor, text: torch.Tensor, modulations: Sequence[Modulation], layout: JointLayout
+) -> torch.Tensor:
+    """The prediction of a Flux, LongCat-Image or Stable Diffusion 3 transformer, [image tokens, channels].
+
+    Args:
+        image, text: embedded streams, [rows, dim]; they are changed.
+    """
+    spans = Spans.of(modulations, layout)
+    for number, block in enumerate(model.transformer_blocks):
+        forward_dual_block(_dual_block(block), image, text, spans, number, layout)
+    single_blocks = getattr(model, "single_transformer_blocks", ())
+    if len(single_blocks):
+        pairs = zip(layout.text.split(text), layout.image.split(image), strict=True)
+        stream = layout.joint.join(rows for pair in pairs for rows in pair)
+        for number, block in enumerate(single_blocks, start=len(model.transformer_blocks)):
+            forward_single_block(block, stream, spans, number, layout)
+        image, _ = layout.part(layout.joint.split(stream))
+    return linear(model.proj_out, modulate_last(model.norm_out.norm, image, spans.image))[: layout.image.total]
+
+
+def block_modulations(model: Any, embedding: torch.Tensor, count: int) -> list[Modulation]:
+    """What `count` conditions do to a Flux, LongCat-Image or Stable Diffusion 3 transformer.
+
+    Args:
+        embedding: of the conditions, [rows, dim], padded.
+    """
+    layers: list[tuple[Any, ...]] = [
+        (block.norm1.linear, block.norm1_context.linear) for block in model.transformer_blocks
+    ]
+    layers += [(block.norm.linear,) for block in getattr(model, "single_transformer_blocks", ())]
+    return project_modulations(layers, model.norm_out.linear, F.silu(embedding), count)
+
+
+def layout_of_ids(
+    layouts: LayoutCache,
+    pos_embed: Any,
+    img_ids: torch.Tensor | Sequence[torch.Tensor],
+    txt_ids: torch.Tensor | Sequence[torch.Tensor],
+    count: int,
+    device: torch.device,
+) -> JointLayout:
+    """The layout of `count` sequences by their position ids: a tensor [tokens, axes] each, or one that serves all.
+
+    A layout is remembered by which tensors these are, not by what is in them: reading them back from a GPU would wait
+    for all that is queued there. So they must not be changed in place between calls.
+
+    Raises:
+        ValueError: not one tensor of ids for each sequence.
+    """
+    images, texts = _one_per_sequence("img_ids", img_ids, count), _one_per_sequence("txt_ids", txt_ids, count)
+
+    def make() -> tuple[JointLayout, Any]:
+        rotations = []
+        for text, image in zip(texts, images, strict=True):
+            cos, sin = pos_embed(torch.cat([text, image]).to(device))  # neighbours are equal: [tokens, head_dim]
+            rotations.append(torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous()))
+        text_lengths, image_lengths = (tuple(ids.shape[0] for ids in each) for each in (texts, images))
+        # The ids stay with their layout: while they live, no other tensor has their identity.
+        return make_joint_layout(text_lengths, image_lengths, rotations, device), (texts, images)
+
+    layout: JointLayout = layouts.get_or_make((device, *map(id, texts), *map(id, images)), make)[0]
+    return layout
+
+
+def rows_of(name: str, stream: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """[all tokens, channels] of packed [1, all tokens, channels] or an ordinary batch [n, tokens, channels].
+
+    Raises:
+        ValueError: the sequences don't fill the stream.
+    """
+    rows = stream.shape[0] * stream.shape[1]
+    if rows != sum(lengths):
+        raise ValueError(
+            f"{name} has {rows} rows, but its sequences {list(lengths)} have {sum(lengths)}: they must be the same"
+        )
+    return stream.flatten(0, 1)
+
+
+def _dual_block(block: Any) -> DualBlock:
+    return DualBlock(
+        attn=block.attn,
+        image_norms=(block.norm1.norm, block.norm2),
+        text_norms=(block.norm1_context.norm, block.norm2_context),
+        image_mlp=block.ff,
+        text_mlp=block.ff_context,
+        image_attn=getattr(block, "attn2", None),
+    )
+
+
+def _one_per_sequence(name: str, ids: torch.Tensor | Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    each = [ids] * count if isinstance(ids, torch.Tensor) else list(ids)
+    if len(each) != count:
+        raise ValueError(f"{name} has {len(each)} entries for {count} timesteps: there must be one per sequence")
+    return each
+
+
+def _keep_finite(stream: torch.Tensor) -> None:
+    """Clip a stream that may overflow, in place, as diffusers does."""
+    if stream.dtype == torch.float16:
+        stream.clip_(-65504, 65504)

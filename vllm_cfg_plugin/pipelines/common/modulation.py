@@ -1,0 +1,185 @@
+"""Scales, shifts and gates of packed sequences (adaptive layer norm); must not import vLLM.
+
+Where a model is modulated by the timestep alone, as Qwen-Image is, a third of its weights do nothing else: the result
+is the same for every sequence at that timestep, so it is computed ahead and remembered. A matrix product is padded to
+`ROW_MULTIPLE` rows anyway: a request's following timesteps take the padding's place, and its next steps read no
+modulation weight at all.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+
+from vllm_cfg_plugin.pipelines.common.linear import linear
+from vllm_cfg_plugin.pipelines.common.packing import ROW_MULTIPLE, PackedRows
+
+# Timesteps kept: as many as fit in these bytes, but for a large model at least this many (each 4.4 MB in
+# Qwen-Image).
+_CACHE_BYTES = 32 * 2**20
+_MIN_TIMESTEPS = 64
+
+Factors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What one condition does to the activations; each factor is [dim], and scales have their one already added.
+
+    Attributes:
+        blocks: for each block (shift, scale, gate) of the image's attention and MLP, then of the text's; or what else
+            its layers give, see `project_modulations`.
+        scale, shift: after the last block.
+        nbytes: of all of it.
+    """
+
+    blocks: list[Factors]
+    scale: torch.Tensor
+    shift: torch.Tensor
+    nbytes: int
+
+
+class TimestepModulated(Protocol):
+    """A packed model that nothing but the timestep modulates."""
+
+    modulations: ModulationCache
+
+    def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
+        """The modulation of each timestep, as the model's forward is given it; the same bits in any company."""
+
+
+class ModulationCache:
+    """Least recently used modulations of one model whose weights do not change."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple[float, torch.dtype], Modulation] = OrderedDict()
+
+    def get(
+        self, model: TimestepModulated, timesteps: Sequence[float], ahead: torch.Tensor, dtype: torch.dtype
+    ) -> list[Modulation]:
+        """The modulation of each timestep; where one is missing, `ahead` fills the rows that would be padding."""
+        missing = [t for t in dict.fromkeys(timesteps) if (t, dtype) not in self._entries]
+        if missing:
+            later = (t for t in dict.fromkeys(ahead.tolist()) if (t, dtype) not in self._entries and t not in missing)
+            batch = [*missing, *islice(later, -len(missing) % ROW_MULTIPLE)]
+            # Those needed now go in last, so that they stay.
+            for t, modulation in reversed([*zip(batch, model.compute_modulations(batch, dtype), strict=True)]):
+                self._entries[t, dtype] = modulation
+        found = []
+        for t in timesteps:
+            self._entries.move_to_end((t, dtype))
+            found.append(self._entries[t, dtype])
+        self._evict()
+        return found
+
+    def clear(self) -> None:
+        """To be called when weights or adapters change."""
+        self._entries.clear()
+
+    def _evict(self) -> None:
+        size = max((entry.nbytes for entry in self._entries.values()), default=1)
+        limit = max(_CACHE_BYTES // size, _MIN_TIMESTEPS)
+        while len(self._entries) > limit:
+            self._entries.popitem(last=False)
+
+
+def modulations_at(
+    model: TimestepModulated, timestep: torch.Tensor, timesteps_ahead: torch.Tensor | None, dtype: torch.dtype
+) -> list[Modulation]:
+    """The modulation of each timestep [n]: one object for equal timesteps.
+
+    Args:
+        timesteps_ahead: timesteps of later calls, [any number], which are modulated on the side; None where weights may
+            change between calls: then nothing is remembered.
+    """
+    timesteps = timestep.to(dtype).tolist()
+    if timesteps_ahead is not None:
+        return model.modulations.get(model, timesteps, timesteps_ahead.to(dtype), dtype)
+    distinct = list(dict.fromkeys(timesteps))
+    of_timestep = dict(zip(distinct, model.compute_modulations(distinct, dtype), strict=True))
+    return [of_timestep[t] for t in timesteps]
+
+
+def project_modulations(
+    layers: Sequence[Sequence[Any]], last: Any, condition: torch.Tensor, count: int
+) -> list[Modulation]:
+    """The modulations that a model's linear layers make of conditions.
+
+    Args:
+        layers: of each block. A layer gives (shift, scale, gate), any number of times, or (scale, shift), which is
+            stored the other way round.
+        last: the layer that gives (scale, shift) after the last block.
+        condition: what the layers take, [rows, dim]: padded to `ROW_MULTIPLE` rows.
+        count: rows that are no padding.
+    """
+    final = linear(last, condition)
+    dim = final.shape[1] // 2
+    blocks = [torch.cat([_factors_of(linear(layer, condition), dim) for layer in block], dim=1) for block in layers]
+    rows = torch.cat([*blocks, _factors_of(final, dim)], dim=1)  # [rows, factors, dim]
+    sizes = [block.shape[1] for block in blocks]
+    modulations = []
+    for row in rows[:count]:
+        factors = row.clone()
+        *of_blocks, (shift, scale) = (part.unbind() for part in factors.split([*sizes, 2]))
+        modulations.append(Modulation(of_blocks, scale, shift, factors.nbytes))
+    return modulations
+
+
+def _factors_of(projected: torch.Tensor, dim: int) -> torch.Tensor:
+    """[rows, factors, dim] of one layer's output, scales with their one added and in second place."""
+    factors = projected.unflatten(1, (-1, dim))
+    if factors.shape[1] == 2:
+        factors = factors.flip(1)
+    factors[:, 1::3] += 1
+    return factors
+
+
+class StreamSpans(NamedTuple):
+    """Neighbouring rows of one stream that share a modulation: these modulations, and the rows of each span."""
+
+    modulations: list[Modulation]
+    rows: list[slice]
+
+    @classmethod
+    def of(cls, modulations: Sequence[Modulation], stream: PackedRows) -> Self:
+        """The spans of a stream whose parts have these modulations, one per part."""
+        firsts = [i for i, own in enumerate(modulations) if i == 0 or own is not modulations[i - 1]]
+        return cls([modulations[i] for i in firsts], stream.cut(firsts))
+
+    def factors(self, number: int) -> list[Factors]:
+        """Each span's factors of block `number`."""
+        return [modulation.blocks[number] for modulation in self.modulations]
+
+
+def modulate(
+    norm: Any, stream: torch.Tensor, rows: Sequence[slice], factors: Sequence[Factors], shift: int
+) -> torch.Tensor:
+    """The layer norm of each span's rows, with the span's own scale and shift (`factors[shift + 1]`, `[shift]`).
+
+    It is computed in the factors' dtype, which may be wider than the stream's.
+    """
+    pieces = [
+        F.layer_norm(stream[span].to(own[shift].dtype), norm.normalized_shape, own[shift + 1], own[shift], norm.eps)
+        for span, own in zip(rows, factors, strict=True)
+    ]
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(stream.dtype)
+
+
+def modulate_last(norm: Any, stream: torch.Tensor, spans: StreamSpans) -> torch.Tensor:
+    """The stream after the last block, [rows, dim], normalised for the output projection."""
+    factors = [(modulation.shift, modulation.scale) for modulation in spans.modulations]
+    return modulate(norm, stream, spans.rows, factors, 0)
+
+
+def add_gated(
+    stream: torch.Tensor, change: torch.Tensor, rows: Sequence[slice], factors: Sequence[Factors], gate: int
+) -> None:
+    """Add a change to the stream in place, weighed by each span's own gate (`factors[gate]`)."""
+    for span, own in zip(rows, factors, strict=True):
+        stream[span].addcmul_(change[span], own[gate])

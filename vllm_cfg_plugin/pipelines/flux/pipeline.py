@@ -1,0 +1,210 @@
+"""Flux text-to-image: the CFG-Parallel denoising loop and the engine's pipeline, on diffusers' own methods.
+
+Flux is guided by `true_cfg_scale` and a negative prompt; `guidance_scale` is an input of a distilled checkpoint. Only
+the pooled embedding of CLIP is cut to its 77 tokens, as upstream cuts it. Must not import vLLM at module level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline as DiffusersFluxPipeline
+from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from msgspec import UNSET
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
+from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
+from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
+from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
+from vllm_cfg_plugin.pipelines.common.generate import DenoisingMixin, as_many, is_guided
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.common.latent_tokens import PositionIdsPipeline
+from vllm_cfg_plugin.pipelines.flux.transformer import PackedFluxTransformer
+
+MAX_TEXT_TOKENS = 512
+DEFAULT_GUIDANCE_SCALE = 3.5
+
+
+class FluxCFGParallelMixin(DenoisingMixin):
+    """The denoising loop of the Flux pipelines, on one rank or many."""
+
+    def diffuse(
+        self,
+        prompt_embeds: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        negative_pooled_prompt_embeds: torch.Tensor | None,
+        latents: torch.Tensor,
+        text_ids: torch.Tensor,
+        latent_image_ids: torch.Tensor,
+        timesteps: torch.Tensor,
+        do_true_cfg: bool,
+        guidance: torch.Tensor | None,
+        true_cfg_scale: float,
+        cfg_normalize: bool = False,
+    ) -> torch.Tensor:
+        """Denoise a batch through all timesteps; every rank returns the same latents.
+
+        Args:
+            prompt_embeds, negative_prompt_embeds: [batch, text tokens, dim]; the negative ones, here and below, only
+                where `do_true_cfg`.
+            pooled_prompt_embeds, negative_pooled_prompt_embeds: [batch, dim].
+            latents: [batch, image tokens, channels].
+            text_ids, latent_image_ids: position ids, [tokens, 3], of every batch element.
+            timesteps: the noise scheduler's.
+            guidance: input of a distilled model, [batch].
+        """
+        return self.denoise(
+            latents,
+            timesteps,
+            lambda latents, timestep: {
+                "hidden_states": latents,
+                "timestep": timestep.to(latents.dtype) / 1000,
+                "guidance": guidance,
+                "img_ids": latent_image_ids,
+                "txt_ids": text_ids,
+            },
+            {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds},
+            {"encoder_hidden_states": negative_prompt_embeds, "pooled_projections": negative_pooled_prompt_embeds},
+            do_true_cfg,
+            true_cfg_scale,
+            cfg_normalize,
+        )
+
+
+class FluxPipeline(FluxCFGParallelMixin, PositionIdsPipeline, DiffusersFluxPipeline):
+    """diffusers' FluxPipeline with CFG-Parallel, for the engine or to be called directly."""
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
+        scale = vae_scale_factor(checkpoint)
+        is_distilled = checkpoint.component_config("transformer").get("guidance_embeds", False)
+        return PipelineInfo(
+            text=TextRules(MAX_TEXT_TOKENS, tokenizer="tokenizer_2", fixed_tokens=MAX_TEXT_TOKENS),
+            size_multiple=2 * scale,
+            pixels_per_token=2 * scale,
+            min_steps=min_steps(checkpoint),
+            cfg_scale="true_cfg_scale",
+            distilled_scale="guidance_scale" if is_distilled else "",
+            default_params=DiffusionParams(
+                height=128 * scale,
+                width=128 * scale,
+                num_inference_steps=28,
+                true_cfg_scale=1.0,
+                guidance_scale=DEFAULT_GUIDANCE_SCALE if is_distilled else UNSET,
+            ),
+        )
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: T5EncoderModel,
+        tokenizer_2: T5Tokenizer,
+        transformer: FluxTransformer2DModel,
+        image_encoder: Any = None,
+        feature_extractor: Any = None,
+    ) -> None:
+        packed = PackedFluxTransformer.adopt(transformer)
+        encoders = (text_encoder, tokenizer, text_encoder_2, tokenizer_2)
+        super().__init__(scheduler, vae, *encoders, packed, image_encoder, feature_extractor)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        max_sequence_length: int = MAX_TEXT_TOKENS,
+        cfg_normalize: bool = False,
+    ) -> FluxPipelineOutput | tuple[Any]:
+        """Generate images; under `torchrun` every rank calls this alike and returns the same images.
+
+        Args:
+            negative_prompt: None switches guidance off; an empty string is a negative prompt.
+            true_cfg_scale: guidance scale, on above 1.
+            height, width: pixels.
+            guidance_scale: input of a distilled checkpoint; others do not read it.
+            generator, latents: source of the first latents, or these themselves.
+            output_type: "pil", "np", "pt" or "latent".
+            cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
+        """
+        height, width = self._size(height, width)
+        self.check_inputs(prompt, None, height, width, negative_prompt, max_sequence_length=max_sequence_length)
+        do_true_cfg = is_guided(true_cfg_scale, negative_prompt)
+        options: dict[str, Any] = {
+            "num_images_per_prompt": num_images_per_prompt,
+            "max_sequence_length": max_sequence_length,
+        }
+        embeds, pooled, _ = self.encode_prompt(prompt, **options)
+        negative_embeds, negative_pooled = None, None
+        if do_true_cfg and negative_prompt is not None:
+            negative_embeds, negative_pooled, _ = self.encode_prompt(as_many(negative_prompt, prompt), **options)
+        latents = self._prepare_noise(embeds.shape[0], height, width, embeds, generator, latents)
+        self._set_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
+        latents = self.diffuse(
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=negative_embeds,
+            negative_pooled_prompt_embeds=negative_pooled,
+            latents=same_on_all_ranks(latents),
+            text_ids=self._text_ids(embeds.shape[1]),
+            latent_image_ids=self._ids_of_size(height, width),
+            timesteps=self.scheduler.timesteps,
+            do_true_cfg=do_true_cfg,
+            guidance=self._guidance([guidance_scale] * embeds.shape[0]),
+            true_cfg_scale=true_cfg_scale,
+            cfg_normalize=cfg_normalize,
+        )
+        images = self._finish(latents, height, width, output_type)
+        return FluxPipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
+        embeds, pooled, _ = self.encode_prompt(
+            request.prompts[branch], device=self._weight.device, max_sequence_length=MAX_TEXT_TOKENS
+        )
+        return PromptEmbeds(embeds[0], pooled[0])
+
+    def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
+        return super().pack_branches(branches) | {
+            "pooled_projections": torch.stack([own.embeds.pooled for own in branches if own.embeds.pooled is not None]),
+            "guidance": self._guidance([own.request.guidance.distilled or 0.0 for own in branches]),
+        }
+
+    def _guidance(self, scales: Sequence[float]) -> torch.Tensor | None:
+        """The input of a distilled transformer, [branches]; None for others."""
+        if not self.transformer.config.guidance_embeds:
+            return None
+        return torch.tensor(scales, dtype=torch.float32, device=self._weight.device)
+
+    def _image_ids(self, branch: BranchInput) -> torch.Tensor:
+        return self._ids_of_size(branch.request.height, branch.request.width)
+
+    def _ids_of_size(self, height: int, width: int) -> torch.Tensor:
+        grid = self._grid(height, width)
+        return self._kept_ids(
+            grid, lambda: self._prepare_latent_image_ids(1, *grid, torch.device("cpu"), torch.float32)
+        )
+
+    def _text_ids(self, tokens: int) -> torch.Tensor:
+        return self._kept_ids(tokens, lambda: torch.zeros(tokens, 3))

@@ -1,0 +1,85 @@
+"""Flux's transformer over packed sequences, on diffusers' own weights; must not import vLLM.
+
+Same network as diffusers' `transformer_flux.py`; see `mmdit.py` for its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.utils import apply_lora_scale
+
+from vllm_cfg_plugin.pipelines.common.linear import linear
+from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, layout_of_ids, rows_of
+from vllm_cfg_plugin.pipelines.common.modulation import Modulation
+from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
+from vllm_cfg_plugin.pipelines.common.shared_modules import share_modules
+
+
+class PackedFluxTransformer(FluxTransformer2DModel):
+    """diffusers' FluxTransformer2DModel with a packed forward; for inference only."""
+
+    _layouts: LayoutCache
+
+    @classmethod
+    def adopt(cls, transformer: FluxTransformer2DModel) -> Self:
+        """The packed model over a loaded transformer's own modules; no weight is copied."""
+        return share_modules(cls, transformer, _layouts=LayoutCache())
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        img_ids: torch.Tensor | Sequence[torch.Tensor],
+        txt_ids: torch.Tensor | Sequence[torch.Tensor],
+        guidance: torch.Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict noise for n sequences, packed or as an ordinary batch.
+
+        Args:
+            hidden_states: latents, packed [1, all image tokens, channels] or a batch [n, image tokens, channels].
+            encoder_hidden_states: prompt embeddings, packed [1, all text tokens, dim] or a batch [n, text tokens, dim].
+            pooled_projections: pooled prompt embeddings, [n, dim].
+            timestep: [n], in 0..1.
+            img_ids, txt_ids: positions of each sequence's tokens, n tensors [tokens, 3], which also tell packed
+                sequences apart; or one tensor for all of a batch. They must not be changed in place between calls.
+            guidance: embedded guidance scales, [n], where the checkpoint was distilled with them; otherwise None.
+            joint_attention_kwargs: `scale` weighs the LoRA layers.
+
+        Returns:
+            Predictions, laid out like `hidden_states`.
+
+        Raises:
+            ValueError: the sequences don't fill the streams, there is not one of each per timestep, or `guidance` is
+                missing or not wanted.
+        """
+        layout = layout_of_ids(self._layouts, self.pos_embed, img_ids, txt_ids, timestep.shape[0], hidden_states.device)
+        latents = rows_of("hidden_states", hidden_states, layout.image.lengths)
+        prompts = rows_of("encoder_hidden_states", encoder_hidden_states, layout.text.lengths)
+        image, text = linear(self.x_embedder, pad_rows(latents)), linear(self.context_embedder, pad_rows(prompts))
+        modulations = self._modulations(timestep, guidance, pooled_projections, hidden_states.dtype)
+        sample = forward_blocks(self, image, text, modulations, layout).view(*hidden_states.shape[:2], -1)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _modulations(
+        self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
+    ) -> list[Modulation]:
+        """The modulation of each sequence; the same bits in any company."""
+        if (guidance is not None) != bool(self.config["guidance_embeds"]):
+            remedy = "pass one scale per sequence" if guidance is None else "it must be None"
+            raise ValueError(
+                f"guidance={guidance} is not valid for a checkpoint with guidance_embeds="
+                f"{self.config['guidance_embeds']}: {remedy}"
+            )
+        scalars = [timestep] if guidance is None else [timestep, guidance]
+        padded = [pad_rows(values.to(pooled.device, dtype)) * 1000 for values in scalars]
+        return block_modulations(self, self.time_text_embed(*padded, pad_rows(pooled)), timestep.shape[0])

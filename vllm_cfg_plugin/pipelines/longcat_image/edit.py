@@ -1,0 +1,204 @@
+"""LongCat-Image editing: the engine's pipeline, on diffusers' own methods and the loop of `longcat_image.py`.
+
+Of the checkpoint's `text_processor` the engine loads the image processor alone. Must not import vLLM at module level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_longcat_image import LongCatImageTransformer2DModel
+from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import (
+    LongCatImageEditPipeline as DiffusersLongCatImageEditPipeline,
+)
+from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import calculate_dimensions
+from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
+
+from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
+from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
+from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, to_pil
+from vllm_cfg_plugin.pipelines.common import vision_processor
+from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
+from vllm_cfg_plugin.pipelines.common.generate import is_guided
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.longcat_image.pipeline import (
+    CONDITION,
+    DEFAULT_GUIDANCE_SCALE,
+    LATENT_CHANNELS,
+    NEW_IMAGE,
+    LongCatImageBase,
+    describe_longcat_image,
+    image_ids,
+)
+from vllm_cfg_plugin.pipelines.longcat_image.transformer import PackedLongCatImageTransformer
+
+EDIT_PIXELS = 1024 * 1024  # area that diffusers' `__call__` brings an image to
+
+
+class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeline):
+    """diffusers' LongCatImageEditPipeline with CFG-Parallel, for the engine or to be called directly.
+
+    The result has the size that diffusers calculates from the image, unless a request to the engine asks for another.
+    """
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
+        side = 2 * vae_scale_factor(checkpoint)
+        processor = load_image_processor(checkpoint.model, checkpoint.revision).image_processor
+
+        def condition_tokens(sizes: Sequence[ImageSize]) -> tuple[int, int]:
+            height, width = _edit_size(sizes)
+            return (height // side) * (width // side), _vision_tokens(processor, height, width)
+
+        return describe_longcat_image(
+            checkpoint,
+            cfg_normalize=False,
+            sees_images=True,
+            min_images=1,
+            max_images=1,
+            condition_tokens=condition_tokens,
+            default_size=_edit_size,
+        )
+
+    @classmethod
+    def load(
+        cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, **components: Any
+    ) -> Self:
+        components = {"text_processor": load_image_processor(model, revision)} | components
+        return super().load(model, dtype=dtype, device=device, revision=revision, **components)
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: Qwen2Tokenizer,
+        text_processor: Qwen2VLProcessor,
+        transformer: LongCatImageTransformer2DModel,
+    ) -> None:
+        packed = PackedLongCatImageTransformer.adopt(transformer)
+        super().__init__(scheduler, vae, text_encoder, tokenizer, text_processor, packed)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image.Image,
+        prompt: str,
+        negative_prompt: str | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cfg_normalize: bool = False,
+    ) -> LongCatImagePipelineOutput | tuple[Any]:
+        """Edit an image; under `torchrun` every rank calls this alike and returns the same images.
+
+        Args:
+            negative_prompt: None is an empty one.
+            guidance_scale: on above 1.
+            generator, latents: source of the first latents, or these themselves.
+            output_type: "pil", "np", "pt" or "latent".
+            cfg_normalize: see `cfg_normalize_function`.
+        """
+        height, width = _edit_size([image.size])
+        self.check_inputs(prompt, height, width, negative_prompt)
+        do_true_cfg = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
+        embeds, negative_embeds = (
+            self._encode(text, image).repeat(num_images_per_prompt, 1, 1) for text in (prompt, negative_prompt or "")
+        )
+        condition = self._encode_condition(image).repeat(num_images_per_prompt, 1, 1)
+        latents = self._prepare_noise(num_images_per_prompt, height, width, embeds, generator, latents)
+        self._set_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
+        latents = self.diffuse(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative_embeds,
+            latents=same_on_all_ranks(latents),
+            text_ids=self._text_ids(embeds.shape[1]),
+            latent_image_ids=self._edit_ids((height, width), (height, width), embeds.shape[1]),
+            timesteps=self.scheduler.timesteps,
+            do_true_cfg=do_true_cfg,
+            true_cfg_scale=guidance_scale,
+            cfg_normalize=cfg_normalize,
+            image_latents=condition,
+        )
+        images = self._finish(latents, height, width, output_type)
+        return LongCatImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
+        return PromptEmbeds(self._encode(request.prompts[branch], to_pil(request.images[0]))[0])
+
+    @torch.no_grad()
+    def encode_images(self, request: DiffusionRequest) -> list[torch.Tensor]:
+        return [self._encode_condition(to_pil(request.images[0]))]
+
+    def _encode(self, prompt: str, image: Image.Image) -> torch.Tensor:
+        """Embeddings of a text that sees the image, [1, text tokens, dim]."""
+        height, width = _edit_size([image.size])
+        seen = self.image_processor.resize(self._resized(image), height // 2, width // 2)
+        return self.encode_prompt([prompt], seen)[0]
+
+    def _encode_condition(self, image: Image.Image) -> torch.Tensor:
+        """Latents of the image to be edited, [1, condition tokens, channels]."""
+        height, width = _edit_size([image.size])
+        pixels = self.image_processor.preprocess(self._resized(image), height, width)
+        latents = self._encode_vae_image(pixels.to(self._weight.device, self._weight.dtype), None)  # type: ignore[arg-type]
+        return self._pack_latents(latents, 1, LATENT_CHANNELS, *latents.shape[2:])
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        return self.image_processor.resize(image.convert("RGB"), *_edit_size([image.size]))
+
+    def _image_ids(self, branch: BranchInput) -> torch.Tensor:
+        request = branch.request
+        condition = _edit_size([(image.width, image.height) for image in request.images])
+        return self._edit_ids((request.height, request.width), condition, branch.embeds.tokens.shape[0])
+
+    def _edit_ids(self, size: ImageSize, condition: ImageSize, text_tokens: int) -> torch.Tensor:
+        """Position ids of an image of `size` (height, width), then of one of `condition`."""
+        new, old = self._grid(*size), self._grid(*condition)
+        return self._kept_ids(
+            (new, old, text_tokens),
+            lambda: torch.cat([image_ids(NEW_IMAGE, text_tokens, *new), image_ids(CONDITION, text_tokens, *old)]),
+        )
+
+    def _noise_options(self, layers: int) -> dict[str, Any]:
+        # Only the position ids depend on the text.
+        return {"image": None, "prompt_embeds_length": 0}
+
+
+class _ImageProcessorOnly(Qwen2VLProcessor):
+    """The checkpoint's `text_processor` as far as editing reads it: the rest needs torchvision, for videos."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+
+
+def load_image_processor(model: str, revision: str | None = None) -> _ImageProcessorOnly:
+    """What turns a checkpoint's images into patches for its text encoder.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    return _ImageProcessorOnly(vision_processor.load_image_processor(model, "text_processor", revision))
+
+
+def _edit_size(sizes: Sequence[ImageSize]) -> ImageSize:
+    """(height, width) that an image to be edited is brought to, from its (width, height)."""
+    [(width, height)] = sizes
+    new_width, new_height = calculate_dimensions(EDIT_PIXELS, width / height)
+    return new_height, new_width
+
+
+def _vision_tokens(processor: Any, height: int, width: int) -> int:
+    """Tokens that an image of so many pixels, seen at half its size, adds to the text: its own, a start and an end."""
+    return vision_processor.tokens_of_image(processor, height // 2, width // 2) + 2

@@ -1,0 +1,279 @@
+"""LongCat-Image text-to-image: the CFG-Parallel denoising loop and the engine's pipeline, on diffusers' own methods.
+
+Two things differ from upstream by intent: prompts are rewritten by the language model only where a direct call asks for
+it, as that is sampled text and no part of the request, and so the engine does not load the `text_processor` for it.
+Must not import vLLM at module level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_longcat_image import LongCatImageTransformer2DModel
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
+    LongCatImagePipeline as DiffusersLongCatImagePipeline,
+)
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids, split_quotation
+from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from vllm_cfg_plugin import guidance as combine_rules
+from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
+from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
+from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
+from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
+from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
+from vllm_cfg_plugin.pipelines.common.generate import DenoisingMixin, as_many, is_guided
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.common.latent_tokens import PositionIdsPipeline
+from vllm_cfg_plugin.pipelines.common.vision_processor import PLACEHOLDERS
+from vllm_cfg_plugin.pipelines.longcat_image.transformer import PackedLongCatImageTransformer
+
+MAX_TEXT_TOKENS = 512  # `tokenizer_max_length` of diffusers' `__init__`: every text is padded to it
+LATENT_CHANNELS = 16  # of diffusers' `__call__`
+DEFAULT_GUIDANCE_SCALE = 4.5
+NEW_IMAGE, CONDITION = 1, 2  # first axis of the position ids
+
+
+class LongCatImageCFGParallelMixin(DenoisingMixin):
+    """The denoising loop of the LongCat-Image pipelines, on one rank or many."""
+
+    def diffuse(
+        self,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        latents: torch.Tensor,
+        text_ids: torch.Tensor,
+        latent_image_ids: torch.Tensor,
+        timesteps: torch.Tensor,
+        do_true_cfg: bool,
+        true_cfg_scale: float,
+        cfg_normalize: bool | float = True,
+        image_latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Denoise a batch through all timesteps; every rank returns the same latents.
+
+        Args:
+            prompt_embeds, negative_prompt_embeds: [batch, text tokens, dim]; the negative ones only where
+                `do_true_cfg`.
+            latents: [batch, image tokens, channels].
+            text_ids, latent_image_ids: position ids, [tokens, 3], of every batch element; of `image_latents` too.
+            timesteps: the noise scheduler's.
+            cfg_normalize: see `combine_cfg_noise`.
+            image_latents: of the image to be edited, [batch, condition tokens, channels].
+        """
+        condition = [] if image_latents is None else [image_latents]
+        return self.denoise(
+            latents,
+            timesteps,
+            lambda latents, timestep: {
+                "hidden_states": torch.cat([latents, *condition], dim=1),
+                "timestep": timestep.to(latents.dtype) / 1000,
+                "img_ids": latent_image_ids,
+                "txt_ids": text_ids,
+            },
+            {"encoder_hidden_states": prompt_embeds},
+            {"encoder_hidden_states": negative_prompt_embeds},
+            do_true_cfg,
+            true_cfg_scale,
+            cfg_normalize,
+            output_slice=latents.shape[1] if condition else None,
+        )
+
+    def combine_cfg_noise(
+        self,
+        noise_pred: torch.Tensor,
+        neg_noise_pred: torch.Tensor,
+        true_cfg_scale: float,
+        cfg_normalize: bool | float = False,
+    ) -> torch.Tensor:
+        """As the mixin's.
+
+        Args:
+            cfg_normalize: True, or the `cfg_renorm_min` of `cfg_normalize_function` where that is above 0.
+        """
+        combined = combine_rules.classifier_free_guidance(noise_pred, neg_noise_pred, true_cfg_scale)
+        if not cfg_normalize:
+            return combined
+        return self.cfg_normalize_function(noise_pred, combined, 0.0 if cfg_normalize is True else cfg_normalize)
+
+    def cfg_normalize_function(
+        self, noise_pred: torch.Tensor, comb_pred: torch.Tensor, cfg_renorm_min: float = 0.0
+    ) -> torch.Tensor:
+        """Shorten the combined prediction to the positive one's norm, token by token, but never lengthen it."""
+        cond_norm: torch.Tensor = torch.norm(noise_pred, dim=-1, keepdim=True)
+        noise_norm: torch.Tensor = torch.norm(comb_pred, dim=-1, keepdim=True)
+        scale = (cond_norm / (noise_norm + 1e-8)).clamp(min=cfg_renorm_min, max=1.0)
+        return comb_pred * scale
+
+
+class LongCatImageBase(LongCatImageCFGParallelMixin, PositionIdsPipeline):
+    """What text-to-image and editing have in common for the engine."""
+
+    def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
+        return super().pack_branches(branches) | {"timesteps_ahead": self._times_ahead(branches)}
+
+    def forget_derived(self) -> None:
+        self.transformer.modulations.clear()
+
+    @property
+    def _latent_channels(self) -> int:
+        return LATENT_CHANNELS
+
+    def _text_ids(self, tokens: int) -> torch.Tensor:
+        return self._kept_ids(
+            tokens, lambda: prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=tokens)
+        )
+
+
+class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
+    """diffusers' LongCatImagePipeline with CFG-Parallel, for the engine or to be called directly."""
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
+        return describe_longcat_image(checkpoint, cfg_normalize=True)
+
+    @classmethod
+    def load(
+        cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, **components: Any
+    ) -> Self:
+        components = {"text_processor": None} | components
+        return super().load(model, dtype=dtype, device=device, revision=revision, **components)
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: Qwen2Tokenizer,
+        text_processor: Any,
+        transformer: LongCatImageTransformer2DModel,
+    ) -> None:
+        packed = PackedLongCatImageTransformer.adopt(transformer)
+        super().__init__(scheduler, vae, text_encoder, tokenizer, text_processor, packed)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        enable_cfg_renorm: bool = True,
+        cfg_renorm_min: float = 0.0,
+        enable_prompt_rewrite: bool = False,
+    ) -> LongCatImagePipelineOutput | tuple[Any]:
+        """Generate images; under `torchrun` every rank calls this alike and returns the same images.
+
+        Args:
+            negative_prompt: None is an empty one.
+            height, width: pixels.
+            guidance_scale: on above 1.
+            generator, latents: source of the first latents, or these themselves.
+            output_type: "pil", "np", "pt" or "latent".
+            enable_cfg_renorm, cfg_renorm_min: see `cfg_normalize_function`.
+            enable_prompt_rewrite: let the language model write the prompt anew, which diffusers does by default.
+
+        Raises:
+            ConfigurationError: the prompt can't be rewritten, as the pipeline was loaded without its `text_processor`.
+        """
+        height, width = self._size(height, width)
+        self.check_inputs(prompt, height, width, negative_prompt)
+        if enable_prompt_rewrite:
+            prompt = self._rewritten(prompt)
+        do_true_cfg = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
+        embeds = same_on_all_ranks(self.encode_prompt(prompt, num_images_per_prompt)[0])
+        negative_embeds = None
+        if do_true_cfg:
+            negative_embeds = self.encode_prompt(as_many(negative_prompt or "", prompt), num_images_per_prompt)[0]
+        latents = self._prepare_noise(embeds.shape[0], height, width, embeds, generator, latents)
+        self._set_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
+        latents = self.diffuse(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative_embeds,
+            latents=same_on_all_ranks(latents),
+            text_ids=self._text_ids(embeds.shape[1]),
+            latent_image_ids=self._ids_of_size(height, width),
+            timesteps=self.scheduler.timesteps,
+            do_true_cfg=do_true_cfg,
+            true_cfg_scale=guidance_scale,
+            cfg_normalize=enable_cfg_renorm and (cfg_renorm_min or True),
+        )
+        images = self._finish(latents, height, width, output_type)
+        return LongCatImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
+        return PromptEmbeds(self.encode_prompt(request.prompts[branch])[0][0])
+
+    def _rewritten(self, prompt: str | list[str]) -> list[str]:
+        if self.text_processor is None:
+            raise ConfigurationError(
+                "enable_prompt_rewrite=True needs the checkpoint's text_processor, which this pipeline was loaded "
+                "without: load it with from_pretrained"
+            )
+        return self.rewire_prompt(prompt, self._weight.device)
+
+    def _image_ids(self, branch: BranchInput) -> torch.Tensor:
+        return self._ids_of_size(branch.request.height, branch.request.width)
+
+    def _ids_of_size(self, height: int, width: int) -> torch.Tensor:
+        grid = self._grid(height, width)
+        return self._kept_ids(grid, lambda: image_ids(NEW_IMAGE, MAX_TEXT_TOKENS, *grid))
+
+
+def describe_longcat_image(
+    checkpoint: Checkpoint, cfg_normalize: bool, sees_images: bool = False, **more: Any
+) -> PipelineInfo:
+    """What text-to-image and editing have in common, and `more`."""
+    scale = vae_scale_factor(checkpoint)
+    return PipelineInfo(
+        text=TextRules(
+            MAX_TEXT_TOKENS,
+            pieces=_text_pieces,
+            fixed_tokens=MAX_TEXT_TOKENS,
+            sees_images=sees_images,
+            reserved=PLACEHOLDERS if sees_images else (),
+        ),
+        size_multiple=2 * scale,
+        pixels_per_token=2 * scale,
+        min_steps=min_steps(checkpoint),
+        cfg_scale="guidance_scale",
+        needs_negative_prompt=False,
+        default_params=DiffusionParams(
+            height=128 * scale,
+            width=128 * scale,
+            num_inference_steps=50,
+            guidance_scale=DEFAULT_GUIDANCE_SCALE,
+            cfg_normalize=cfg_normalize,
+        ),
+        **more,
+    )
+
+
+def _text_pieces(prompt: str) -> list[str]:
+    """What the tokenizer is given of a prompt, piece by piece: quoted text is spelled letter by letter."""
+    pieces: list[str] = []
+    for text, is_quoted in split_quotation(prompt):
+        pieces.extend(text if is_quoted else [text])
+    return pieces
+
+
+def image_ids(modality: int, text_tokens: int, height: int, width: int) -> torch.Tensor:
+    """Position ids of an image of so many tokens each way, which count on from the text's, [tokens, 3]."""
+    start = (text_tokens, text_tokens)
+    ids: torch.Tensor = prepare_pos_ids(modality_id=modality, type="image", start=start, height=height, width=width)
+    return ids

@@ -1,0 +1,210 @@
+"""What all Qwen-Image pipelines share: the engine's contract and the body of a direct call, on diffusers' own methods.
+
+Must not import vLLM at module level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
+from PIL import Image
+
+from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
+from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, to_pil
+from vllm_cfg_plugin.pipelines.common.autoencoders import decode_standardised
+from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
+from vllm_cfg_plugin.pipelines.common.generate import as_many, is_guided
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.common.latent_tokens import LatentTokensPipeline
+from vllm_cfg_plugin.pipelines.qwen_image.cfg_parallel import QwenImageCFGParallelMixin
+from vllm_cfg_plugin.pipelines.qwen_image.transformer import PackedQwenImageTransformer
+from vllm_cfg_plugin.pipelines.qwen_image.vae import ImageQwenImageVAE
+
+DEFAULT_CFG_SCALE = 4.0
+MAX_TEXT_TOKENS = 1024
+# Of the model's 4096 positions, half of the longest side takes some and the text the next ones: at most 3324 with the
+# ten images of an edit.
+MAX_SIDE_TOKENS = 2 * (4096 - 3328)
+PROMPT_TEMPLATE = (  # of diffusers' `__init__`, where only an object has it
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+PROMPT_RULES = TextRules(MAX_TEXT_TOKENS, PROMPT_TEMPLATE, prefix_tokens=34)
+
+ImageShape = tuple[int, int, int]  # (frames, height, width) of an image in tokens
+
+
+class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
+    """The engine's contract for Qwen-Image's pipelines, and the body of a direct call.
+
+    Inherited beside diffusers' pipeline, whose methods it calls. `image_latents` are [1, tokens, channels] everywhere,
+    one tensor for each image that is a condition.
+    """
+
+    text_encoder: Any
+    check_inputs: Any
+    encode_prompt: Any
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKLQwenImage,
+        transformer: QwenImageTransformer2DModel,
+        **components: Any,
+    ) -> None:
+        diffusers_init: Any = super().__init__
+        diffusers_init(
+            scheduler=scheduler,
+            vae=ImageQwenImageVAE.adopt(vae),
+            transformer=PackedQwenImageTransformer.adopt(transformer),
+            **components,
+        )
+
+    # ---- the engine's contract ----
+
+    @torch.no_grad()
+    def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
+        embeds, _ = self.encode_prompt(
+            request.prompts[branch],
+            device=self._weight.device,
+            max_sequence_length=MAX_TEXT_TOKENS,
+            **self._seen_by_text([to_pil(image) for image in request.images]),
+        )
+        return PromptEmbeds(embeds[0])
+
+    def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
+        return super().pack_branches(branches) | {
+            "timesteps_ahead": self._times_ahead(branches),
+            "img_shapes": [
+                [
+                    *self._image_shapes(branch.request.height, branch.request.width, branch.request.layers),
+                    *self._condition_shapes(branch.request),
+                ]
+                for branch in branches
+            ],
+            "txt_seq_lens": [branch.embeds.tokens.shape[0] for branch in branches],
+        }
+
+    def forget_derived(self) -> None:
+        self.transformer.modulations.clear()
+
+    # ---- what a family may do in its own way ----
+
+    def _seen_by_text(self, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """Further arguments of `encode_prompt`, where the text encoder reads the images too."""
+        return {}
+
+    def _condition_shapes(self, request: DiffusionRequest) -> list[ImageShape]:
+        """Of the images that `encode_images` made latents of."""
+        return []
+
+    def _image_shapes(self, height: int, width: int, layers: int) -> list[ImageShape]:
+        """Of the latents of a result of that size in pixels."""
+        return [self._image_shape(height, width)]
+
+    def _frames(self, latents: torch.Tensor, height: int, width: int, layers: int) -> torch.Tensor:
+        """What the VAE decodes of final latents, [images, channels, 1, latent height, latent width]."""
+        return self._unpack_latents(latents, height, width, self.vae_scale_factor)
+
+    # ---- what all do alike ----
+
+    def _generate(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None,
+        *,
+        guidance_scale: float | None,
+        true_cfg_scale: float | None,
+        num_inference_steps: int,
+        height: int,
+        width: int,
+        layers: int = 0,
+        generator: Generators,
+        latents: torch.Tensor | None,
+        output_type: str,
+        cfg_normalize: bool,
+        encode_options: dict[str, Any],
+        image_latents: Sequence[torch.Tensor] = (),
+        condition_shapes: Sequence[ImageShape] = (),
+    ) -> Any:
+        """The body of a direct call: images as `output_type` says; `encode_options` are those of `encode_prompt`."""
+        asked = guidance_scale if true_cfg_scale is None else true_cfg_scale
+        scale = DEFAULT_CFG_SCALE if asked is None else asked
+        do_true_cfg = not (asked is None and negative_prompt is None) and is_guided(scale, negative_prompt)
+        embeds, mask = self.encode_prompt(prompt, **encode_options)
+        negative_embeds, negative_mask = None, None
+        if do_true_cfg and negative_prompt is not None:
+            negative_embeds, negative_mask = self.encode_prompt(as_many(negative_prompt, prompt), **encode_options)
+        count = embeds.shape[0]
+        latents = self._prepare_noise(count, height, width, embeds, generator, latents, layers)
+        shapes = self._image_shapes(height, width, layers)
+        self._set_timesteps(self.scheduler, num_inference_steps, prod(shapes[0]), latents.device)
+        latents = self.diffuse(
+            prompt_embeds=embeds,
+            prompt_embeds_mask=mask,
+            negative_prompt_embeds=negative_embeds,
+            negative_prompt_embeds_mask=negative_mask,
+            latents=same_on_all_ranks(latents),
+            img_shapes=[[*shapes, *condition_shapes]] * count,
+            txt_seq_lens=None,
+            negative_txt_seq_lens=None,
+            timesteps=self.scheduler.timesteps,
+            do_true_cfg=do_true_cfg,
+            guidance=None,
+            true_cfg_scale=scale,
+            cfg_normalize=cfg_normalize,
+            image_latents=torch.cat([*image_latents], dim=1).expand(count, -1, -1) if image_latents else None,
+        )
+        return self._finish(latents, height, width, output_type, layers)
+
+    def _image_shape(self, height: int, width: int) -> ImageShape:
+        """(frames, height, width) in tokens of an image of that size in pixels."""
+        return 1, *self._grid(height, width)
+
+    def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
+        return decode_standardised(self.vae, self._frames(latents, height, width, layers))[:, :, 0]
+
+
+def describe_qwen_image(
+    checkpoint: Checkpoint, text: TextRules, defaults: dict[str, Any], **details: Any
+) -> PipelineInfo:
+    """What a checkpoint of this kind can do.
+
+    Args:
+        defaults: parameters for which its diffusers pipeline has other defaults than Qwen-Image's own.
+        details: further fields of `PipelineInfo`.
+
+    Raises:
+        ConfigurationError: a configuration file is missing.
+    """
+    vae = checkpoint.component_config("vae")
+    # diffusers pipeline_qwenimage.py: two latent pixels each way make one token.
+    vae_scale_factor = 2 ** len(vae["temperal_downsample"])
+    side = 128 * vae_scale_factor
+    shared = {
+        "height": side,
+        "width": side,
+        "num_inference_steps": 50,
+        "true_cfg_scale": DEFAULT_CFG_SCALE,
+        "negative_prompt": None,
+        "cfg_normalize": True,
+    }
+    return PipelineInfo(
+        text=text,
+        size_multiple=2 * vae_scale_factor,
+        pixels_per_token=2 * vae_scale_factor,
+        max_side=MAX_SIDE_TOKENS * 2 * vae_scale_factor,
+        min_steps=min_steps(checkpoint),
+        cfg_scale="true_cfg_scale",
+        default_params=DiffusionParams(**shared | defaults),
+        **details,
+    )

@@ -1,0 +1,236 @@
+"""Stable Diffusion 3 text-to-image: the CFG-Parallel denoising loop and the engine's pipeline, on diffusers' methods.
+
+Only the embeddings of the two CLIP encoders are cut to their 77 tokens, as upstream cuts them. Must not import vLLM at
+module level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline as DiffusersStableDiffusion3Pipeline,
+)
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import retrieve_timesteps
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
+from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
+from vllm_cfg_plugin.pipelines.common.autoencoders import decode_scaled, vae_scale_factor
+from vllm_cfg_plugin.pipelines.common.flow_schedule import dynamic_shift, min_steps
+from vllm_cfg_plugin.pipelines.common.generate import DenoisingMixin, as_many, is_guided
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators, ImagePipeline
+from vllm_cfg_plugin.pipelines.sd3.transformer import Grid, PackedSD3Transformer, patchify, unpatchify
+
+MAX_T5_TOKENS = 256
+CLIP_TOKENS = 77
+
+
+class StableDiffusion3CFGParallelMixin(DenoisingMixin):
+    """The denoising loop of the Stable Diffusion 3 pipelines, on one rank or many."""
+
+    channel_dim: ClassVar[int] = 1
+
+    def diffuse(
+        self,
+        prompt_embeds: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        negative_pooled_prompt_embeds: torch.Tensor | None,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        do_true_cfg: bool,
+        true_cfg_scale: float,
+        cfg_normalize: bool = False,
+    ) -> torch.Tensor:
+        """Denoise a batch through all timesteps; every rank returns the same latents.
+
+        Args:
+            prompt_embeds, negative_prompt_embeds: [batch, text tokens, dim]; the negative ones, here and below, only
+                where `do_true_cfg`.
+            pooled_prompt_embeds, negative_pooled_prompt_embeds: [batch, dim].
+            latents: [batch, channels, height, width].
+            timesteps: the noise scheduler's.
+        """
+        return self.denoise(
+            latents,
+            timesteps,
+            lambda latents, timestep: {"hidden_states": latents, "timestep": timestep},
+            {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds},
+            {"encoder_hidden_states": negative_prompt_embeds, "pooled_projections": negative_pooled_prompt_embeds},
+            do_true_cfg,
+            true_cfg_scale,
+            cfg_normalize,
+        )
+
+
+class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, ImagePipeline, DiffusersStableDiffusion3Pipeline):
+    """diffusers' StableDiffusion3Pipeline with CFG-Parallel, for the engine or to be called directly."""
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
+        scale, transformer = vae_scale_factor(checkpoint), checkpoint.component_config("transformer")
+        token_side = scale * transformer.get("patch_size", 2)
+        side = scale * transformer.get("sample_size", 128)
+        # Without its largest encoder the model sees no more of a text than CLIP does.
+        max_tokens, tokenizer = (MAX_T5_TOKENS, "tokenizer_3") if _has_t5(checkpoint) else (CLIP_TOKENS, "tokenizer")
+        return PipelineInfo(
+            text=TextRules(max_tokens, tokenizer=tokenizer, fixed_tokens=CLIP_TOKENS + MAX_T5_TOKENS),
+            size_multiple=token_side,
+            pixels_per_token=token_side,
+            max_side=token_side * transformer.get("pos_embed_max_size", 96),
+            min_steps=min_steps(checkpoint),
+            cfg_scale="guidance_scale",
+            needs_negative_prompt=False,
+            default_params=DiffusionParams(height=side, width=side, num_inference_steps=28, guidance_scale=7.0),
+        )
+
+    @classmethod
+    def load(
+        cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, **components: Any
+    ) -> Self:
+        if not _has_t5(Checkpoint(model, revision)):
+            components = {"text_encoder_3": None, "tokenizer_3": None} | components
+        return super().load(model, dtype=dtype, device=device, revision=revision, **components)
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer_2: CLIPTokenizer,
+        text_encoder_3: Any,
+        tokenizer_3: Any,
+        image_encoder: Any = None,
+        feature_extractor: Any = None,
+    ) -> None:
+        packed = PackedSD3Transformer.adopt(transformer)
+        encoders = (text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3)
+        super().__init__(packed, scheduler, vae, *encoders, image_encoder, feature_extractor)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 7.0,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        max_sequence_length: int = MAX_T5_TOKENS,
+        cfg_normalize: bool = False,
+    ) -> StableDiffusion3PipelineOutput | tuple[Any]:
+        """Generate images; under `torchrun` every rank calls this alike and returns the same images.
+
+        Args:
+            height, width: pixels.
+            guidance_scale: on above 1.
+            negative_prompt: None is an empty one.
+            generator, latents: source of the first latents, or these themselves, [count, channels, height, width].
+            output_type: "pil", "np", "pt" or "latent".
+            cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
+        """
+        height, width = self._size(height, width)
+        self.check_inputs(prompt, None, None, height, width, max_sequence_length=max_sequence_length)
+        do_true_cfg = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
+        embeds, pooled = self._encode(prompt, num_images_per_prompt, max_sequence_length)
+        negative_embeds, negative_pooled = None, None
+        if do_true_cfg:
+            negative = as_many(negative_prompt or "", prompt)
+            negative_embeds, negative_pooled = self._encode(negative, num_images_per_prompt, max_sequence_length)
+        latents = self._prepare_noise(embeds.shape[0], height, width, embeds, generator, latents)
+        rows, columns = self._grid(height, width)
+        self._set_timesteps(self.scheduler, num_inference_steps, rows * columns, latents.device)
+        latents = self.diffuse(
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=negative_embeds,
+            negative_pooled_prompt_embeds=negative_pooled,
+            latents=same_on_all_ranks(latents),
+            timesteps=self.scheduler.timesteps,
+            do_true_cfg=do_true_cfg,
+            true_cfg_scale=guidance_scale,
+            cfg_normalize=cfg_normalize,
+        )
+        images = self._finish(latents, height, width, output_type)
+        return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
+        embeds, pooled = self._encode(request.prompts[branch], 1, MAX_T5_TOKENS)
+        return PromptEmbeds(embeds[0], pooled[0])
+
+    def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
+        return {
+            "hidden_states": torch.cat([patchify(own.latents, self.patch_size) for own in branches], dim=1),
+            "timestep": torch.stack([own.timestep for own in branches]),
+            "encoder_hidden_states": torch.cat([own.embeds.tokens for own in branches])[None],
+            "pooled_projections": torch.stack([own.embeds.pooled for own in branches if own.embeds.pooled is not None]),
+            "img_shapes": [self._grid(own.request.height, own.request.width) for own in branches],
+            "txt_seq_lens": [own.embeds.tokens.shape[0] for own in branches],
+        }
+
+    def unpack_predictions(self, prediction: torch.Tensor, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
+        grids = [self._grid(own.request.height, own.request.width) for own in branches]
+        sequences = prediction.split([rows * columns for rows, columns in grids], dim=1)
+        return [unpatchify(tokens, grid, self.patch_size) for tokens, grid in zip(sequences, grids, strict=True)]
+
+    def prediction_shape(self, request: DiffusionRequest) -> tuple[int, ...]:
+        scale = self.vae_scale_factor
+        return self.transformer.config.in_channels, request.height // scale, request.width // scale
+
+    @property
+    def _latent_channels(self) -> int:
+        return self.transformer.config.in_channels
+
+    def _encode(
+        self, prompt: str | list[str], num_images_per_prompt: int, max_sequence_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """([batch, text tokens, dim], [batch, dim] pooled) of one branch's texts."""
+        embeds, _, pooled, _ = self.encode_prompt(
+            prompt,
+            prompt,
+            prompt,
+            device=self._weight.device,
+            num_images_per_prompt=num_images_per_prompt,
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_sequence_length,
+        )
+        return embeds, pooled
+
+    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
+        shift: dict[str, Any] = {}
+        if scheduler.config.get("use_dynamic_shifting"):
+            shift["mu"] = dynamic_shift(scheduler.config, image_tokens, max_shift=1.16)
+        retrieve_timesteps(scheduler, num_inference_steps, device, **shift)
+        scheduler.set_begin_index(0)
+
+    def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
+        return decode_scaled(self.vae, latents)
+
+    def _grid(self, height: int, width: int) -> Grid:
+        """(height, width) of an image in tokens."""
+        side = self.vae_scale_factor * self.patch_size
+        return height // side, width // side
+
+
+def _has_t5(checkpoint: Checkpoint) -> bool:
+    """Whether the largest text encoder is there: it is left out to save memory."""
+    index = checkpoint.read_json(MODEL_INDEX) or {}
+    return index.get("text_encoder_3", (None,))[0] is not None

@@ -1,0 +1,299 @@
+"""What Wan's text-to-video and image-to-video share: the CFG-Parallel denoising loop and the engine's contract.
+
+Wan 2.1 has one transformer; 2.2's 14B two experts, one for steps with much noise and one for the others; 2.2's 5B
+another VAE and a timestep for every token. All on diffusers' own methods. Must not import vLLM at module level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
+from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin, log_once, same_on_all_ranks
+from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds
+from vllm_cfg_plugin.pipelines.common.autoencoders import decode_standardised
+from vllm_cfg_plugin.pipelines.wan.transformer import PackedWanTransformer
+
+TEXT_TOKENS = 512  # every text is padded to so many, and the padding is attended to
+
+
+class WanCFGParallelMixin(CFGParallelMixin):
+    """The denoising loop of the Wan pipelines, on one rank or many.
+
+    Attributes:
+        transformer: predicts all steps, or those with much noise where `transformer_2` predicts the others.
+    """
+
+    channel_dim: ClassVar[int] = 1
+
+    transformer_2: Any
+    config: Any
+
+    def diffuse(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        do_true_cfg: bool,
+        guidance_scale: float,
+        guidance_scale_2: float | None = None,
+        condition: Sequence[torch.Tensor] = (),
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Denoise a batch through all timesteps; every rank returns the same latents.
+
+        Args:
+            latents: [batch, channels, frames, height, width].
+            timesteps: the noise scheduler's.
+            prompt_embeds, negative_prompt_embeds: [batch, text_tokens, dim]; the negative ones only where
+                `do_true_cfg`.
+            guidance_scale_2: of the steps of `transformer_2`; None for `guidance_scale`.
+            condition: what an image to start from adds, see `add_condition`.
+        """
+        for t in timesteps:
+            hidden_states, timestep, image_embeds = self.add_condition(latents, t, condition)
+            shared = {
+                "current_model": getattr(self, self.expert_at(t)),
+                "hidden_states": hidden_states.to(prompt_embeds.dtype),
+                "timestep": timestep.expand(latents.shape[0], *timestep.shape),
+                "encoder_hidden_states_image": image_embeds,
+                "attention_kwargs": attention_kwargs,
+                "return_dict": False,
+            }
+            noise_pred = self.predict_noise_maybe_with_cfg(
+                do_true_cfg=do_true_cfg,
+                true_cfg_scale=self.scale_at(t, guidance_scale, guidance_scale_2),
+                positive_kwargs=shared | {"encoder_hidden_states": prompt_embeds},
+                negative_kwargs=shared | {"encoder_hidden_states": negative_prompt_embeds} if do_true_cfg else None,
+                cfg_normalize=False,
+            )
+            latents = self.scheduler_step_maybe_with_cfg(noise_pred, t, latents, do_true_cfg)
+        return latents
+
+    def predict_noise(self, current_model: Any = None, **kwargs: Any) -> torch.Tensor:
+        """One forward of a transformer.
+
+        Args:
+            current_model: `transformer` or `transformer_2`; None for the first.
+            **kwargs: its arguments.
+        """
+        prediction: torch.Tensor = (self.transformer if current_model is None else current_model)(**kwargs)[0]
+        return prediction
+
+    def expert_at(self, timestep: torch.Tensor) -> str:
+        """Which transformer predicts a timestep: "transformer", or "transformer_2" below the boundary."""
+        boundary = self.config.boundary_ratio
+        is_second = boundary is not None and timestep < boundary * self.scheduler.config.num_train_timesteps
+        return "transformer_2" if is_second else "transformer"
+
+    def scale_at(self, timestep: torch.Tensor, guidance_scale: float, guidance_scale_2: float | None) -> float:
+        """The guidance scale of a timestep."""
+        if guidance_scale_2 is not None and self.expert_at(timestep) == "transformer_2":
+            return guidance_scale_2
+        return guidance_scale
+
+    def add_condition(
+        self, latents: torch.Tensor, timestep: torch.Tensor, condition: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(what the transformer sees of the latents, the timestep or one per token, embeddings of an image)."""
+        return latents, timestep, None
+
+
+class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
+    """What the Wan pipelines share before the engine; their own base is diffusers' pipeline."""
+
+    float32_components: ClassVar[tuple[str, ...]] = ("vae",)  # as the checkpoints' own examples load it
+
+    vae: Any
+    video_processor: Any
+    encode_prompt: Any
+    _get_t5_prompt_embeds: Any
+    maybe_free_model_hooks: Any
+    vae_scale_factor_temporal: int
+    vae_scale_factor_spatial: int
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
+        index = checkpoint.read_json(MODEL_INDEX) or {}
+        vae = checkpoint.component_config("vae")
+        transformer = checkpoint.component_config("transformer")
+        patch, positions = transformer.get("patch_size", (1, 2, 2)), transformer.get("rope_max_seq_len", 1024)
+        has_experts = index.get("boundary_ratio") is not None
+        if has_experts:
+            checkpoint.component_config("transformer_2")
+            if not isinstance(index["boundary_ratio"], (int, float)):
+                raise ConfigurationError(f"{MODEL_INDEX}: boundary_ratio={index['boundary_ratio']!r} is not a number")
+            if not index.get("transformer_2") or index["transformer_2"][0] is None:
+                raise ConfigurationError(f"{MODEL_INDEX}: transformer_2 is missing, and boundary_ratio needs it")
+        pixels_per_token = vae.get("scale_factor_spatial", 8) * patch[1]
+        frames_per_latent = vae.get("scale_factor_temporal", 4)
+        is_5b = bool(index.get("expand_timesteps"))
+        return PipelineInfo(
+            text=TextRules(TEXT_TOKENS, fixed_tokens=TEXT_TOKENS),
+            size_multiple=pixels_per_token,
+            pixels_per_token=pixels_per_token,
+            min_steps=1,
+            cfg_scale="guidance_scale",
+            needs_negative_prompt=False,
+            options=frozenset({"num_frames", *(["guidance_scale_2"] if has_experts else [])}),
+            produces="video",
+            frames_per_latent=frames_per_latent,
+            max_side=positions * pixels_per_token,
+            max_frames=(positions - 1) * frames_per_latent + 1,
+            fps=24 if is_5b else 16,
+            default_params=DiffusionParams(
+                height=480, width=832, num_frames=81, num_inference_steps=50, guidance_scale=5.0
+            ),
+        )
+
+    @torch.no_grad()
+    def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
+        weight = self._weight
+        embeds = self._get_t5_prompt_embeds(request.prompts[branch], 1, TEXT_TOKENS, weight.device)
+        return PromptEmbeds(embeds[0].to(weight.dtype))
+
+    def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        shape = (1, *self.prediction_shape(request))
+        return randn_tensor(shape, generator=generator, device=self._weight.device, dtype=torch.float32)
+
+    def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
+        # Its timesteps stay on the CPU: reading one from a GPU would wait for all that is queued there.
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(request.num_inference_steps)
+        scheduler.set_begin_index(0)
+        return scheduler
+
+    def forward_group(self, branch: BranchInput) -> Hashable:
+        return self.expert_at(branch.timestep)
+
+    def guidance_scale_at(self, request: DiffusionRequest, timestep: torch.Tensor) -> float:
+        return self.scale_at(timestep, request.guidance.scale, request.guidance.scale_2)
+
+    def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
+        inputs = [self.add_condition(branch.latents, branch.timestep, branch.condition) for branch in branches]
+        images = [image for _, _, image in inputs if image is not None]
+        return {
+            "current_model": getattr(self, self.expert_at(branches[0].timestep)),
+            "hidden_states": [latents.to(self._weight.dtype) for latents, _, _ in inputs],
+            "timestep": [timestep for _, timestep, _ in inputs],
+            "encoder_hidden_states": [branch.embeds.tokens for branch in branches],
+            "encoder_hidden_states_image": images or None,
+            "return_dict": False,
+        }
+
+    def unpack_predictions(self, prediction: torch.Tensor, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
+        shapes = [(1, *self.prediction_shape(branch.request)) for branch in branches]
+        parts = prediction.split([shape[2] * shape[3] * shape[4] for shape in shapes], dim=2)
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def prediction_shape(self, request: DiffusionRequest) -> tuple[int, ...]:
+        side = self.vae_scale_factor_spatial
+        frames = (request.num_frames - 1) // self.vae_scale_factor_temporal + 1
+        return self.vae.config.z_dim, frames, request.height // side, request.width // side
+
+    @torch.no_grad()
+    def decode(
+        self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
+        video = decode_standardised(self.vae, self.final_latents(latents, condition))[0]  # [3, frames, height, width]
+        pixels = self.video_processor.denormalize(video).float()
+        # Rounded as diffusers' `numpy_to_pil` does, but where the pixels are: a quarter of the bytes to copy.
+        return (pixels * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+
+    def _generate(
+        self,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        latents: torch.Tensor,
+        condition: Sequence[torch.Tensor],
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_scale_2: float | None,
+        attention_kwargs: dict[str, Any] | None,
+        output_type: str,
+        return_dict: bool,
+    ) -> WanPipelineOutput | tuple[Any]:
+        """The second half of `__call__`, from first latents to frames."""
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        self.scheduler.set_begin_index(0)
+        latents = self.diffuse(
+            latents=same_on_all_ranks(latents),
+            timesteps=self.scheduler.timesteps,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            do_true_cfg=guidance_scale > 1,
+            guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
+            condition=condition,
+            attention_kwargs=attention_kwargs,
+        )
+        frames: Any = self.final_latents(latents, condition)
+        if output_type != "latent":
+            frames = self.video_processor.postprocess_video(
+                decode_standardised(self.vae, frames), output_type=output_type
+            )
+        self.maybe_free_model_hooks()
+        return WanPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _encode_prompts(self, guidance_scale: float, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """diffusers' `encode_prompt` in the transformer's dtype; without guidance there is no negative embedding."""
+        weight = self._weight
+        guided = guidance_scale > 1
+        positive, negative = self.encode_prompt(**kwargs, do_classifier_free_guidance=guided, device=weight.device)
+        return positive.to(weight.dtype), negative.to(weight.dtype) if guided else None
+
+    def _fitting(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
+        """The nearest size that the model can make, rounded as diffusers' `__call__` does."""
+        _, patch_height, patch_width = self.transformer.config.patch_size
+        of_height, of_width = (self.vae_scale_factor_spatial * patch for patch in (patch_height, patch_width))
+        per_latent = self.vae_scale_factor_temporal
+        fitting = (
+            height // of_height * of_height,
+            width // of_width * of_width,
+            num_frames if num_frames % per_latent == 1 else max(num_frames // per_latent * per_latent + 1, 1),
+        )
+        if fitting != (height, width, num_frames):
+            log_once(
+                f"height, width, num_frames = {(height, width, num_frames)} is rounded to {fitting}: the model needs "
+                f"multiples of {of_height} and {of_width}, and a multiple of {per_latent} plus 1"
+            )
+        return fitting
+
+    def final_latents(self, latents: torch.Tensor, condition: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What is decoded of the last step's latents."""
+        return latents
+
+    @property
+    def _weight(self) -> torch.Tensor:
+        # Others of the transformer's parameters are kept in float32.
+        weight: torch.Tensor = self.transformer.patch_embedding.weight
+        return weight
+
+
+def adopt_experts(
+    transformer: WanTransformer3DModel | None,
+    transformer_2: WanTransformer3DModel | None,
+    boundary_ratio: float | None,
+) -> tuple[PackedWanTransformer, PackedWanTransformer | None]:
+    """Both transformers with the packed forward.
+
+    Raises:
+        ConfigurationError: a model that some steps need is missing.
+    """
+    if transformer is None or (boundary_ratio is not None and transformer_2 is None):
+        missing = "transformer" if transformer is None else "transformer_2"
+        raise ConfigurationError(
+            f"model_index.json: {missing} is missing with boundary_ratio={boundary_ratio}: both experts must be there"
+        )
+    second = None if transformer_2 is None else PackedWanTransformer.adopt(transformer_2)
+    return PackedWanTransformer.adopt(transformer), second

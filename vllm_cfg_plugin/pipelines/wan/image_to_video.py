@@ -1,0 +1,220 @@
+"""Wan image-to-video: an image (for some models a last one too) that a video starts from; see `wan_base.py` for more.
+
+Three layouts: Wan 2.1 reads the image's latents beside the noise and its embeddings in cross attention, 2.2's 14B its
+latents alone, and 2.2's 5B holds it as the first frame, at timestep 0. Must not import vLLM at module level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline as DiffusersWanImageToVideoPipeline
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
+
+from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, MODEL_INDEX, Checkpoint, ImageSize, PipelineInfo
+from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import to_pil
+from vllm_cfg_plugin.pipelines.wan.base import TEXT_TOKENS, WanEnginePipeline, adopt_experts
+from vllm_cfg_plugin.pipelines.wan.vae import ThreadSafeWanVAE
+
+_HEIGHT, _WIDTH = 480, 832  # the area of a video of no given size
+
+
+class WanImageToVideoPipeline(WanEnginePipeline, DiffusersWanImageToVideoPipeline):
+    """diffusers' WanImageToVideoPipeline with CFG-Parallel, for the engine or to be called directly."""
+
+    float32_components: ClassVar[tuple[str, ...]] = ("vae", "image_encoder")
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
+        info = super().describe(checkpoint)
+        transformer = checkpoint.component_config("transformer")
+        is_5b = bool((checkpoint.read_json(MODEL_INDEX) or {}).get("expand_timesteps"))
+        embedding_tokens = 0
+        least, most = 1, 1 if is_5b else 2
+        if transformer.get("image_dim") is not None:
+            encoder = checkpoint.component_config("image_encoder")
+            embedding_tokens = (encoder["image_size"] // encoder["patch_size"]) ** 2 + 1
+            least = most = 1 if transformer.get("pos_embed_seq_len") is None else 2
+        default = checkpoint.read_json(DEFAULTS_FILE) or {}
+        area = default.get("height", _HEIGHT) * default.get("width", _WIDTH)
+        return dataclasses.replace(
+            info,
+            min_images=least,
+            max_images=most,
+            condition_tokens=lambda sizes: (0, embedding_tokens * len(sizes)),
+            default_size=lambda sizes: _size_like(sizes[0], area, info.size_multiple),
+        )
+
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        image_processor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModel | None = None,
+        transformer: WanTransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        own: dict[str, Any] = {"image_processor": image_processor, "image_encoder": image_encoder}
+        own["transformer"], own["transformer_2"] = adopt_experts(transformer, transformer_2, boundary_ratio)
+        super().__init__(
+            tokenizer,
+            text_encoder,
+            ThreadSafeWanVAE.adopt(vae),
+            scheduler,
+            **own,
+            boundary_ratio=boundary_ratio,
+            expand_timesteps=expand_timesteps,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image.Image | torch.Tensor,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        last_image: Image.Image | torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = TEXT_TOKENS,
+    ) -> WanPipelineOutput | tuple[Any]:
+        """Generate videos; see `WanPipeline.__call__`.
+
+        Args:
+            image: the first frame; it is resized to height and width.
+            last_image: the last frame, where the model takes one.
+        """
+        embeds = prompt_embeds, negative_prompt_embeds
+        self.check_inputs(prompt, negative_prompt, image, height, width, *embeds, guidance_scale_2=guidance_scale_2)
+        height, width, num_frames = self._fitting(height, width, num_frames)
+        prompt_embeds, negative_prompt_embeds = self._encode_prompts(
+            guidance_scale,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_videos_per_prompt=num_videos_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+        )
+        count = prompt_embeds.shape[0]
+        latents, condition = self._prepare(image, last_image, count, height, width, num_frames, generator, latents)
+        return self._generate(
+            prompt_embeds,
+            negative_prompt_embeds,
+            latents,
+            condition,
+            num_inference_steps,
+            guidance_scale,
+            guidance_scale_2,
+            attention_kwargs,
+            output_type,
+            return_dict,
+        )
+
+    @property
+    def decode_sees_images(self) -> bool:  # type: ignore[override]
+        return bool(self.config.expand_timesteps)
+
+    @torch.no_grad()
+    def encode_images(self, request: DiffusionRequest) -> list[torch.Tensor]:
+        image, last_image = [*(to_pil(image).convert("RGB") for image in request.images), None][:2]
+        no_noise = torch.empty(0)  # the noise is drawn apart
+        size = request.height, request.width, request.num_frames
+        return self._prepare(image, last_image, 1, *size, None, no_noise)[1]
+
+    def add_condition(
+        self, latents: torch.Tensor, timestep: torch.Tensor, condition: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """See `WanCFGParallelMixin.add_condition`.
+
+        Args:
+            condition: the latents of the image: of one frame in the 5B layout, else with a mask of the known frames and
+                of as many frames as the video; then the image's embeddings where the model reads them.
+        """
+        if self.config.expand_timesteps:
+            _, patch_height, patch_width = self.transformer.config.patch_size
+            frames, height, width = latents.shape[2:]
+            of_frames = timestep.float().repeat(frames, height // patch_height * (width // patch_width))
+            of_frames[0] = 0
+            return self.final_latents(latents, condition), of_frames.flatten(), None
+        image_embeds = condition[1] if len(condition) > 1 else None
+        return torch.cat([latents, condition[0]], dim=1), timestep, image_embeds
+
+    def final_latents(self, latents: torch.Tensor, condition: Sequence[torch.Tensor]) -> torch.Tensor:
+        """With the image as first frame in the 5B layout, whatever the model predicted there."""
+        return torch.cat([condition[0], latents[:, :, 1:]], dim=2) if self.config.expand_timesteps else latents
+
+    def _prepare(
+        self,
+        image: Any,
+        last_image: Any,
+        count: int,
+        height: int,
+        width: int,
+        num_frames: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """First latents and the condition of so many videos of one image."""
+        if last_image is not None and num_frames < 2:
+            raise InvalidRequestError("num_frames", num_frames, "more than 1 with a last image")
+        weight = self._weight
+        embeds = []
+        if self.transformer.config.image_dim is not None:
+            images = image if last_image is None else [image, last_image]
+            embeds = [self.encode_image(images, weight.device).repeat(count, 1, 1).to(weight.dtype)]
+        pixels: list[Any] = [
+            None
+            if one is None
+            else self.video_processor.preprocess(one, height=height, width=width).to(weight.device, torch.float32)
+            for one in (image, last_image)
+        ]
+        first, last = pixels
+        latents, condition, *_ = self.prepare_latents(
+            first,
+            count,
+            self.vae.config.z_dim,
+            height,
+            width,
+            num_frames,
+            torch.float32,
+            weight.device,
+            generator,
+            latents,
+            last,
+        )
+        return latents, [condition, *embeds]
+
+
+def _size_like(image: ImageSize, area: int, multiple: int) -> ImageSize:
+    """(height, width) of about this area with an image's aspect ratio, as diffusers' examples choose it."""
+    width, height = image
+    sides = round(sqrt(area * height / width)), round(sqrt(area * width / height))
+    fitted_height, fitted_width = (max(side // multiple, 1) * multiple for side in sides)
+    return fitted_height, fitted_width

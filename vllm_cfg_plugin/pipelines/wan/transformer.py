@@ -1,0 +1,237 @@
+"""Wan's transformer over packed sequences, on diffusers' own weights; must not import vLLM.
+
+Same network as diffusers' `transformer_wan.py`, but the tokens of n videos lie end to end in one stream: each has its
+own size, number of frames, text and timesteps, attends to itself and its own text alone, and none is padded to
+another's length. See `common/packing.py` for why a sequence's result is bitwise the same in any company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from math import prod
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.utils import apply_lora_scale
+
+from vllm_cfg_plugin.pipelines.common.linear import feed_forward, gelu_linear, linear
+from vllm_cfg_plugin.pipelines.common.modulation import Modulation, StreamSpans, add_gated, modulate, modulate_last
+from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
+from vllm_cfg_plugin.pipelines.common.shared_modules import share_modules
+from vllm_cfg_plugin.pipelines.wan.attention import WanLayout, attend_to_conditions, attend_to_video
+
+Grid = tuple[int, int, int]  # (frames, height, width) of a video in tokens
+
+_FACTORS = 6  # of a block: (shift, scale, gate) of self-attention, then of the feed-forward
+
+
+class PackedWanTransformer(WanTransformer3DModel):
+    """diffusers' WanTransformer3DModel with a packed forward; for inference only."""
+
+    _layouts: LayoutCache
+
+    @classmethod
+    def adopt(cls, transformer: WanTransformer3DModel) -> Self:
+        """The packed model over a loaded transformer's own modules; no weight is copied."""
+        return share_modules(cls, transformer, _layouts=LayoutCache())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | Sequence[torch.Tensor],
+        timestep: torch.Tensor | Sequence[torch.Tensor],
+        encoder_hidden_states: torch.Tensor | Sequence[torch.Tensor],
+        encoder_hidden_states_image: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict noise for n videos: packed ones of any sizes, in lists, or an ordinary batch as diffusers takes it.
+
+        Lists of latents, not one stream of tokens: the patch embedding is the model's own convolution. The prediction
+        is one tensor, for whoever works on it element by element whatever the videos' sizes.
+
+        Args:
+            hidden_states: latents of each video, [1, channels, frames, height, width].
+            timestep: of each video one value, [], or one per token, [tokens]; read on the host, so better kept there.
+            encoder_hidden_states: prompt embeddings of each video, [text_tokens, dim], padding and all.
+            encoder_hidden_states_image: embeddings of each video's image or images, [images, image_tokens, dim], for a
+                model with `image_dim`.
+            attention_kwargs: `scale` weighs the LoRA layers.
+
+        Returns:
+            The prediction: packed [1, channels, all videos' frames * height * width], in this order, or of a batch
+            [n, channels, frames, height, width].
+
+        Raises:
+            ValueError: lists of different lengths, or inputs that don't fit the model.
+        """
+        is_batch = isinstance(hidden_states, torch.Tensor)
+        latents = hidden_states.split(1) if isinstance(hidden_states, torch.Tensor) else hidden_states
+        images = encoder_hidden_states_image
+        if isinstance(images, torch.Tensor):
+            images = images.split(images.shape[0] // len(latents))
+        videos = self._forward_packed(
+            latents, [*timestep], [*encoder_hidden_states], images, attention_kwargs=attention_kwargs
+        )
+        sample = torch.cat(videos) if is_batch else torch.cat([video.flatten(2) for video in videos], dim=2)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    @apply_lora_scale("attention_kwargs")
+    def _forward_packed(
+        self,
+        latents: Sequence[torch.Tensor],
+        timesteps: Sequence[torch.Tensor],
+        texts: Sequence[torch.Tensor],
+        images: Sequence[torch.Tensor] | None,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> list[torch.Tensor]:
+        """The prediction of each video, [1, channels, frames, height, width]; arguments as those of `forward`."""
+        self._check(latents, timesteps, texts, images)
+        embedded_images = None if images is None else [self._embed_image(image) for image in images]
+        grids = [self._grid(one) for one in latents]
+        layout = self._layout_of(grids, latents, texts, embedded_images)
+        spans = self._spans(timesteps, layout.video, latents[0].dtype)
+        video = layout.video.join(self._embed_patches(one) for one in latents)
+        text = self._embed_text(layout.text.join(texts))
+        image = None if embedded_images is None or layout.image is None else layout.image.join(embedded_images)
+        blocks: Any = self.blocks
+        for number, block in enumerate(blocks):
+            _forward_block(block, video, text, image, spans, number, layout)
+        out = linear(self.proj_out, modulate_last(self.norm_out, video, spans))
+        return [self._unpatchify(*one) for one in zip(layout.video.split(out), grids, strict=True)]
+
+    def _check(
+        self,
+        latents: Sequence[torch.Tensor],
+        timesteps: Sequence[torch.Tensor],
+        texts: Sequence[torch.Tensor],
+        images: Sequence[torch.Tensor] | None,
+    ) -> None:
+        takes_image = self.condition_embedder.image_embedder is not None
+        if (images is not None) != takes_image:
+            takes = "an" if takes_image else "no"
+            raise ValueError(f"encoder_hidden_states_image does not fit: this model takes {takes} image embedding")
+        counts = [len(given) for given in (latents, timesteps, texts, images) if given is not None]
+        if len(set(counts)) > 1:
+            raise ValueError(f"there are {counts} latents, timesteps, texts (and images): give one per video")
+
+    def _grid(self, latents: torch.Tensor) -> Grid:
+        frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], self._patch_size, strict=True))
+        return frames, height, width
+
+    @property
+    def _patch_size(self) -> tuple[int, ...]:
+        return self.config["patch_size"]
+
+    def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
+        """[tokens, dim] of one video; alone, so that its bits are the same in any company."""
+        patches: torch.Tensor = self.patch_embedding(latents)
+        return patches[0].flatten(1).t()
+
+    def _embed_text(self, text: torch.Tensor) -> torch.Tensor:
+        embedder = self.condition_embedder.text_embedder
+        return linear(embedder.linear_2, gelu_linear(embedder.linear_1, text))
+
+    def _embed_image(self, image: torch.Tensor) -> torch.Tensor:
+        """[rows, dim] of one video's image embeddings; alone like `_embed_patches`."""
+        embedder: Any = self.condition_embedder.image_embedder
+        embedded: torch.Tensor = embedder(image)
+        return embedded.flatten(0, 1)
+
+    def _spans(self, timesteps: Sequence[torch.Tensor], rows: PackedRows, dtype: torch.dtype) -> StreamSpans:
+        """The stream in maximal spans of one timestep; the last ends with the padding."""
+        parts = [part for one in zip(timesteps, rows.lengths, strict=True) for part in _parts(*one)]
+        distinct = list(dict.fromkeys(t for t, _ in parts))
+        of_timestep = dict(zip(distinct, self._modulations(distinct, dtype), strict=True))
+        spans, start = StreamSpans([], []), 0
+        for t, neighbours in groupby(parts, lambda part: part[0]):
+            end = start + sum(count for _, count in neighbours)
+            spans.modulations.append(of_timestep[t])
+            spans.rows.append(slice(start, None if end == rows.total else end))
+            start = end
+        return spans
+
+    def _modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
+        """The modulation of each timestep, in float32 like upstream's.
+
+        Not remembered for later steps: it all comes from one matrix, a hundredth of the model.
+        """
+        embedder, blocks = self.condition_embedder, list[Any](self.blocks)
+        values = pad_rows(torch.tensor(timesteps, dtype=torch.float32, device=self.scale_shift_table.device))
+        sinusoids = embedder.timesteps_proj(values).to(embedder.time_embedder.linear_1.weight.dtype)
+        time = embedder.time_embedder(sinusoids).to(dtype)
+        projected = linear(embedder.time_proj, F.silu(time)).float().unflatten(1, (1, _FACTORS, -1))
+        factors = torch.cat([block.scale_shift_table for block in blocks]) + projected  # [rows, blocks, _FACTORS, dim]
+        last = self.scale_shift_table + time[:, None].float()  # [rows, 2, dim]
+        factors[:, :, 1::3] += 1
+        last[:, 1] += 1
+        return [
+            Modulation([block.unbind() for block in own], scale, shift, own.nbytes)
+            for own, (shift, scale) in zip(factors[: len(timesteps)], last[: len(timesteps)], strict=True)
+        ]
+
+    def _layout_of(
+        self,
+        grids: Sequence[Grid],
+        latents: Sequence[torch.Tensor],
+        texts: Sequence[torch.Tensor],
+        images: Sequence[torch.Tensor] | None,
+    ) -> WanLayout:
+        device = latents[0].device
+        text_lengths = tuple(rows.shape[0] for rows in texts)
+        image_lengths = None if images is None else tuple(rows.shape[0] for rows in images)
+
+        def make() -> WanLayout:
+            video = PackedRows(tuple(prod(grid) for grid in grids), device)
+            return WanLayout(
+                video,
+                PackedRows(text_lengths, device),
+                None if image_lengths is None else PackedRows(image_lengths, device),
+                F.pad(torch.cat([self._rotation(one) for one in latents]), [0, 0, 0, 0, 0, video.sizes[-1]]),
+            )
+
+        layout: WanLayout = self._layouts.get_or_make((tuple(grids), text_lengths, image_lengths, device), make)
+        return layout
+
+    def _rotation(self, latents: torch.Tensor) -> torch.Tensor:
+        """Complex rotary factors of one video, [tokens, 1, head_dim / 2]: upstream has each twice, side by side."""
+        cos, sin = self.rope(latents)
+        return torch.complex(cos[0, ..., ::2].float(), sin[0, ..., 1::2].float())
+
+    def _unpatchify(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """[1, channels, frames, height, width] of one video's tokens."""
+        frames, height, width = grid
+        patches = rows.view(1, frames, height, width, *self._patch_size, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return patches.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _parts(timestep: torch.Tensor, tokens: int) -> list[tuple[float, int]]:
+    """(timestep, how many tokens) of one video in the order of its tokens."""
+    if timestep.dim() == 0:
+        return [(float(timestep), tokens)]
+    if timestep.numel() != tokens:
+        raise ValueError(f"timestep has {timestep.numel()} values for {tokens} tokens: give one, or one per token")
+    values, counts = timestep.unique_consecutive(return_counts=True)
+    return [*zip(values.tolist(), counts.tolist(), strict=True)]
+
+
+def _forward_block(
+    block: Any,
+    video: torch.Tensor,
+    text: torch.Tensor,
+    image: torch.Tensor | None,
+    spans: StreamSpans,
+    number: int,
+    layout: WanLayout,
+) -> None:
+    """Block `number` on the video's rows, [rows, dim], which are changed in place."""
+    factors = spans.factors(number)
+    attended = attend_to_video(block.attn1, modulate(block.norm1, video, spans.rows, factors, 0), layout)
+    add_gated(video, attended, spans.rows, factors, 2)
+    video += attend_to_conditions(block.attn2, block.norm2(video), text, image, layout)
+    add_gated(
+        video, feed_forward(block.ffn, modulate(block.norm3, video, spans.rows, factors, 3)), spans.rows, factors, 5
+    )

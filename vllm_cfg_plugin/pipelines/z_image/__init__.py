@@ -1,0 +1,5 @@
+"""Z-Image."""
+
+from vllm_cfg_plugin.pipelines.z_image.pipeline import ZImagePipeline
+
+__all__ = ["ZImagePipeline"]

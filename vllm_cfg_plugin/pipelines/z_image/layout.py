@@ -1,0 +1,94 @@
+"""Where Z-Image's sequences lie in a packed batch; must not import vLLM.
+
+Every image and every text is filled up to a multiple of 32 rows with pad tokens, as diffusers does with a request
+alone: they are part of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformer2DModel
+
+from vllm_cfg_plugin.pipelines.common.packing import PackedRows
+
+Grid = tuple[int, int, int]  # (frames, height, width) in tokens
+_Place = tuple[torch.Tensor, torch.Tensor]  # of each row: complex rotary factors, whether it is a pad token
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class PaddedStream:
+    """Sequences with their pad tokens, and the complex rotary factors of all rows, [rows, 1, head_dim / 2]."""
+
+    rows: PackedRows
+    rotation: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ZImageLayout:
+    """The streams of one packed batch.
+
+    Attributes:
+        image, text: before they are joined.
+        joint: image then text of sequence 0, of sequence 1, ...
+        image_pads, text_pads: which rows of the two streams are pad tokens.
+    """
+
+    image: PaddedStream
+    text: PaddedStream
+    joint: PaddedStream
+    image_pads: torch.Tensor
+    text_pads: torch.Tensor
+
+    def image_of(self, stream: torch.Tensor) -> torch.Tensor:
+        """The image stream out of the joint one."""
+        lengths = self.image.rows.lengths
+        sequences = zip(self.joint.rows.split(stream), lengths, strict=True)
+        return self.image.rows.join(rows[:length] for rows, length in sequences)
+
+
+def make_layout(
+    model: ZImageTransformer2DModel, grids: tuple[Grid, ...], text_lengths: tuple[int, ...], device: torch.device
+) -> ZImageLayout:
+    """The layout of sequences of such images and so many text tokens."""
+    images, texts = [], []
+    for grid, text_length in zip(grids, text_lengths, strict=True):
+        # A text counts on over its pad tokens, and the image's frames after these; its pad tokens are at zero.
+        text_rows = text_length + -text_length % SEQ_MULTI_OF
+        images.append(_place(model, prod(grid), grid, text_rows + 1))
+        texts.append(_place(model, text_length, (text_rows, 1, 1), 1))
+    return ZImageLayout(
+        image=_make_stream([[image] for image in images], device),
+        text=_make_stream([[text] for text in texts], device),
+        joint=_make_stream([*zip(images, texts, strict=True)], device),
+        image_pads=_pads_of(images).to(device),
+        text_pads=_pads_of(texts).to(device),
+    )
+
+
+def lay_out(sequences: Sequence[torch.Tensor], rows: PackedRows) -> torch.Tensor:
+    """A stream of sequences [tokens, ...], with zeros where they have pad tokens."""
+    pads = (x.new_zeros(length - len(x), x.shape[1]) for x, length in zip(sequences, rows.lengths, strict=True))
+    return rows.join(piece for pair in zip(sequences, pads, strict=True) for piece in pair)
+
+
+def _place(model: ZImageTransformer2DModel, tokens: int, grid: Grid, first: int) -> _Place:
+    """Where diffusers puts so many tokens, and the pad tokens behind them."""
+    _, positions, is_pad, rows, _ = model._pad_with_ids(torch.empty(tokens, 0), grid, (first, 0, 0), _CPU)
+    return model.rope_embedder(positions[:rows]), is_pad
+
+
+def _make_stream(sequences: Sequence[Sequence[_Place]], device: torch.device) -> PaddedStream:
+    """The stream of sequences, each of one or more parts."""
+    rotations = [[rotation for rotation, _ in parts] for parts in sequences]
+    rows = PackedRows(tuple(sum(map(len, parts)) for parts in rotations), device)
+    return PaddedStream(rows, rows.join(part for parts in rotations for part in parts)[:, None].to(device))
+
+
+def _pads_of(places: Sequence[_Place]) -> torch.Tensor:
+    return torch.cat([is_pad for _, is_pad in places]).nonzero().flatten()

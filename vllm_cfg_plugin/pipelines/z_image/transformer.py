@@ -1,0 +1,228 @@
+"""Z-Image's transformer over packed sequences, on diffusers' own weights; must not import vLLM.
+
+Same network as diffusers' `transformer_z_image.py` (https://arxiv.org/abs/2511.22699), but n sequences lie end to end
+in one stream: each has its own image size, text length and timestep, attends to itself alone, and none is padded to
+another's length. See `common/packing.py` for why a sequence's result is bitwise the same in any company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from diffusers.utils import apply_lora_scale
+
+from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.common.attention import rms_norm, scaled_rms_norm, self_attention
+from vllm_cfg_plugin.pipelines.common.linear import linear
+from vllm_cfg_plugin.pipelines.common.modulation import (
+    Factors,
+    Modulation,
+    ModulationCache,
+    StreamSpans,
+    add_gated,
+    modulate_last,
+    modulations_at,
+)
+from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
+from vllm_cfg_plugin.pipelines.common.shared_modules import share_modules
+from vllm_cfg_plugin.pipelines.z_image.layout import Grid, PaddedStream, ZImageLayout, lay_out, make_layout
+
+# The patch that diffusers' pipeline asks for: of one frame, two latent pixels each way.
+PATCH, FRAMES_PATCH = 2, 1
+_PATCH_KEY = f"{PATCH}-{FRAMES_PATCH}"
+
+_PER_BLOCK = 4  # the norm's scale before attention, the one behind it, then the same two of the MLP
+
+
+class PackedZImageTransformer(ZImageTransformer2DModel):
+    """diffusers' ZImageTransformer2DModel with a packed forward; for inference only."""
+
+    _layouts: LayoutCache
+    modulations: ModulationCache
+
+    @classmethod
+    def adopt(cls, transformer: ZImageTransformer2DModel) -> Self:
+        """The packed model over a loaded transformer's own modules; no weight is copied.
+
+        Raises:
+            ConfigurationError: the checkpoint is for image conditions, or for other patches than diffusers' pipeline.
+        """
+        config = transformer.config
+        if (width := config.get("siglip_feat_dim")) is not None:
+            raise ConfigurationError(
+                f"transformer/config.json: siglip_feat_dim={width} is not supported: it must be null"
+            )
+        if _PATCH_KEY not in transformer.all_x_embedder:
+            patches = [*zip(config["all_patch_size"], config["all_f_patch_size"], strict=True)]
+            raise ConfigurationError(
+                f"transformer/config.json: all_patch_size and all_f_patch_size {patches} are not supported: "
+                f"{(PATCH, FRAMES_PATCH)} must be among them"
+            )
+        return share_modules(cls, transformer, _layouts=LayoutCache(), modulations=ModulationCache())
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def forward(
+        self,
+        x: Sequence[torch.Tensor] | torch.Tensor,
+        t: torch.Tensor,
+        cap_feats: Sequence[torch.Tensor],
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        grids: Sequence[Grid] | None = None,
+        timesteps_ahead: torch.Tensor | None = None,
+    ) -> Transformer2DModelOutput | tuple[Any]:
+        """Predict the velocity of n sequences.
+
+        Args:
+            x: a list of each sequence's latents, [channels, frames, height, width] of any sizes; or their patches,
+                packed [1, all tokens, patch] or a batch [n, tokens, patch].
+            t: [n], in 0..1: 1 is the image.
+            cap_feats: prompt embeddings of each sequence, [text tokens, dim] of any lengths.
+            joint_attention_kwargs: `scale` weighs the LoRA layers.
+            grids: (frames, height, width) of each sequence in tokens, where `x` are patches.
+            timesteps_ahead: those of later calls, [any number], which are modulated on the side; None where weights may
+                change between calls: then nothing of a timestep is remembered.
+
+        Returns:
+            Predictions, laid out like `x`.
+
+        Raises:
+            ValueError: not one text and timestep per image, or images that don't fill their tokens.
+        """
+        if isinstance(x, torch.Tensor):
+            predicted = self._predict(x.flatten(0, 1), t, cap_feats, grids or (), timesteps_ahead)
+            sample: Any = torch.cat(predicted).view(x.shape)
+        else:
+            sizes = [tuple(latents.shape[1:]) for latents in x]
+            grids = [_grid_of(size) for size in sizes]
+            patches = torch.cat([self._patchify_image(latents, PATCH, FRAMES_PATCH)[0] for latents in x])
+            predicted = self._predict(patches, t, cap_feats, grids, timesteps_ahead)
+            sample = self.unpatchify(predicted, sizes, PATCH, FRAMES_PATCH)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _predict(
+        self,
+        patches: torch.Tensor,
+        t: torch.Tensor,
+        texts: Sequence[torch.Tensor],
+        grids: Sequence[Grid],
+        timesteps_ahead: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """Of each sequence [tokens, patch], from the patches of all, [all tokens, patch]."""
+        if not len(grids) == len(texts) == t.shape[0]:
+            raise ValueError(
+                f"there are {len(grids)} images, {len(texts)} texts and {t.shape[0]} timesteps: give one of each per "
+                "sequence"
+            )
+        lengths = [prod(grid) for grid in grids]
+        if patches.shape[0] != sum(lengths):
+            raise ValueError(f"x has {patches.shape[0]} patches, but its grids {list(grids)} have {sum(lengths)}")
+        key = (tuple(grids), tuple(text.shape[0] for text in texts), patches.device)
+        layout = self._layouts.get_or_make(key, lambda: make_layout(self, *key))
+        modulations = modulations_at(self, t, timesteps_ahead, torch.float32)
+        rows = self._forward_rows(patches.split(lengths), texts, modulations, layout)
+        return [own[:length] for own, length in zip(layout.image.rows.split(rows), lengths, strict=True)]
+
+    def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
+        """The modulation of each timestep (in 0..1); the same bits in any company.
+
+        A block scales what its RMS norms give and has no shifts: the factors are the scales with the norms' own weights
+        in them.
+
+        Args:
+            dtype: of the timesteps; factors are of the weights' dtype.
+        """
+        final: Any = self.all_final_layer[_PATCH_KEY]
+        blocks: list[Any] = [*self.noise_refiner, *self.layers]
+        values = torch.tensor(timesteps, dtype=dtype, device=self.x_pad_token.device)
+        time = self.t_embedder(pad_rows(values) * self.t_scale).to(self.x_pad_token.dtype)
+        projected = [linear(block.adaLN_modulation[0], time) for block in blocks]
+        projected.append(linear(final.adaLN_modulation[1], F.silu(time)))
+        weights = torch.stack([weight for block in blocks for weight in _norm_weights(block)])
+        modulations = []
+        for row in torch.cat(projected, dim=1)[: len(timesteps)]:
+            factors = row.clone().view(-1, self.dim)  # scale, gate, scale, gate of each block; the last layer's scale
+            factors[::2] += 1
+            factors[1::2].tanh_()
+            factors[:-1] *= weights
+            *of_blocks, scale = factors.unbind()
+            grouped = [tuple(of_blocks[i : i + _PER_BLOCK]) for i in range(0, len(of_blocks), _PER_BLOCK)]
+            modulations.append(Modulation(grouped, scale, torch.zeros_like(scale), factors.nbytes))
+        return modulations
+
+    def _forward_rows(
+        self,
+        patches: Sequence[torch.Tensor],
+        texts: Sequence[torch.Tensor],
+        modulations: Sequence[Modulation],
+        layout: ZImageLayout,
+    ) -> torch.Tensor:
+        """[image rows, patch] of all sequences from patches and prompt embeddings, each [tokens, ...]."""
+        image_spans, spans = (StreamSpans.of(modulations, stream.rows) for stream in (layout.image, layout.joint))
+        image = linear(self.all_x_embedder[_PATCH_KEY], lay_out(patches, layout.image.rows))
+        image[layout.image_pads] = self.x_pad_token
+        for number, block in enumerate(self.noise_refiner):
+            _add_attention(block, image, layout.image, image_spans.rows, image_spans.factors(number))
+            _add_feed_forward(block, image, image_spans.rows, image_spans.factors(number))
+        pairs = zip(layout.image.rows.split(image), self._refine_texts(texts, layout), strict=True)
+        stream = layout.joint.rows.join(piece for pair in pairs for piece in pair)
+        for number, block in enumerate(self.layers, len(self.noise_refiner)):
+            _add_attention(block, stream, layout.joint, spans.rows, spans.factors(number))
+            if block is self.layers[-1]:  # nothing reads the text any more
+                stream, spans = layout.image_of(stream), image_spans
+            _add_feed_forward(block, stream, spans.rows, spans.factors(number))
+        final: Any = self.all_final_layer[_PATCH_KEY]
+        return linear(final.linear, modulate_last(final.norm_final, stream, spans))
+
+    def _refine_texts(self, texts: Sequence[torch.Tensor], layout: ZImageLayout) -> list[torch.Tensor]:
+        """What of each text joins its image, [text rows, dim]; the timestep does not matter to it."""
+        norm, projection = self.cap_embedder
+        stream = linear(projection, rms_norm(norm, lay_out(texts, layout.text.rows)))
+        stream[layout.text_pads] = self.cap_pad_token
+        for block in self.context_refiner:
+            _add_attention(block, stream, layout.text, [slice(None)], [_norm_weights(block)])
+            _add_feed_forward(block, stream, [slice(None)], [_norm_weights(block)])
+        return layout.text.rows.split(stream)
+
+
+def _add_attention(
+    block: Any, stream: torch.Tensor, layout: PaddedStream, spans: Sequence[slice], factors: Sequence[Factors]
+) -> None:
+    """Add a block's attention to the stream [rows, dim], in place."""
+    normed = _scale_norm(block.attention_norm1, stream, spans, factors, 0)
+    change = linear(block.attention.to_out[0], self_attention(block.attention, normed, layout.rows, layout.rotation))
+    add_gated(stream, scaled_rms_norm(change, None, block.attention_norm2.eps), spans, factors, 1)
+
+
+def _add_feed_forward(block: Any, stream: torch.Tensor, spans: Sequence[slice], factors: Sequence[Factors]) -> None:
+    """Add a block's gated MLP to the stream [rows, dim], in place."""
+    normed, mlp = _scale_norm(block.ffn_norm1, stream, spans, factors, 2), block.feed_forward
+    change = linear(mlp.w2, F.silu(linear(mlp.w1, normed)).mul_(linear(mlp.w3, normed)))
+    add_gated(stream, scaled_rms_norm(change, None, block.ffn_norm2.eps), spans, factors, 3)
+
+
+def _scale_norm(
+    norm: Any, stream: torch.Tensor, spans: Sequence[slice], factors: Sequence[Factors], scale: int
+) -> torch.Tensor:
+    """The RMS norm of each span's rows with the span's own weight (`factors[scale]`)."""
+    pieces = [scaled_rms_norm(stream[span], own[scale], norm.eps) for span, own in zip(spans, factors, strict=True)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _norm_weights(block: Any) -> Factors:
+    """A block's factors where no timestep scales them."""
+    norms = (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
+    return tuple(norm.weight for norm in norms)
+
+
+def _grid_of(size: tuple[int, ...]) -> Grid:
+    frames, height, width = size
+    if height % PATCH or width % PATCH:
+        raise ValueError(f"latents of {height} x {width} are not valid: both must be multiples of {PATCH}")
+    return frames // FRAMES_PATCH, height // PATCH, width // PATCH
