@@ -7,6 +7,7 @@ on many. Every formula and every call of the model is a method of its own, for a
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -28,9 +29,9 @@ Kwargs = dict[str, Any]
 class CFGParallelMixin:
     """Adds CFG-Parallel to a pipeline that has a `transformer` and a diffusers noise `scheduler`.
 
-    With a cfg world of one rank, both branches run on it, one after the other. With more, rank 0 forwards the positive
-    branch and rank 1 the negative one; further ranks only take part in the collectives. All ranks end each step with
-    the same latents.
+    With a cfg world of one rank, all branches run on it, one after the other. With more, rank 0 forwards the positive
+    branch and rank 1 the negative one; ranks without a branch only take part in the collectives. All ranks end each
+    step with the same latents.
 
     Attributes:
         channel_dim: dimension of a prediction that holds the channels of a token.
@@ -73,21 +74,57 @@ class CFGParallelMixin:
             ValueError: a guided step without `negative_kwargs`.
             RequestFailedError: another rank failed or predicted another shape; no rank is left waiting.
         """
-        if not do_true_cfg:
-            if get_classifier_free_guidance_world_size() > 1:
-                log_once(
-                    "CFG-Parallel is idle: these steps run without guidance, so every rank computes the same branch"
-                )
-            return self._predict_branch(positive_kwargs, output_slice)
-        if negative_kwargs is None:
+        if do_true_cfg and negative_kwargs is None:
             raise ValueError(
                 "negative_kwargs=None is not valid with do_true_cfg=True: pass the negative branch's arguments"
             )
-        branches = (positive_kwargs, negative_kwargs)
-        if get_classifier_free_guidance_world_size() > 1:
-            positive, negative = self._predict_in_parallel(branches, output_slice)
-        else:
-            positive, negative = (self._predict_branch(kwargs, output_slice) for kwargs in branches)
+        branches = [positive_kwargs] if negative_kwargs is None else [positive_kwargs, negative_kwargs]
+        return self.predict_noise_with_multi_branch_cfg(
+            do_true_cfg, true_cfg_scale, branches, cfg_normalize, output_slice
+        )
+
+    def predict_noise_with_multi_branch_cfg(
+        self,
+        do_true_cfg: bool,
+        true_cfg_scale: Any,
+        branches_kwargs: Sequence[Kwargs],
+        cfg_normalize: bool = False,
+        output_slice: int | None = None,
+    ) -> torch.Tensor:
+        """As `predict_noise_maybe_with_cfg`, of any number of branches: rank r forwards branches r, r + ranks, ...
+
+        Args:
+            true_cfg_scale: as `combine_multi_branch_cfg_noise` reads it.
+            branches_kwargs: arguments of `predict_noise` for each branch, the positive one first.
+        """
+
+        def forward(branches: Sequence[int]) -> list[torch.Tensor]:
+            predictions = (self.predict_noise(**branches_kwargs[branch]) for branch in branches)
+            return [prediction if output_slice is None else prediction[:, :output_slice] for prediction in predictions]
+
+        predictions = predict_on_ranks(len(branches_kwargs) if do_true_cfg else 1, forward)
+        if not do_true_cfg:
+            return predictions[0]
+        return self.combine_multi_branch_cfg_noise(predictions, true_cfg_scale, cfg_normalize)
+
+    def combine_multi_branch_cfg_noise(
+        self, predictions: Sequence[torch.Tensor], true_cfg_scale: Any, cfg_normalize: bool = False
+    ) -> torch.Tensor:
+        """The guided prediction of all branches; override it for more than two.
+
+        Args:
+            predictions: [batch, tokens, channels] of each branch, the positive one first.
+            true_cfg_scale: a number; an override may take several scales in any form.
+
+        Raises:
+            ValueError: more than two branches, and no override.
+        """
+        if len(predictions) != 2:
+            raise ValueError(
+                f"{type(self).__name__} does not say how {len(predictions)} branches are combined: override "
+                "combine_multi_branch_cfg_noise"
+            )
+        positive, negative = predictions
         return self.combine_cfg_noise(positive, negative, true_cfg_scale, cfg_normalize)
 
     def combine_cfg_noise(
@@ -131,20 +168,36 @@ class CFGParallelMixin:
                 error = caught
         return collectives.broadcast_first(get_cfg_group(), stepped, error, latents.device)
 
-    def _predict_branch(self, kwargs: Kwargs, output_slice: int | None) -> torch.Tensor:
-        prediction = self.predict_noise(**kwargs)
-        return prediction if output_slice is None else prediction[:, :output_slice]
 
-    def _predict_in_parallel(self, branches: tuple[Kwargs, ...], output_slice: int | None) -> list[torch.Tensor]:
-        """Forward this rank's branch, if it has one, and return the predictions of all branches."""
-        rank = get_classifier_free_guidance_rank()
-        prediction, error = None, None
-        if rank < len(branches):
-            try:
-                prediction = self._predict_branch(branches[rank], output_slice)
-            except Exception as caught:  # the other ranks are waiting: tell them before raising
-                error = caught
-        return collectives.gather_first(get_cfg_group(), len(branches), prediction, error)
+def predict_on_ranks(branches: int, forward: Callable[[Sequence[int]], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """The predictions of all branches of a step, on every rank, in branch order.
+
+    Rank r forwards branches r, r + ranks, ... Where there is one branch alone, every rank forwards it.
+
+    Args:
+        branches: how many there are.
+        forward: predictions of the branches with these numbers; of one shape and dtype.
+
+    Raises:
+        RequestFailedError: another rank failed or predicted another shape; no rank is left waiting.
+    """
+    ranks, rank = get_classifier_free_guidance_world_size(), get_classifier_free_guidance_rank()
+    if ranks == 1 or branches == 1:
+        if ranks > 1:
+            log_once("CFG-Parallel is idle: these steps run without guidance, so every rank computes the same branch")
+        return list(forward(range(branches)))
+    own: dict[int, torch.Tensor] = {}
+    error: Exception | None = None
+    try:
+        mine = range(rank, branches, ranks)
+        own = dict(zip(mine, forward(mine) if mine else [], strict=True))
+    except Exception as caught:  # the other ranks are waiting: tell them before raising
+        error = caught
+    predictions: list[torch.Tensor] = []
+    for first in range(0, branches, ranks):
+        count = min(ranks, branches - first)
+        predictions += collectives.gather_first(get_cfg_group(), count, own.get(first + rank), error)
+    return predictions
 
 
 def same_on_all_ranks(tensor: torch.Tensor) -> torch.Tensor:
