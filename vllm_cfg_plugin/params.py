@@ -116,6 +116,7 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         images: what the request brings along, in the user's order.
         text_sees_images: the text encoder reads the images too, so an embedding belongs to both.
         num_frames: frames of a video; 1 of an image. layers: of a layered image; 0 of all others.
+        max_sequence_length: tokens that a text is cut to; 0 for the family's own number.
         guidance_off: why a request that asked for guidance runs without it; empty otherwise.
         progress_key: the caller's name of this request on the progress channel.
     """
@@ -133,6 +134,7 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     text_sees_images: bool = False
     num_frames: int = 1
     layers: int = 0
+    max_sequence_length: int = 0
     guidance_off: str = ""
     progress_key: str = ""
 
@@ -154,10 +156,10 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         condition = self.condition_tokens if self.sees_images(branch) else 0
         return self.image_tokens + condition + self.text_tokens[branch]
 
-    def embeds_key(self, branch: int) -> tuple[str, ...]:
+    def embeds_key(self, branch: int) -> tuple[str | int, ...]:
         """Names what the embedding of a branch is made of."""
         sees_images = self.text_sees_images and self.sees_images(branch)
-        return (self.prompts[branch], *(self.condition_key if sees_images else ()))
+        return (self.prompts[branch], self.max_sequence_length, *(self.condition_key if sees_images else ()))
 
     def branches_at(self, step: int) -> int:
         """Branches that are forwarded at a step, from branch 0 on."""

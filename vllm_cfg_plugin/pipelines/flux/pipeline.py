@@ -181,7 +181,9 @@ class FluxPipeline(FluxCFGParallelMixin, PositionIdsPipeline, DiffusersFluxPipel
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
         embeds, pooled, _ = self.encode_prompt(
-            request.prompts[branch], device=self._weight.device, max_sequence_length=MAX_TEXT_TOKENS
+            request.prompts[branch],
+            device=self._weight.device,
+            max_sequence_length=request.max_sequence_length or MAX_TEXT_TOKENS,
         )
         return PromptEmbeds(embeds[0], pooled[0])
 

@@ -76,7 +76,7 @@ class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
         embeds, _ = self.encode_prompt(
             request.prompts[branch],
             device=self._weight.device,
-            max_sequence_length=MAX_TEXT_TOKENS,
+            max_sequence_length=request.max_sequence_length or MAX_TEXT_TOKENS,
             **self._seen_by_text([to_pil(image) for image in request.images]),
         )
         return PromptEmbeds(embeds[0])

@@ -173,7 +173,7 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, ImagePipeline, 
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
-        embeds, pooled = self._encode(request.prompts[branch], 1, MAX_T5_TOKENS)
+        embeds, pooled = self._encode(request.prompts[branch], 1, request.max_sequence_length or MAX_T5_TOKENS)
         return PromptEmbeds(embeds[0], pooled[0])
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:

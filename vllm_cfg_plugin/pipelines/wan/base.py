@@ -158,7 +158,9 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
         weight = self._weight
-        embeds = self._get_t5_prompt_embeds(request.prompts[branch], 1, TEXT_TOKENS, weight.device)
+        embeds = self._get_t5_prompt_embeds(
+            request.prompts[branch], 1, request.max_sequence_length or TEXT_TOKENS, weight.device
+        )
         return PromptEmbeds(embeds[0].to(weight.dtype))
 
     def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:

@@ -202,7 +202,8 @@ class ZImagePipeline(ZImageCFGParallelMixin, ImagePipeline, DiffusersZImagePipel
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
-        return PromptEmbeds(self._encode_prompt([request.prompts[branch]], self._weight.device)[0])
+        most = request.max_sequence_length or MAX_TEXT_TOKENS
+        return PromptEmbeds(self._encode_text(request.prompts[branch], self._weight.device, most))
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
         ahead = joint_timesteps_ahead(branches)
