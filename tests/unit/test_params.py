@@ -166,6 +166,6 @@ def test_a_third_branch_sees_neither_prompt_nor_images():
     assert request.prompts == ["a cat", "bad", "bad"]
     assert request.text_tokens == [5 + 3, 3 + 3, 3]
     assert [request.sequence_tokens(branch) for branch in range(3)] == [64 + 16 + 8, 64 + 16 + 6, 64 + 3]
-    assert [request.embeds_key(branch) for branch in range(3)] == [("a cat", "red"), ("bad", "red"), ("bad",)]
+    assert [request.embeds_key(branch) for branch in range(3)] == [("a cat", 0, "red"), ("bad", 0, "red"), ("bad", 0)]
     (without,) = resolve_requests("a cat", asked, info, LIMITS, len)
     assert without.prompts == ["a cat", "bad"]

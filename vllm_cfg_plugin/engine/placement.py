@@ -24,7 +24,7 @@ class Placement:
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
         self._everywhere = frozenset(range(ranks))
-        self._encoded_on: OrderedDict[tuple[str, ...], set[int]] = OrderedDict()
+        self._encoded_on: OrderedDict[tuple[str | int, ...], set[int]] = OrderedDict()
         self._side_work: dict[tuple[int, int, int], int] = {}  # (id, branch, rank) -> predicted microseconds
         self._backlogs = [0] * ranks  # predicted microseconds of side work
 
