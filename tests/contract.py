@@ -13,7 +13,7 @@ from PIL import Image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.entrypoints.images.inputs import read_images
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, group_branches
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, generator_of, group_branches
 from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.resolve import resolve_requests
 from vllm_cfg_plugin.tokens import TokenCounter
@@ -33,29 +33,26 @@ def make_request(
 @torch.inference_mode()
 def generate(pipeline: EnginePipeline, request: DiffusionRequest) -> torch.Tensor:
     """What the engine does for one request on one rank; returns its final latents."""
-    latents, scheduler = pipeline.draw_noise(request), pipeline.make_noise_scheduler(request)
+    generator, scheduler = generator_of(request), pipeline.make_noise_scheduler(request)
+    latents = pipeline.draw_noise(request, generator)
     condition = pipeline.encode_images(request) if request.images else []
     embeds = [pipeline.encode_branch(request, branch) for branch in range(len(request.prompts))]
-    own, pipeline.scheduler = pipeline.scheduler, scheduler
-    try:
-        for step, timestep in enumerate(scheduler.timesteps):
-            branches = [
-                BranchInput(
-                    request,
-                    latents,
-                    embeds[branch],
-                    timestep,
-                    branch,
-                    condition if request.sees_images(branch) else (),
-                )
-                for branch in range(request.branches_at(step))
-            ]
-            predictions = predict(pipeline, branches)
-            assert all(prediction.shape == (1, *pipeline.prediction_shape(request)) for prediction in predictions)
-            noise = pipeline.combine_branches(predictions, request, timestep, step)
-            latents = pipeline.scheduler_step(noise, timestep, latents)
-    finally:
-        pipeline.scheduler = own
+    for step, timestep in enumerate(scheduler.timesteps):
+        branches = [
+            BranchInput(
+                request,
+                latents,
+                embeds[branch],
+                timestep,
+                branch,
+                condition if request.sees_images(branch) else (),
+            )
+            for branch in range(request.branches_at(step))
+        ]
+        predictions = predict(pipeline, branches)
+        assert all(prediction.shape == (1, *pipeline.prediction_shape(request)) for prediction in predictions)
+        noise = pipeline.combine_branches(predictions, request, timestep, step)
+        latents = pipeline.step_latents(scheduler, noise, timestep, latents, generator)
     return latents
 
 
@@ -71,7 +68,8 @@ def predict(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> list[t
 
 def branches_of(pipeline: EnginePipeline, request: DiffusionRequest, step: int = 0) -> list[BranchInput]:
     """The branches of a request at a step, on its first latents."""
-    latents, timesteps = pipeline.draw_noise(request), pipeline.make_noise_scheduler(request).timesteps
+    latents = pipeline.draw_noise(request, generator_of(request))
+    timesteps = pipeline.make_noise_scheduler(request).timesteps
     condition = pipeline.encode_images(request) if request.images else []
     return [
         BranchInput(

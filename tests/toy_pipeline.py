@@ -59,8 +59,7 @@ class ToyPipeline(EnginePipeline):
     def encode_images(self, request):
         return [torch.tensor(image.pixels[0], dtype=torch.float32) for image in request.images]
 
-    def draw_noise(self, request):
-        generator = torch.Generator().manual_seed(request.seed)
+    def draw_noise(self, request, generator):
         return torch.randn(1, request.image_tokens, CHANNELS, generator=generator)
 
     def make_noise_scheduler(self, request):

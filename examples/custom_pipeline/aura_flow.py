@@ -133,8 +133,8 @@ class AuraFlowPipeline(AuraFlowCFGParallelMixin, EnginePipeline, DiffusersAuraFl
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
         return PromptEmbeds(self._encode(request.prompts[branch])[0])
 
-    def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
-        return self._draw_noise(request.height, request.width, torch.Generator("cpu").manual_seed(request.seed))
+    def draw_noise(self, request: DiffusionRequest, generator: torch.Generator) -> torch.Tensor:
+        return self._draw_noise(request.height, request.width, generator)
 
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)

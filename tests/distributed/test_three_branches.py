@@ -11,6 +11,7 @@ from tests.distributed.engine_ranks import run_ranks
 from tests.model_builders.qwen_image import build_qwen_image
 from tests.three_branches import ThreeBranchPipeline
 from vllm_cfg_plugin.pipelines import registry
+from vllm_cfg_plugin.pipelines.base import generator_of
 
 pytestmark = pytest.mark.distributed
 
@@ -62,7 +63,7 @@ def traces(model, requests, tmp_path_factory):
 @torch.inference_mode()
 def serial_latents(pipeline, transformer, request):
     """The plain loop: each branch forwarded by itself, the formula written out; latents after each step."""
-    latents, scheduler = pipeline.draw_noise(request), pipeline.make_noise_scheduler(request)
+    latents, scheduler = pipeline.draw_noise(request, generator_of(request)), pipeline.make_noise_scheduler(request)
     image = pipeline.encode_images(request)[0]
     shape, image_shape = (
         (1, height // 16, width // 16)

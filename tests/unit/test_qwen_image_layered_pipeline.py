@@ -9,6 +9,7 @@ from tests.model_builders.qwen_image_edit import build_qwen_image_layered
 from tests.unit.conditioned_checks import ConditionedChecks, picture, shrink
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.pipelines.base import generator_of
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImageLayeredPipeline
 from vllm_cfg_plugin.pipelines.registry import describe
 
@@ -42,7 +43,7 @@ class TestLayered(ConditionedChecks):
         assert info.default_size([(300, 200)]) == (512, 768)
         request = contract.make_request(folder, "a cat", [picture(300, 200)], height=48, width=80, layers=3)
         assert (request.image_tokens, request.condition_tokens) == (4 * 15, 15)
-        assert ours.decode(ours.draw_noise(request), request).shape == (3, 48, 80, 4)
+        assert ours.decode(ours.draw_noise(request, generator_of(request)), request).shape == (3, 48, 80, 4)
 
     def test_a_direct_call_takes_a_size_or_the_resolution(self, pipelines):
         _, ours = pipelines

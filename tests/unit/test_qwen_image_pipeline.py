@@ -11,6 +11,7 @@ from tests import contract
 from tests.contract import generate
 from vllm_cfg_plugin.distributed import cfg_parallel
 from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
+from vllm_cfg_plugin.pipelines.base import generator_of
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
 
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def test_noise_is_that_of_diffusers_with_a_cpu_generator(tiny, tiny_folder, seed
     expected = DiffusersQwenImagePipeline.prepare_latents(
         tiny, 1, 4, 64, 48, torch.float32, CPU, torch.Generator().manual_seed(seed)
     )
-    assert torch.equal(tiny.draw_noise(request), expected)
+    assert torch.equal(tiny.draw_noise(request, generator_of(request)), expected)
 
 
 def test_noise_schedulers_are_independent(tiny, tiny_folder):
@@ -153,6 +154,9 @@ class PositiveOnly(QwenImagePipeline):
 class HalfStep(QwenImagePipeline):
     def scheduler_step(self, noise_pred, t, latents):
         return (latents + super().scheduler_step(noise_pred, t, latents)) / 2
+
+    def step_latents(self, scheduler, noise_pred, timestep, latents, generator=None):
+        return (latents + super().step_latents(scheduler, noise_pred, timestep, latents, generator)) / 2
 
 
 @pytest.mark.parametrize("override", [ScaledNoise, ClampedNorm, PositiveOnly, HalfStep])

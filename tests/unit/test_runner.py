@@ -6,9 +6,10 @@ import msgspec
 import pytest
 import torch
 
-from tests.toy_pipeline import InlineSideWork, ToyPipeline, toy_request
+from tests.toy_pipeline import InlineSideWork, ToyNoiseScheduler, ToyPipeline, toy_request
 from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, StepPlan
 from vllm_cfg_plugin.params import COMBINE_RULES, ImageInput
+from vllm_cfg_plugin.pipelines.base import generator_of
 from vllm_cfg_plugin.worker.runner import StepRunner
 from vllm_cfg_plugin.worker.state import TensorCache
 
@@ -145,7 +146,7 @@ def test_a_batch_that_runs_out_of_memory_is_split_and_nobody_fails():
 
 def test_noise_that_can_t_be_drawn_fails_its_request_alone_and_only_once(runner, pipeline):
     draw = pipeline.draw_noise
-    pipeline.draw_noise = lambda request: draw(request) if request.seed else 1 / 0
+    pipeline.draw_noise = lambda request, generator: draw(request, generator) if request.seed else 1 / 0
     report = runner.run(join([toy_request(seed=0), toy_request(seed=1)]))
     assert [id for id, _ in report.failed] == [0]
     assert list(runner.states) == [1]
@@ -155,7 +156,7 @@ def test_noise_that_can_t_be_drawn_fails_its_request_alone_and_only_once(runner,
 
 
 def test_latents_that_are_not_finite_are_an_error_and_no_black_picture(runner, pipeline):
-    pipeline.draw_noise = lambda request: torch.full((1, 4, 4), float("nan"))
+    pipeline.draw_noise = lambda request, generator: torch.full((1, 4, 4), float("nan"))
     run_to_the_end(runner, [toy_request()])
     (report,) = [report for report in runner.side.take() if report.branch == DECODED]
     assert "not finite" in report.error
@@ -166,22 +167,48 @@ def test_overridden_hooks_act_in_the_engine():
         def predict_noise(self, **kwargs):
             return 2 * super().predict_noise(**kwargs)
 
-        def scheduler_step(self, noise_pred, t, latents):
-            return super().scheduler_step(noise_pred, t, latents) + 1
+        def step_latents(self, *step):
+            return super().step_latents(*step) + 1
 
     runner = make_runner(Loud())
     request = toy_request(negative=None)
     runner.run(join([request]))
-    noise = ToyPipeline().draw_noise(request)
+    noise = ToyPipeline().draw_noise(request, generator_of(request))
     expected = noise - 0.1 * (2 * (noise * 1 + float(len("a cat")))) + 1
     assert torch.allclose(runner.states[0].latents, expected)
+
+
+def test_a_loop_hook_alone_is_refused_because_the_engine_would_not_call_it():
+    class OwnLoop:
+        def scheduler_step(self, noise_pred, t, latents):
+            return latents
+
+    with pytest.raises(TypeError, match=r"Half overrides scheduler_step.* and not step_latents"):
+        type("Half", (OwnLoop, ToyPipeline), {})
+    type("Both", (OwnLoop, ToyPipeline), {"step_latents": lambda self, *step: step[3]})
+
+
+def test_a_noise_scheduler_that_draws_gets_the_requests_generator(pipeline):
+    class Noisy(ToyNoiseScheduler):
+        def step(self, noise, t, latents, generator=None, return_dict=False):
+            return (torch.randn(latents.shape, generator=generator),)
+
+    pipeline.make_noise_scheduler = lambda request: Noisy(request.num_inference_steps)
+    requests = [toy_request(seed=seed, steps=2) for seed in (1, 2)]
+    runner = make_runner(pipeline)
+    runner.run(join(requests))
+    runner.run(plan())
+    for id, request in enumerate(requests):
+        generator = generator_of(request)
+        *_, last = (torch.randn(1, 4, 4, generator=generator) for _ in range(3))
+        assert torch.equal(runner.states[id].latents, last)
 
 
 def test_steps_outside_the_guidance_interval_take_the_positive_branch_alone(runner, pipeline):
     request = toy_request(steps=3, scale=4.0, interval=(0.0, 0.4))  # one step of three
     runner.run(join([request]))
     runner.run(plan(assign=[Assign(0, (0,))]))
-    latents = pipeline.draw_noise(request)
+    latents = pipeline.draw_noise(request, generator_of(request))
     for step, timestep in enumerate(pipeline.make_noise_scheduler(request).timesteps[:2]):
         positive, negative = latents * timestep + float(len("a cat")), latents * timestep
         noise = negative + 4.0 * (positive - negative) if step == 0 else positive
@@ -198,7 +225,7 @@ def test_a_pipeline_may_combine_more_than_two_branches():
     request = toy_request(negative=["no", ""], steps=1)
     runner = make_runner(ThreeBranches())
     runner.run(join([request]))
-    noise = ToyPipeline().draw_noise(request)
+    noise = ToyPipeline().draw_noise(request, generator_of(request))
     expected = noise - 0.1 * (noise + 2 * float(len("no")) + 3 * float(len("a cat") - len("no")))
     assert torch.allclose(runner.states[0].latents, expected)
 
@@ -237,7 +264,9 @@ def test_cfg_zero_star_starts_with_a_step_of_zeros_and_other_rules_do_not(pipeli
         runner = make_runner(ToyPipeline())
         request = toy_request(steps=2, rule=rule)
         runner.run(join([request]))
-        assert torch.equal(runner.states[0].latents, pipeline.draw_noise(request)) == (rule == "cfg_zero_star")
+        assert torch.equal(runner.states[0].latents, pipeline.draw_noise(request, generator_of(request))) == (
+            rule == "cfg_zero_star"
+        )
 
 
 def test_images_are_encoded_once_for_all_branches_and_reach_the_forward():

@@ -13,6 +13,7 @@ from tests.model_builders.z_image import build_z_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.distributed import cfg_parallel
 from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.pipelines.base import generator_of
 from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.pipelines.z_image import ZImagePipeline
 
@@ -139,7 +140,7 @@ def test_noise_is_that_of_diffusers_with_a_cpu_generator(tiny, folders, seed):
     expected = DiffusersZImagePipeline.prepare_latents(
         tiny, 1, 4, 64, 48, torch.float32, CPU, torch.Generator().manual_seed(seed)
     )
-    assert torch.equal(to_image(tiny, tiny.draw_noise(request), request), expected)
+    assert torch.equal(to_image(tiny, tiny.draw_noise(request, generator_of(request)), request), expected)
 
 
 def test_given_latents_are_those_that_are_denoised(pipelines):
@@ -159,7 +160,7 @@ def test_texts_are_those_of_diffusers_and_as_long_as_foretold(pipelines, folder)
     for text in ("a red apple", "x", "a {lighthouse} " * 40):
         request = make_request(folder, text)
         assert_tokens_are_counted(ours, request)
-        assert ours.draw_noise(request).shape == (1, request.image_tokens, 16)
+        assert ours.draw_noise(request, generator_of(request)).shape == (1, request.image_tokens, 16)
 
 
 def test_an_override_acts_in_the_direct_call_and_in_the_engine(tiny, folders):

@@ -5,9 +5,11 @@ Must not import vLLM; diffusers is the business of the families.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -67,17 +69,24 @@ class EnginePipeline(CFGParallelMixin, ABC):
     """A pipeline that the engine can run: many requests' branches in one forward, everything else request by request.
 
     The engine makes one `predict_noise(**pack_branches(...))` call a step for every group of branches, then, request by
-    request, `combine_branches` and `scheduler_step`: the mixin's hooks, so an override of any of them acts in the
-    engine as in `diffuse()`.
+    request, `combine_branches`, which calls the mixin's hooks, and `step_latents`.
 
     Attributes:
-        scheduler: the noise scheduler; the engine puts a request's own one here around `scheduler_step`.
+        scheduler: the checkpoint's noise scheduler: what those of requests are made from.
         decode_sees_images: `decode` needs what `encode_images` made.
         float32_components: what is loaded in float32 whatever the dtype.
     """
 
     decode_sees_images: ClassVar[bool] = False
     float32_components: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not issubclass(_definer(cls, "step_latents"), _definer(cls, "scheduler_step")):
+            raise TypeError(
+                f"{cls.__name__} overrides scheduler_step, which a loop of its own calls, and not step_latents, which "
+                "the engine calls: override that one too"
+            )
 
     @classmethod
     @abstractmethod
@@ -121,8 +130,8 @@ class EnginePipeline(CFGParallelMixin, ABC):
         raise NotImplementedError(f"{type(self).__name__} takes no images")
 
     @abstractmethod
-    def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
-        """First latents, [1, ...], from a CPU generator of the request's own seed."""
+    def draw_noise(self, request: DiffusionRequest, generator: torch.Generator) -> torch.Tensor:
+        """First latents, [1, ...], from the request's own generator: on the CPU, fresh from its seed."""
 
     @abstractmethod
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
@@ -191,6 +200,27 @@ class EnginePipeline(CFGParallelMixin, ABC):
             combined = self.cfg_normalize_function(positive, combined) if asked.normalize else combined
         return guidance.rescale_to_deviation(positive, combined, asked.rescale) if asked.rescale else combined
 
+    def step_latents(
+        self,
+        scheduler: Any,
+        noise_pred: torch.Tensor,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """The latents after one step of the request's own noise scheduler; override it for another call of that.
+
+        Every rank steps every request, so a step that draws noise must draw it from `generator`.
+
+        Args:
+            scheduler: what `make_noise_scheduler` returned.
+            timestep: the next of its `timesteps`.
+            generator: the request's own, which drew its first latents.
+        """
+        options = {"generator": generator} if _takes_generator(type(scheduler).step) else {}
+        stepped: torch.Tensor = scheduler.step(noise_pred, timestep, latents, return_dict=False, **options)[0]
+        return stepped
+
     # ---- weights ----
 
     @property
@@ -201,6 +231,11 @@ class EnginePipeline(CFGParallelMixin, ABC):
 
     def forget_derived(self) -> None:
         """Forget what was computed from the weights alone, because they have changed; a family that keeps any does."""
+
+
+def generator_of(request: DiffusionRequest) -> torch.Generator:
+    """A request's own generator: it draws the first latents, then the noise of steps that draw some."""
+    return torch.Generator("cpu").manual_seed(request.seed)
 
 
 def group_branches(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> list[list[int]]:
@@ -225,3 +260,13 @@ def to_uint8(pixels: np.ndarray) -> torch.Tensor:
 def to_pil(image: ImageInput) -> Image.Image:
     """The image that a request brought along, as diffusers' image processors take it."""
     return Image.frombytes(image.mode, (image.width, image.height), image.pixels)
+
+
+def _definer(cls: type, name: str) -> type:
+    """The class whose method of this name acts in `cls`."""
+    return next(base for base in cls.__mro__ if name in vars(base))
+
+
+@cache
+def _takes_generator(step: Callable[..., Any]) -> bool:
+    return "generator" in inspect.signature(step).parameters

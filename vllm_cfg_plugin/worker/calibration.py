@@ -33,7 +33,7 @@ from vllm_cfg_plugin.engine.cost import (
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance, ImageInput
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, group_branches
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of, group_branches
 from vllm_cfg_plugin.pipelines.registry import describe, implementation_of
 from vllm_cfg_plugin.worker.stopwatch import Run, Stopwatch
 
@@ -72,17 +72,15 @@ def check_noise_scheduler(pipeline: EnginePipeline, info: PipelineInfo) -> None:
         ConfigurationError: the family sets its timesteps in a way that this scheduler does not know.
     """
     request = _request(info, 1)
-    own = pipeline.scheduler
     try:
-        pipeline.scheduler = pipeline.make_noise_scheduler(request)
+        scheduler = pipeline.make_noise_scheduler(request)
         zeros = torch.zeros(1, *pipeline.prediction_shape(request))
-        pipeline.scheduler_step(zeros, pipeline.scheduler.timesteps[0], zeros)
+        pipeline.step_latents(scheduler, zeros, scheduler.timesteps[0], zeros, generator_of(request))
     except Exception as error:
         raise ConfigurationError(
-            f"scheduler/scheduler_config.json: {type(own).__name__} can't be this model's noise scheduler: {error}"
+            f"scheduler/scheduler_config.json: {type(pipeline.scheduler).__name__} can't be this model's noise "
+            f"scheduler: {error}"
         ) from error
-    finally:
-        pipeline.scheduler = own
 
 
 @torch.inference_mode()
@@ -134,7 +132,7 @@ def _encode_runs(pipeline: EnginePipeline, info: PipelineInfo, texts: dict[str, 
 def _decode_runs(pipeline: EnginePipeline, requests: Iterable[DiffusionRequest]) -> Iterator[Run]:
     for request in requests:
         condition = pipeline.encode_images(request) if pipeline.decode_sees_images and request.images else []
-        run = partial(pipeline.decode, pipeline.draw_noise(request), request, condition)
+        run = partial(pipeline.decode, pipeline.draw_noise(request, generator_of(request)), request, condition)
         yield Run(run, (request.image_tokens,))
 
 
@@ -203,7 +201,7 @@ def _branch(pipeline: EnginePipeline, request: DiffusionRequest, embeds: PromptE
     timesteps = pipeline.make_noise_scheduler(request).timesteps
     return BranchInput(
         request=request,
-        latents=pipeline.draw_noise(request),
+        latents=pipeline.draw_noise(request, generator_of(request)),
         embeds=embeds,
         timestep=timesteps[0],
         condition=pipeline.encode_images(request) if request.images else [],

@@ -18,7 +18,7 @@ import torch
 from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, StepPlan, StepReport
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, group_branches
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of, group_branches
 from vllm_cfg_plugin.worker.exchange import AllGather, ExchangeLayout, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.side_work import SideWork
 from vllm_cfg_plugin.worker.state import RequestState, TensorCache
@@ -100,7 +100,8 @@ class StepRunner:
     def _admit(self, admission: Admission) -> None:
         state = self.states[admission.id] = RequestState(admission.id, admission.request)
         try:
-            state.latents = self.pipeline.draw_noise(state.request)
+            state.generator = generator_of(state.request)
+            state.latents = self.pipeline.draw_noise(state.request, state.generator)
             state.noise_scheduler = self.pipeline.make_noise_scheduler(state.request)
         except Exception as error:
             self._note_failure(state, "preparing its latents", error)
@@ -216,12 +217,9 @@ class StepRunner:
         """Combine the branches and step the request's own noise scheduler, through the pipeline's hooks."""
         timestep = state.noise_scheduler.timesteps[state.index]
         noise = self.pipeline.combine_branches(predictions, state.request, timestep, state.index)
-        # The hook's signature is the seed's: it steps `self.scheduler`, which is the request's for this call.
-        own, self.pipeline.scheduler = self.pipeline.scheduler, state.noise_scheduler
-        try:
-            state.latents = self.pipeline.scheduler_step(noise, timestep, state.latents)
-        finally:
-            self.pipeline.scheduler = own
+        state.latents = self.pipeline.step_latents(
+            state.noise_scheduler, noise, timestep, state.latents, state.generator
+        )
 
     def _note_failure(self, state: RequestState, doing: str, error: Exception) -> None:
         logger.error("A request failed while %s", doing, exc_info=error)

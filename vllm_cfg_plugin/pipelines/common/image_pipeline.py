@@ -30,8 +30,7 @@ class ImagePipeline(EnginePipeline):
 
     # ---- the engine's contract ----
 
-    def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
-        generator = torch.Generator("cpu").manual_seed(request.seed)
+    def draw_noise(self, request: DiffusionRequest, generator: torch.Generator) -> torch.Tensor:
         return self._prepare_noise(1, request.height, request.width, self._weight, generator, layers=request.layers)
 
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:

@@ -163,8 +163,7 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
         )
         return PromptEmbeds(embeds[0].to(weight.dtype))
 
-    def draw_noise(self, request: DiffusionRequest) -> torch.Tensor:
-        generator = torch.Generator("cpu").manual_seed(request.seed)
+    def draw_noise(self, request: DiffusionRequest, generator: torch.Generator) -> torch.Tensor:
         shape = (1, *self.prediction_shape(request))
         return randn_tensor(shape, generator=generator, device=self._weight.device, dtype=torch.float32)
 
