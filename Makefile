@@ -5,36 +5,58 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# `make test VLLM=0.32.0` tests with the other release of vLLM that is supported; `smoke` is a short way through everything.
+INSTALLED_VLLM := 0.33.0
+VLLM := $(INSTALLED_VLLM)
 STAMP := $(VENV)/.installed
 BENCH_OUT := benchmark_results
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -c 3)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test unit bench parity check format clean
+PYTEST := $(BIN)/python -m pytest
+
+# Without a GPU both releases run on the same packages, so the other one lies in a folder that is found before the
+# installed one. With a GPU each needs a torch of its own: `make clean test VLLM=0.32.0`.
+ifneq ($(GPU),GPU)
+ifneq ($(VLLM),$(INSTALLED_VLLM))
+OTHER_VLLM := $(VENV)/vllm-$(VLLM)
+PYTEST := PYTHONPATH=$(CURDIR)/$(OTHER_VLLM) $(PYTEST)
+endif
+endif
+
+.PHONY: install demo test smoke unit bench parity check format clean
 
 install: $(STAMP)
 
 $(STAMP): setup.py requirements/cpu.txt requirements/dev.txt
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(GPU),GPU)
-	$(PIP) -r requirements/dev.txt --editable .
+	$(PIP) -r requirements/dev.txt vllm==$(VLLM) --editable .
 else
 	@echo "No GPU found: installing for the CPU"
 	$(PIP) -r requirements/cpu.txt -r requirements/dev.txt
-	$(PIP) --no-deps vllm==0.32.0
+	$(PIP) --no-deps vllm==$(INSTALLED_VLLM)
 	$(PIP) --no-deps --no-build-isolation --editable .
 endif
 	touch $(STAMP)
+
+ifdef OTHER_VLLM
+$(OTHER_VLLM): | $(STAMP)
+	$(PIP) --no-deps --target $@ vllm==$(VLLM)
+endif
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 # The unit tests share two cores; the others start processes of their own.
 test: unit
-	$(BIN)/python -m pytest tests/distributed tests/e2e
+	$(PYTEST) tests/distributed tests/e2e
 
-unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+unit: $(STAMP) $(OTHER_VLLM)
+	$(PYTEST) tests/unit -n 2 --dist loadfile
+
+smoke: $(STAMP) $(OTHER_VLLM)
+	$(PYTEST) tests/e2e/test_smoke.py
 
 # A short version of every benchmark; benchmarks/README.md says what each shows.
 bench: $(STAMP)

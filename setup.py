@@ -17,7 +17,7 @@ setup(
     package_data={NAME: ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
-        "vllm>=0.32.0,<0.33",
+        "vllm>=0.32.0,<0.34",
         "torch",
         "diffusers>=0.42.1,<0.43",
         "ftfy",  # diffusers cleans prompts with it, and its Wan image-to-video pipeline does not run without

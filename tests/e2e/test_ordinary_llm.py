@@ -30,7 +30,7 @@ import dataclasses, json, os, sys
 import vllm.platforms as platforms
 platforms.builtin_platform_plugins["cpu"] = lambda: "vllm.platforms.cpu.CpuPlatform"
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 args = make_arg_parser(FlexibleArgumentParser()).parse_args([sys.argv[1], "--max-num-seqs", "7"])

@@ -31,6 +31,7 @@ class FakeEngine:
         self.behave = None
         self.vllm_config = None
         self.errored = False
+        self.should_keep_api_server_alive = False
         self.is_running = True
 
     async def encode(self, prompt, pooling_params, request_id):

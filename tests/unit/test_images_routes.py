@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from vllm.exceptions import RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.unit.fakes import IMAGE_TO_VIDEO_INFO, INFO, LIMITS, fake_pixels
@@ -208,6 +209,16 @@ def test_a_dead_engine_is_what_it_is_elsewhere_in_vllm(app, engine):
     response = post(app, GOOD)
     assert response.status_code == 500
     assert app.state.server.should_exit
+
+
+def test_a_paused_engine_is_a_503(app, engine):
+    async def reject(request):
+        raise RetryableRequestError("Generation is paused. Please retry after it resumes.")
+
+    engine.behave = reject
+    response = post(app, GOOD)
+    assert response.status_code == 503
+    assert "was not started: Generation is paused" in response.json()["error"]["message"]
 
 
 def test_an_engine_stopped_by_its_server_is_a_503(app, engine):

@@ -236,3 +236,15 @@ def test_pausing_admits_nobody_and_steps_whom_it_should(state, running):
     scheduler.set_pause_state(PauseState.UNPAUSED)
     assert running_ids(encoded(scheduler)) == [0]
     assert running_ids(scheduler.schedule()) == [0, 1]
+
+
+def test_has_request_knows_waiting_and_running_requests_until_they_leave():
+    scheduler = make_scheduler(max_num_seqs=1)
+    for name in ("a", "b"):
+        scheduler.add_request(vllm_request(name, toy_request()))
+    scheduler.schedule()
+    assert scheduler.has_request("a")
+    assert scheduler.has_request("b")
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    assert not scheduler.has_request("a")
+    assert not scheduler.has_request("never seen")

@@ -186,6 +186,9 @@ class StepScheduler(SchedulerInterface):
 
     # ---- what else EngineCore asks ----
 
+    def has_request(self, request_id: str) -> bool:
+        return self.batch.named(request_id) is not None
+
     def get_num_unfinished_requests(self) -> int:
         """Requests that a step can serve; PAUSED_NEW leaves waiting ones out so that a drain can end."""
         running, waiting = self.get_request_counts()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vllm.exceptions import RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_cfg_plugin.entrypoints.front_end import GeneratedImage, pooling_params, read_output
@@ -77,8 +78,11 @@ class EngineCalls:
     async def _run_one(self, request: DiffusionRequest, request_id: str) -> GeneratedImage:
         started = time.perf_counter()
         answer = None
-        async for output in self._engine.encode(PLACEHOLDER_PROMPT, pooling_params(request), request_id):
-            answer = output
+        try:
+            async for output in self._engine.encode(PLACEHOLDER_PROMPT, pooling_params(request), request_id):
+                answer = output
+        except RetryableRequestError as error:  # the engine is paused
+            raise RequestAbortedError(f"request {request_id} was not started: {error}") from error
         if answer is None:
             raise RequestAbortedError(f"request {request_id} was aborted: the engine gave no answer")
         return read_output(answer, 1000 * (time.perf_counter() - started))

@@ -127,7 +127,7 @@ class CfgExecutor(Executor):
     def get_supported_kv_cache_layouts(self) -> list[list[str]]:
         return [["LBNHC"] for _ in range(len(self._pool))]
 
-    def set_kv_cache_layout(self, layout_name: str) -> None:
+    def set_kv_cache_layout(self, *layout: Any) -> None:
         """There is no KV cache."""
 
     def initialize_from_config(self, kv_cache_configs: Any) -> None:
