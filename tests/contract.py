@@ -13,7 +13,8 @@ from PIL import Image
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.entrypoints.images.inputs import read_images
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, RequestLimits
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, generator_of, group_branches
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, generator_of
+from vllm_cfg_plugin.pipelines.common.generate import DirectCall, predict
 from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.resolve import resolve_requests
 from vllm_cfg_plugin.tokens import TokenCounter
@@ -33,37 +34,8 @@ def make_request(
 @torch.inference_mode()
 def generate(pipeline: EnginePipeline, request: DiffusionRequest) -> torch.Tensor:
     """What the engine does for one request on one rank; returns its final latents."""
-    generator, scheduler = generator_of(request), pipeline.make_noise_scheduler(request)
-    latents = pipeline.draw_noise(request, generator)
-    condition = pipeline.encode_images(request) if request.images else []
-    embeds = [pipeline.encode_branch(request, branch) for branch in range(len(request.prompts))]
-    for step, timestep in enumerate(scheduler.timesteps):
-        branches = [
-            BranchInput(
-                request,
-                latents,
-                embeds[branch],
-                timestep,
-                branch,
-                condition if request.sees_images(branch) else (),
-            )
-            for branch in range(request.branches_at(step))
-        ]
-        predictions = predict(pipeline, branches)
-        assert all(prediction.shape == (1, *pipeline.prediction_shape(request)) for prediction in predictions)
-        noise = pipeline.combine_branches(predictions, request, timestep, step)
-        latents = pipeline.step_latents(scheduler, noise, timestep, latents, generator)
-    return latents
-
-
-def predict(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
-    """The predictions of branches, by one packed forward for each group of them."""
-    predictions: dict[int, torch.Tensor] = {}
-    for group in group_branches(pipeline, branches):
-        members = [branches[position] for position in group]
-        prediction = pipeline.predict_noise(**pipeline.pack_branches(members))
-        predictions |= zip(group, pipeline.unpack_predictions(prediction, members), strict=True)
-    return [predictions[position] for position in range(len(branches))]
+    generator = generator_of(request)
+    return DirectCall(pipeline, [request], generator).denoise(pipeline.draw_noise(request, generator))
 
 
 def branches_of(pipeline: EnginePipeline, request: DiffusionRequest, step: int = 0) -> list[BranchInput]:

@@ -94,7 +94,7 @@ class Guidance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     image_scale: float = 1.0
     distilled: float | None = None
     rule: str = "cfg"
-    normalize: bool = False
+    normalize: bool | float = False  # a number where a family's direct call takes one
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from vllm_cfg_plugin.distributed.parallel_state import (
 logger = logging.getLogger(__name__)
 
 Kwargs = dict[str, Any]
+T = TypeVar("T")
 
 
 class CFGParallelMixin:
@@ -200,11 +201,13 @@ def predict_on_ranks(branches: int, forward: Callable[[Sequence[int]], Sequence[
     return predictions
 
 
-def same_on_all_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Rank 0's tensor on every rank of the cfg group: noise drawn without a seed differs between ranks."""
+def same_on_all_ranks(value: T) -> T:
+    """Rank 0's tensor or plain data on every rank of the cfg group, for what ranks draw without a common seed."""
     if get_classifier_free_guidance_world_size() == 1:
-        return tensor
-    return get_cfg_group().broadcast(tensor.contiguous(), src=0)
+        return value
+    if isinstance(value, torch.Tensor):
+        return get_cfg_group().broadcast(value.contiguous(), src=0)
+    return get_cfg_group().broadcast_object(value, src=0)
 
 
 @cache

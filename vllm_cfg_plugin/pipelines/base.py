@@ -5,6 +5,7 @@ Must not import vLLM; diffusers is the business of the families.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
@@ -194,7 +195,7 @@ class EnginePipeline(CFGParallelMixin, ABC):
         positive, negative = predictions
         scale = self.guidance_scale_at(request, timestep)
         if asked.rule == "cfg":
-            combined = self.combine_cfg_noise(positive, negative, scale, asked.normalize)
+            combined = self.combine_cfg_noise(positive, negative, scale, asked.normalize)  # type: ignore[arg-type]
         else:
             combined = guidance.RULES[asked.rule](positive, negative, scale)
             combined = self.cfg_normalize_function(positive, combined) if asked.normalize else combined
@@ -255,6 +256,14 @@ def joint_timesteps_ahead(branches: Sequence[BranchInput]) -> torch.Tensor | Non
 def to_uint8(pixels: np.ndarray) -> torch.Tensor:
     """Pixels in 0..1 rounded to uint8 as diffusers' `numpy_to_pil` rounds them."""
     return torch.from_numpy((pixels * 255).round().astype(np.uint8))
+
+
+def from_pil(image: Image.Image) -> ImageInput:
+    """An image of a direct call, as a request brings it along."""
+    converted = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    pixels = converted.tobytes()
+    digest = hashlib.sha256(pixels).hexdigest()
+    return ImageInput(digest, converted.mode, converted.width, converted.height, pixels)
 
 
 def to_pil(image: ImageInput) -> Image.Image:

@@ -1,51 +1,155 @@
-"""What the pipelines' direct calls have in common: when guidance is on, and the loop; must not import vLLM."""
+"""Direct calls of a family's pipeline: the engine's steps for a few requests, on one cfg rank or many.
+
+The steps are those of `worker/runner.py`, so a direct call and the engine give bitwise the same latents. Must not
+import vLLM.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin, Kwargs, log_once
+from vllm_cfg_plugin.distributed.cfg_parallel import log_once, predict_on_ranks, same_on_all_ranks
+from vllm_cfg_plugin.distributed.parallel_state import get_classifier_free_guidance_world_size
+from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, group_branches
+
+Generators = torch.Generator | list[torch.Generator] | None
 
 
-class DenoisingMixin(CFGParallelMixin):
-    """The denoising loop of families whose branches differ in fixed arguments of the transformer alone."""
+class DirectCall:
+    """Requests that differ in texts and noise alone.
 
-    def denoise(
+    Args:
+        requests: of the same size, steps, guidance and images.
+        generator: of the noise that a step may draw: one, or one for each request.
+        embeds: of each branch, those of every request, where the caller has them; None where they are to be encoded.
+        condition: what the images became, where the caller has that; None where they are to be encoded.
+        forward_options: further arguments of `predict_noise`.
+    """
+
+    def __init__(
         self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        shared: Callable[[torch.Tensor, torch.Tensor], Kwargs],
-        positive: Kwargs,
-        negative: Kwargs,
-        do_true_cfg: bool,
-        true_cfg_scale: float,
-        cfg_normalize: bool | float,
-        output_slice: int | None = None,
-    ) -> torch.Tensor:
-        """The latents after all timesteps; every rank returns the same.
+        pipeline: EnginePipeline,
+        requests: Sequence[DiffusionRequest],
+        generator: Generators,
+        embeds: Sequence[Sequence[PromptEmbeds] | None] = (),
+        condition: Sequence[torch.Tensor] | None = None,
+        **forward_options: Any,
+    ) -> None:
+        self._pipeline = pipeline
+        self._requests = requests
+        self._generator = _alike_on_all_ranks(generator)
+        self._options = forward_options
+        self._embeds: dict[tuple[Any, ...], PromptEmbeds] = {}
+        self._given = embeds
+        if condition is None:
+            condition = pipeline.encode_images(requests[0]) if requests[0].images else []
+        self.condition = condition
 
-        Args:
-            latents: [batch, ...].
-            timesteps: the noise scheduler's.
-            shared: the arguments of both branches, from latents and timestep [batch].
-            positive, negative: those of one branch alone.
-            cfg_normalize: as the family's `combine_cfg_noise` reads it.
-            output_slice: see `predict_noise_maybe_with_cfg`.
+    def denoise(self, latents: torch.Tensor) -> torch.Tensor:
+        """Final latents from first ones, [requests, ...]; every rank returns the same.
+
+        Raises:
+            RequestFailedError: another rank failed; no rank is left waiting.
         """
-        for t in timesteps:
-            both = shared(latents, t.expand(latents.shape[0]).to(latents.device))
-            noise_pred = self.predict_noise_maybe_with_cfg(
-                do_true_cfg=do_true_cfg,
-                true_cfg_scale=true_cfg_scale,
-                positive_kwargs=both | positive,
-                negative_kwargs=both | negative if do_true_cfg else None,
-                cfg_normalize=cfg_normalize,  # type: ignore[arg-type]
-                output_slice=output_slice,
-            )
-            latents = self.scheduler_step_maybe_with_cfg(noise_pred, t, latents, do_true_cfg)
+        pipeline, first = self._pipeline, self._requests[0]
+        scheduler = pipeline.make_noise_scheduler(first)
+        for step, timestep in enumerate(scheduler.timesteps):
+            branches = self._predict(latents, timestep, first.branches_at(step))
+            # One by one, as the engine does it: a formula may read all of a prediction.
+            noise = [
+                pipeline.combine_branches([part[None] for part in predictions], request, timestep, step)
+                for request, *predictions in zip(self._requests, *branches, strict=True)
+            ]
+            latents = pipeline.step_latents(scheduler, torch.cat(noise), timestep, latents, self._generator)
         return latents
+
+    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, branches: int) -> list[torch.Tensor]:
+        """The predictions of each branch, [requests, ...]."""
+
+        def forward(mine: Sequence[int]) -> list[torch.Tensor]:
+            inputs = [
+                self._branch_input(number, branch, latents, timestep)
+                for branch in mine
+                for number in range(len(self._requests))
+            ]
+            predictions = predict(self._pipeline, inputs, **self._options)
+            count = len(self._requests)
+            return [torch.cat(predictions[first : first + count]) for first in range(0, len(inputs), count)]
+
+        return predict_on_ranks(branches, forward)
+
+    def _branch_input(self, number: int, branch: int, latents: torch.Tensor, timestep: torch.Tensor) -> BranchInput:
+        request = self._requests[number]
+        condition = self.condition if request.sees_images(branch) else ()
+        own = latents[number : number + 1]
+        return BranchInput(request, own, self._embeds_of(number, branch), timestep, branch, condition)
+
+    def _embeds_of(self, number: int, branch: int) -> PromptEmbeds:
+        """Encoded once for equal texts, and only on the ranks that forward the branch."""
+        given = self._given[branch] if branch < len(self._given) else None
+        if given is not None:
+            return given[number]
+        request = self._requests[number]
+        key = request.embeds_key(branch)
+        if key not in self._embeds:
+            self._embeds[key] = self._pipeline.encode_branch(request, branch)
+        return self._embeds[key]
+
+
+def predict(pipeline: EnginePipeline, branches: Sequence[BranchInput], **forward_options: Any) -> list[torch.Tensor]:
+    """The predictions of branches, [1, ...] each, by one packed forward for each group of them."""
+    predictions: dict[int, torch.Tensor] = {}
+    for group in group_branches(pipeline, branches):
+        members = [branches[position] for position in group]
+        prediction = pipeline.predict_noise(**pipeline.pack_branches(members), **forward_options)
+        predictions |= zip(group, pipeline.unpack_predictions(prediction, members), strict=True)
+    return [predictions[position] for position in range(len(branches))]
+
+
+def make_requests(texts: Sequence[list[str]], results_per_prompt: int, **fields: Any) -> list[DiffusionRequest]:
+    """The requests of a direct call, all results of the first prompt first.
+
+    Args:
+        texts: of each prompt, those of its branches.
+        fields: of `DiffusionRequest`.
+    """
+    # Nobody reads the seed, as the caller's generator draws the noise, nor the numbers of tokens, by which the engine
+    # plans.
+    return [
+        DiffusionRequest(prompts=prompts, text_tokens=[], seed=0, **fields)
+        for prompts in texts
+        for _ in range(results_per_prompt)
+    ]
+
+
+def _alike_on_all_ranks(generator: Generators) -> Generators:
+    """Torch's own generator differs between ranks, so where there are several they get one with a seed of rank 0."""
+    if generator is not None or get_classifier_free_guidance_world_size() == 1:
+        return generator
+    return torch.Generator().manual_seed(same_on_all_ranks(torch.initial_seed()))
+
+
+def branch_texts(prompt: str | list[str], negative_prompt: str | list[str] | None) -> list[list[str]]:
+    """Of each prompt, the texts of its branches; one negative prompt serves all prompts of a list.
+
+    Args:
+        negative_prompt: None without guidance.
+
+    Raises:
+        InvalidRequestError: as many negative prompts as there are not prompts.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if negative_prompt is None:
+        return [[text] for text in prompts]
+    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+    if len(negatives) != len(prompts):
+        raise InvalidRequestError("negative_prompt", f"{len(negatives)} texts", f"one text, or {len(prompts)} of them")
+    return [[text, negative] for text, negative in zip(prompts, negatives, strict=True)]
 
 
 def is_guided(scale: float, negative_prompt: str | list[str] | None, needs_negative_prompt: bool = True) -> bool:
@@ -62,10 +166,3 @@ def is_guided(scale: float, negative_prompt: str | list[str] | None, needs_negat
         log_once(f"guidance is off: the scale is {scale:g}, but there is no negative prompt (an empty one is enough)")
         return False
     return True
-
-
-def as_many(negative_prompt: str | list[str], prompt: str | list[str]) -> str | list[str]:
-    """One negative prompt serves all prompts of a list."""
-    if isinstance(negative_prompt, str) and isinstance(prompt, list):
-        return [negative_prompt] * len(prompt)
-    return negative_prompt

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import EnginePipeline, to_uint8
 from vllm_cfg_plugin.pipelines.common.flow_schedule import set_flow_timesteps
-
-Generators = torch.Generator | list[torch.Generator] | None
+from vllm_cfg_plugin.pipelines.common.generate import DirectCall, Generators, make_requests
 
 
 class ImagePipeline(EnginePipeline):
@@ -91,7 +91,41 @@ class ImagePipeline(EnginePipeline):
     def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
         """[images, channels, height, width] in -1..1 of final latents."""
 
+    @abstractmethod
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of an image in tokens."""
+
     # ---- direct calls ----
+
+    def _generate(
+        self,
+        texts: Sequence[list[str]],
+        results_per_prompt: int,
+        generator: Generators,
+        latents: torch.Tensor | None,
+        output_type: str,
+        *,
+        height: int,
+        width: int,
+        layers: int = 0,
+        **fields: Any,
+    ) -> Any:
+        """The body of a direct call: images of all texts; every rank returns the same.
+
+        Args:
+            texts: of each prompt, those of its branches.
+            generator, latents: source of the first latents, or these themselves.
+            output_type: "pil", "np", "pt", or "latent" for final latents.
+            fields: further ones of `DiffusionRequest`.
+        """
+        rows, columns = self._grid(height, width)
+        size = {"height": height, "width": width, "layers": layers, "image_tokens": rows * columns * (layers + 1)}
+        requests = make_requests(texts, results_per_prompt, **size, **fields)
+        noise = self._prepare_noise(len(requests), height, width, self._weight, generator, latents, layers)
+        final = DirectCall(self, requests, generator).denoise(same_on_all_ranks(noise))
+        images = self._finish(final, height, width, output_type, layers)
+        self.maybe_free_model_hooks()
+        return images
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width) in pixels, diffusers' own where they are not given."""
@@ -99,10 +133,8 @@ class ImagePipeline(EnginePipeline):
         return height or side, width or side
 
     def _finish(self, latents: torch.Tensor, height: int, width: int, output_type: str, layers: int = 0) -> Any:
-        """The images of final latents as `output_type` says: "pil", "np", "pt", or "latent" for these themselves."""
-        images: Any = latents
-        if output_type != "latent":
-            decoded = self._decode_latents(latents, height, width, layers)
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return images
+        """What a direct call returns of final latents."""
+        if output_type == "latent":
+            return latents
+        decoded = self._decode_latents(latents, height, width, layers)
+        return self.image_processor.postprocess(decoded, output_type=output_type)

@@ -47,7 +47,6 @@ class LatentTokensPipeline(ImagePipeline):
         return None if ahead is None else ahead.to(branches[0].latents.dtype) / 1000
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of an image in tokens."""
         side = 2 * self.vae_scale_factor
         return height // side, width // side
 

@@ -1,4 +1,4 @@
-"""Flux text-to-image: the CFG-Parallel denoising loop and the engine's pipeline, on diffusers' own methods.
+"""Flux text-to-image, on diffusers' own methods.
 
 Flux is guided by `true_cfg_scale` and a negative prompt; `guidance_scale` is an input of a distilled checkpoint. Only
 the pooled embedding of CLIP is cut to its 77 tokens, as upstream cuts it. Must not import vLLM at module level.
@@ -19,13 +19,11 @@ from msgspec import UNSET
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
-from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
-from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
 from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
-from vllm_cfg_plugin.pipelines.common.generate import DenoisingMixin, as_many, is_guided
-from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.common.latent_tokens import PositionIdsPipeline
 from vllm_cfg_plugin.pipelines.flux.transformer import PackedFluxTransformer
 
@@ -33,54 +31,7 @@ MAX_TEXT_TOKENS = 512
 DEFAULT_GUIDANCE_SCALE = 3.5
 
 
-class FluxCFGParallelMixin(DenoisingMixin):
-    """The denoising loop of the Flux pipelines, on one rank or many."""
-
-    def diffuse(
-        self,
-        prompt_embeds: torch.Tensor,
-        pooled_prompt_embeds: torch.Tensor,
-        negative_prompt_embeds: torch.Tensor | None,
-        negative_pooled_prompt_embeds: torch.Tensor | None,
-        latents: torch.Tensor,
-        text_ids: torch.Tensor,
-        latent_image_ids: torch.Tensor,
-        timesteps: torch.Tensor,
-        do_true_cfg: bool,
-        guidance: torch.Tensor | None,
-        true_cfg_scale: float,
-        cfg_normalize: bool = False,
-    ) -> torch.Tensor:
-        """Denoise a batch through all timesteps; every rank returns the same latents.
-
-        Args:
-            prompt_embeds, negative_prompt_embeds: [batch, text tokens, dim]; the negative ones, here and below, only
-                where `do_true_cfg`.
-            pooled_prompt_embeds, negative_pooled_prompt_embeds: [batch, dim].
-            latents: [batch, image tokens, channels].
-            text_ids, latent_image_ids: position ids, [tokens, 3], of every batch element.
-            timesteps: the noise scheduler's.
-            guidance: input of a distilled model, [batch].
-        """
-        return self.denoise(
-            latents,
-            timesteps,
-            lambda latents, timestep: {
-                "hidden_states": latents,
-                "timestep": timestep.to(latents.dtype) / 1000,
-                "guidance": guidance,
-                "img_ids": latent_image_ids,
-                "txt_ids": text_ids,
-            },
-            {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds},
-            {"encoder_hidden_states": negative_prompt_embeds, "pooled_projections": negative_pooled_prompt_embeds},
-            do_true_cfg,
-            true_cfg_scale,
-            cfg_normalize,
-        )
-
-
-class FluxPipeline(FluxCFGParallelMixin, PositionIdsPipeline, DiffusersFluxPipeline):
+class FluxPipeline(PositionIdsPipeline, DiffusersFluxPipeline):
     """diffusers' FluxPipeline with CFG-Parallel, for the engine or to be called directly."""
 
     @classmethod
@@ -150,32 +101,19 @@ class FluxPipeline(FluxCFGParallelMixin, PositionIdsPipeline, DiffusersFluxPipel
         """
         height, width = self._size(height, width)
         self.check_inputs(prompt, None, height, width, negative_prompt, max_sequence_length=max_sequence_length)
-        do_true_cfg = is_guided(true_cfg_scale, negative_prompt)
-        options: dict[str, Any] = {
-            "num_images_per_prompt": num_images_per_prompt,
-            "max_sequence_length": max_sequence_length,
-        }
-        embeds, pooled, _ = self.encode_prompt(prompt, **options)
-        negative_embeds, negative_pooled = None, None
-        if do_true_cfg and negative_prompt is not None:
-            negative_embeds, negative_pooled, _ = self.encode_prompt(as_many(negative_prompt, prompt), **options)
-        latents = self._prepare_noise(embeds.shape[0], height, width, embeds, generator, latents)
-        self._set_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
-        latents = self.diffuse(
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
-            negative_prompt_embeds=negative_embeds,
-            negative_pooled_prompt_embeds=negative_pooled,
-            latents=same_on_all_ranks(latents),
-            text_ids=self._text_ids(embeds.shape[1]),
-            latent_image_ids=self._ids_of_size(height, width),
-            timesteps=self.scheduler.timesteps,
-            do_true_cfg=do_true_cfg,
-            guidance=self._guidance([guidance_scale] * embeds.shape[0]),
-            true_cfg_scale=true_cfg_scale,
-            cfg_normalize=cfg_normalize,
+        guided = is_guided(true_cfg_scale, negative_prompt)
+        images = self._generate(
+            branch_texts(prompt, negative_prompt if guided else None),
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance=Guidance(scale=true_cfg_scale, distilled=guidance_scale, normalize=cfg_normalize),
+            max_sequence_length=max_sequence_length,
         )
-        images = self._finish(latents, height, width, output_type)
         return FluxPipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -200,10 +138,7 @@ class FluxPipeline(FluxCFGParallelMixin, PositionIdsPipeline, DiffusersFluxPipel
         return torch.tensor(scales, dtype=torch.float32, device=self._weight.device)
 
     def _image_ids(self, branch: BranchInput) -> torch.Tensor:
-        return self._ids_of_size(branch.request.height, branch.request.width)
-
-    def _ids_of_size(self, height: int, width: int) -> torch.Tensor:
-        grid = self._grid(height, width)
+        grid = self._grid(branch.request.height, branch.request.width)
         return self._kept_ids(
             grid, lambda: self._prepare_latent_image_ids(1, *grid, torch.device("cpu"), torch.float32)
         )

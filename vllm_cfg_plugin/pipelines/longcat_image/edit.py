@@ -1,4 +1,4 @@
-"""LongCat-Image editing: the engine's pipeline, on diffusers' own methods and the loop of `longcat_image.py`.
+"""LongCat-Image editing, on diffusers' own methods.
 
 Of the checkpoint's `text_processor` the engine loads the image processor alone. Must not import vLLM at module level.
 """
@@ -21,13 +21,11 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
-from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
-from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, to_pil
+from vllm_cfg_plugin.params import DiffusionRequest, Guidance
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, from_pil, to_pil
 from vllm_cfg_plugin.pipelines.common import vision_processor
 from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
-from vllm_cfg_plugin.pipelines.common.generate import is_guided
-from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.longcat_image.pipeline import (
     CONDITION,
     DEFAULT_GUIDANCE_SCALE,
@@ -112,26 +110,20 @@ class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeli
         """
         height, width = _edit_size([image.size])
         self.check_inputs(prompt, height, width, negative_prompt)
-        do_true_cfg = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
-        embeds, negative_embeds = (
-            self._encode(text, image).repeat(num_images_per_prompt, 1, 1) for text in (prompt, negative_prompt or "")
+        guided = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
+        images = self._generate(
+            branch_texts(prompt, (negative_prompt or "") if guided else None),
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance=Guidance(scale=guidance_scale, normalize=cfg_normalize),
+            images=[from_pil(image)],
+            text_sees_images=True,
         )
-        condition = self._encode_condition(image).repeat(num_images_per_prompt, 1, 1)
-        latents = self._prepare_noise(num_images_per_prompt, height, width, embeds, generator, latents)
-        self._set_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
-        latents = self.diffuse(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=negative_embeds,
-            latents=same_on_all_ranks(latents),
-            text_ids=self._text_ids(embeds.shape[1]),
-            latent_image_ids=self._edit_ids((height, width), (height, width), embeds.shape[1]),
-            timesteps=self.scheduler.timesteps,
-            do_true_cfg=do_true_cfg,
-            true_cfg_scale=guidance_scale,
-            cfg_normalize=cfg_normalize,
-            image_latents=condition,
-        )
-        images = self._finish(latents, height, width, output_type)
         return LongCatImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -159,13 +151,9 @@ class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeli
         return self.image_processor.resize(image.convert("RGB"), *_edit_size([image.size]))
 
     def _image_ids(self, branch: BranchInput) -> torch.Tensor:
-        request = branch.request
-        condition = _edit_size([(image.width, image.height) for image in request.images])
-        return self._edit_ids((request.height, request.width), condition, branch.embeds.tokens.shape[0])
-
-    def _edit_ids(self, size: ImageSize, condition: ImageSize, text_tokens: int) -> torch.Tensor:
-        """Position ids of an image of `size` (height, width), then of one of `condition`."""
-        new, old = self._grid(*size), self._grid(*condition)
+        request, text_tokens = branch.request, branch.embeds.tokens.shape[0]
+        new = self._grid(request.height, request.width)
+        old = self._grid(*_edit_size([(image.width, image.height) for image in request.images]))
         return self._kept_ids(
             (new, old, text_tokens),
             lambda: torch.cat([image_ids(NEW_IMAGE, text_tokens, *new), image_ids(CONDITION, text_tokens, *old)]),

@@ -1,4 +1,4 @@
-"""LongCat-Image text-to-image: the CFG-Parallel denoising loop and the engine's pipeline, on diffusers' own methods.
+"""LongCat-Image text-to-image, on diffusers' own methods.
 
 Two things differ from upstream by intent: prompts are rewritten by the language model only where a direct call asks for
 it, as that is sampled text and no part of the request, and so the engine does not load the `text_processor` for it.
@@ -25,12 +25,11 @@ from vllm_cfg_plugin import guidance as combine_rules
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
 from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
-from vllm_cfg_plugin.pipelines.common.generate import DenoisingMixin, as_many, is_guided
-from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.common.latent_tokens import PositionIdsPipeline
 from vllm_cfg_plugin.pipelines.common.vision_processor import PLACEHOLDERS
 from vllm_cfg_plugin.pipelines.longcat_image.transformer import PackedLongCatImageTransformer
@@ -41,50 +40,8 @@ DEFAULT_GUIDANCE_SCALE = 4.5
 NEW_IMAGE, CONDITION = 1, 2  # first axis of the position ids
 
 
-class LongCatImageCFGParallelMixin(DenoisingMixin):
-    """The denoising loop of the LongCat-Image pipelines, on one rank or many."""
-
-    def diffuse(
-        self,
-        prompt_embeds: torch.Tensor,
-        negative_prompt_embeds: torch.Tensor | None,
-        latents: torch.Tensor,
-        text_ids: torch.Tensor,
-        latent_image_ids: torch.Tensor,
-        timesteps: torch.Tensor,
-        do_true_cfg: bool,
-        true_cfg_scale: float,
-        cfg_normalize: bool | float = True,
-        image_latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Denoise a batch through all timesteps; every rank returns the same latents.
-
-        Args:
-            prompt_embeds, negative_prompt_embeds: [batch, text tokens, dim]; the negative ones only where
-                `do_true_cfg`.
-            latents: [batch, image tokens, channels].
-            text_ids, latent_image_ids: position ids, [tokens, 3], of every batch element; of `image_latents` too.
-            timesteps: the noise scheduler's.
-            cfg_normalize: see `combine_cfg_noise`.
-            image_latents: of the image to be edited, [batch, condition tokens, channels].
-        """
-        condition = [] if image_latents is None else [image_latents]
-        return self.denoise(
-            latents,
-            timesteps,
-            lambda latents, timestep: {
-                "hidden_states": torch.cat([latents, *condition], dim=1),
-                "timestep": timestep.to(latents.dtype) / 1000,
-                "img_ids": latent_image_ids,
-                "txt_ids": text_ids,
-            },
-            {"encoder_hidden_states": prompt_embeds},
-            {"encoder_hidden_states": negative_prompt_embeds},
-            do_true_cfg,
-            true_cfg_scale,
-            cfg_normalize,
-            output_slice=latents.shape[1] if condition else None,
-        )
+class LongCatImageBase(PositionIdsPipeline):
+    """What text-to-image and editing have in common."""
 
     def combine_cfg_noise(
         self,
@@ -111,10 +68,6 @@ class LongCatImageCFGParallelMixin(DenoisingMixin):
         noise_norm: torch.Tensor = torch.norm(comb_pred, dim=-1, keepdim=True)
         scale = (cond_norm / (noise_norm + 1e-8)).clamp(min=cfg_renorm_min, max=1.0)
         return comb_pred * scale
-
-
-class LongCatImageBase(LongCatImageCFGParallelMixin, PositionIdsPipeline):
-    """What text-to-image and editing have in common for the engine."""
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
         return super().pack_branches(branches) | {"timesteps_ahead": self._times_ahead(branches)}
@@ -194,25 +147,18 @@ class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
         self.check_inputs(prompt, height, width, negative_prompt)
         if enable_prompt_rewrite:
             prompt = self._rewritten(prompt)
-        do_true_cfg = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
-        embeds = same_on_all_ranks(self.encode_prompt(prompt, num_images_per_prompt)[0])
-        negative_embeds = None
-        if do_true_cfg:
-            negative_embeds = self.encode_prompt(as_many(negative_prompt or "", prompt), num_images_per_prompt)[0]
-        latents = self._prepare_noise(embeds.shape[0], height, width, embeds, generator, latents)
-        self._set_timesteps(self.scheduler, num_inference_steps, latents.shape[1], latents.device)
-        latents = self.diffuse(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=negative_embeds,
-            latents=same_on_all_ranks(latents),
-            text_ids=self._text_ids(embeds.shape[1]),
-            latent_image_ids=self._ids_of_size(height, width),
-            timesteps=self.scheduler.timesteps,
-            do_true_cfg=do_true_cfg,
-            true_cfg_scale=guidance_scale,
-            cfg_normalize=enable_cfg_renorm and (cfg_renorm_min or True),
+        guided = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
+        images = self._generate(
+            branch_texts(prompt, (negative_prompt or "") if guided else None),
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance=Guidance(scale=guidance_scale, normalize=enable_cfg_renorm and (cfg_renorm_min or True)),
         )
-        images = self._finish(latents, height, width, output_type)
         return LongCatImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -225,13 +171,10 @@ class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
                 "enable_prompt_rewrite=True needs the checkpoint's text_processor, which this pipeline was loaded "
                 "without: load it with from_pretrained"
             )
-        return self.rewire_prompt(prompt, self._weight.device)
+        return same_on_all_ranks(self.rewire_prompt(prompt, self._weight.device))  # sampled text
 
     def _image_ids(self, branch: BranchInput) -> torch.Tensor:
-        return self._ids_of_size(branch.request.height, branch.request.width)
-
-    def _ids_of_size(self, height: int, width: int) -> torch.Tensor:
-        grid = self._grid(height, width)
+        grid = self._grid(branch.request.height, branch.request.width)
         return self._kept_ids(grid, lambda: image_ids(NEW_IMAGE, MAX_TEXT_TOKENS, *grid))
 
 

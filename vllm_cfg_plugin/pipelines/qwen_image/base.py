@@ -6,7 +6,6 @@ Must not import vLLM at module level.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -16,13 +15,11 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from PIL import Image
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
-from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
-from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, to_pil
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_standardised
 from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
-from vllm_cfg_plugin.pipelines.common.generate import as_many, is_guided
-from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.common.latent_tokens import LatentTokensPipeline
 from vllm_cfg_plugin.pipelines.qwen_image.cfg_parallel import QwenImageCFGParallelMixin
 from vllm_cfg_plugin.pipelines.qwen_image.transformer import PackedQwenImageTransformer
@@ -117,54 +114,22 @@ class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
 
     # ---- what all do alike ----
 
-    def _generate(
+    def _generate_guided(
         self,
         prompt: str | list[str],
         negative_prompt: str | list[str] | None,
-        *,
         guidance_scale: float | None,
         true_cfg_scale: float | None,
-        num_inference_steps: int,
-        height: int,
-        width: int,
-        layers: int = 0,
-        generator: Generators,
-        latents: torch.Tensor | None,
-        output_type: str,
         cfg_normalize: bool,
-        encode_options: dict[str, Any],
-        image_latents: Sequence[torch.Tensor] = (),
-        condition_shapes: Sequence[ImageShape] = (),
+        *arguments: Any,
+        **fields: Any,
     ) -> Any:
-        """The body of a direct call: images as `output_type` says; `encode_options` are those of `encode_prompt`."""
+        """The body of a direct call, with the guidance that was asked for; `arguments` and `fields` of `_generate`."""
         asked = guidance_scale if true_cfg_scale is None else true_cfg_scale
         scale = DEFAULT_CFG_SCALE if asked is None else asked
-        do_true_cfg = not (asked is None and negative_prompt is None) and is_guided(scale, negative_prompt)
-        embeds, mask = self.encode_prompt(prompt, **encode_options)
-        negative_embeds, negative_mask = None, None
-        if do_true_cfg and negative_prompt is not None:
-            negative_embeds, negative_mask = self.encode_prompt(as_many(negative_prompt, prompt), **encode_options)
-        count = embeds.shape[0]
-        latents = self._prepare_noise(count, height, width, embeds, generator, latents, layers)
-        shapes = self._image_shapes(height, width, layers)
-        self._set_timesteps(self.scheduler, num_inference_steps, prod(shapes[0]), latents.device)
-        latents = self.diffuse(
-            prompt_embeds=embeds,
-            prompt_embeds_mask=mask,
-            negative_prompt_embeds=negative_embeds,
-            negative_prompt_embeds_mask=negative_mask,
-            latents=same_on_all_ranks(latents),
-            img_shapes=[[*shapes, *condition_shapes]] * count,
-            txt_seq_lens=None,
-            negative_txt_seq_lens=None,
-            timesteps=self.scheduler.timesteps,
-            do_true_cfg=do_true_cfg,
-            guidance=None,
-            true_cfg_scale=scale,
-            cfg_normalize=cfg_normalize,
-            image_latents=torch.cat([*image_latents], dim=1).expand(count, -1, -1) if image_latents else None,
-        )
-        return self._finish(latents, height, width, output_type, layers)
+        guided = not (asked is None and negative_prompt is None) and is_guided(scale, negative_prompt)
+        texts = branch_texts(prompt, negative_prompt if guided else None)
+        return self._generate(texts, *arguments, guidance=Guidance(scale=scale, normalize=cfg_normalize), **fields)
 
     def _image_shape(self, height: int, width: int) -> ImageShape:
         """(frames, height, width) in tokens of an image of that size in pixels."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from vllm_cfg_plugin.pipelines.common.generate import DenoisingMixin
+from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
 
 
-class QwenImageCFGParallelMixin(DenoisingMixin):
-    """The denoising loop of the Qwen-Image pipelines, on one rank or many."""
+class QwenImageCFGParallelMixin(CFGParallelMixin):
+    """A denoising loop for pipelines of one's own on Qwen-Image's transformer, on one rank or many."""
 
     def diffuse(
         self,
@@ -43,27 +43,30 @@ class QwenImageCFGParallelMixin(DenoisingMixin):
             image_latents: of the images that are the condition, [batch, their tokens, channels]; None without any.
         """
         condition = [] if image_latents is None else [image_latents]
-        return self.denoise(
-            latents,
-            timesteps,
-            lambda latents, timestep: {
+        for t in timesteps:
+            shared = {
                 "hidden_states": torch.cat([latents, *condition], dim=1),
-                "timestep": timestep.to(latents.dtype) / 1000,
+                "timestep": t.expand(latents.shape[0]).to(latents.device, latents.dtype) / 1000,
                 "guidance": guidance,
                 "img_shapes": img_shapes,
-            },
-            {
+            }
+            positive = {
                 "encoder_hidden_states": prompt_embeds,
                 "encoder_hidden_states_mask": prompt_embeds_mask,
                 "txt_seq_lens": txt_seq_lens,
-            },
-            {
+            }
+            negative = {
                 "encoder_hidden_states": negative_prompt_embeds,
                 "encoder_hidden_states_mask": negative_prompt_embeds_mask,
                 "txt_seq_lens": negative_txt_seq_lens,
-            },
-            do_true_cfg,
-            true_cfg_scale,
-            cfg_normalize,
-            output_slice=latents.shape[1] if condition else None,
-        )
+            }
+            noise_pred = self.predict_noise_maybe_with_cfg(
+                do_true_cfg=do_true_cfg,
+                true_cfg_scale=true_cfg_scale,
+                positive_kwargs=shared | positive,
+                negative_kwargs=shared | negative if do_true_cfg else None,
+                cfg_normalize=cfg_normalize,
+                output_slice=latents.shape[1] if condition else None,
+            )
+            latents = self.scheduler_step_maybe_with_cfg(noise_pred, t, latents, do_true_cfg)
+        return latents

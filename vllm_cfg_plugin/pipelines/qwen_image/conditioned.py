@@ -61,23 +61,15 @@ class QwenImageConditioned(QwenImageBase):
 
     @torch.no_grad()
     def encode_images(self, request: DiffusionRequest) -> list[torch.Tensor]:
-        images = [to_pil(image) for image in request.images]
-        return self._encode_images(images, self._condition_sizes(request))
+        sizes = self._condition_sizes(request)
+        return [self._encode_image(to_pil(image), *size) for image, size in zip(request.images, sizes, strict=True)]
 
     def _condition_sizes(self, request: DiffusionRequest) -> list[ImageSize]:
         """The (width, height) that each of a request's images is brought to."""
         raise NotImplementedError
 
     def _condition_shapes(self, request: DiffusionRequest) -> list[ImageShape]:
-        return self._shapes_of(self._condition_sizes(request))
-
-    def _shapes_of(self, sizes: Sequence[ImageSize]) -> list[ImageShape]:
-        """Of images of these (width, height)."""
-        return [self._image_shape(height, width) for width, height in sizes]
-
-    def _encode_images(self, images: Sequence[Image.Image], sizes: Sequence[ImageSize]) -> list[torch.Tensor]:
-        """Latents of images that are brought to these (width, height)."""
-        return [self._encode_image(image, *size) for image, size in zip(images, sizes, strict=True)]
+        return [self._image_shape(height, width) for width, height in self._condition_sizes(request)]
 
     def _encode_image(self, image: Image.Image, width: int, height: int) -> torch.Tensor:
         pixels = self.image_processor.preprocess(self._in_mode_of_vae(image), height, width)[:, :, None]
@@ -101,10 +93,6 @@ class QwenImageConditioned(QwenImageBase):
         if not 1 <= len(images) <= self.max_images:
             raise InvalidRequestError("image", f"{len(images)} images", f"1 to {self.max_images} images")
         return images
-
-    def _condition(self, images: Sequence[Image.Image], sizes: Sequence[ImageSize]) -> dict[str, Any]:
-        """The arguments of `_generate` that images of a direct call become."""
-        return {"image_latents": self._encode_images(images, sizes), "condition_shapes": self._shapes_of(sizes)}
 
 
 def size_of_area(calculate_dimensions: Callable[[int, float], Any], area: int, size: ImageSize) -> ImageSize:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo, TextRules
 from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.base import from_pil
+from vllm_cfg_plugin.pipelines.common.generate import Generators
 from vllm_cfg_plugin.pipelines.common.vision_processor import PLACEHOLDERS, load_image_processor, tokens_of_image
 from vllm_cfg_plugin.pipelines.qwen_image.base import MAX_TEXT_TOKENS, describe_qwen_image
 from vllm_cfg_plugin.pipelines.qwen_image.conditioned import QwenImageConditioned, in_whole_tokens, size_of_area
@@ -124,20 +125,22 @@ class QwenImageEditBase(QwenImageConditioned):
         asked = width or default_width, height or default_height
         width, height = in_whole_tokens(asked, 2 * self.vae_scale_factor)
         self.check_inputs(prompt, height, width, negative_prompt, max_sequence_length=max_sequence_length)
-        results = self._generate(
+        results = self._generate_guided(
             prompt,
             negative_prompt,
-            guidance_scale=guidance_scale,
-            true_cfg_scale=true_cfg_scale,
-            num_inference_steps=num_inference_steps,
+            guidance_scale,
+            true_cfg_scale,
+            cfg_normalize,
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
             height=height,
             width=width,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            cfg_normalize=cfg_normalize,
-            encode_options={"num_images_per_prompt": num_images_per_prompt, **self._seen_by_text(images)},
-            **self._condition(images, self.condition_sizes(sizes)),
+            num_inference_steps=num_inference_steps,
+            max_sequence_length=max_sequence_length,
+            images=[from_pil(image) for image in images],
+            text_sees_images=True,
         )
         return QwenImagePipelineOutput(images=results) if return_dict else (results,)
 

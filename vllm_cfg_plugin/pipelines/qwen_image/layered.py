@@ -16,8 +16,9 @@ from PIL import Image
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.base import from_pil
 from vllm_cfg_plugin.pipelines.common.flow_schedule import set_shifted_timesteps
-from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.common.generate import Generators
 from vllm_cfg_plugin.pipelines.qwen_image.base import (
     MAX_TEXT_TOKENS,
     PROMPT_RULES,
@@ -97,21 +98,22 @@ class QwenImageLayeredPipeline(QwenImageConditioned, upstream.QwenImageLayeredPi
         asked = width or default_width, height or default_height
         width, height = in_whole_tokens(asked, 2 * self.vae_scale_factor)
         self.check_inputs(height, width, negative_prompt, max_sequence_length=max_sequence_length)
-        results = self._generate(
+        results = self._generate_guided(
             prompt,
             negative_prompt,
-            guidance_scale=guidance_scale,
-            true_cfg_scale=true_cfg_scale,
-            num_inference_steps=num_inference_steps,
+            guidance_scale,
+            true_cfg_scale,
+            cfg_normalize,
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
             height=height,
             width=width,
             layers=layers,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            cfg_normalize=cfg_normalize,
-            encode_options={"num_images_per_prompt": num_images_per_prompt, "max_sequence_length": max_sequence_length},
-            **self._condition(images, [(width, height)]),
+            num_inference_steps=num_inference_steps,
+            max_sequence_length=max_sequence_length,
+            images=[from_pil(image) for image in images],
         )
         if output_type != "latent":
             results = [results[first : first + layers] for first in range(0, len(results), layers)]

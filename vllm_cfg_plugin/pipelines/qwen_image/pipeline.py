@@ -16,7 +16,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline a
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
-from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators
+from vllm_cfg_plugin.pipelines.common.generate import Generators
 from vllm_cfg_plugin.pipelines.qwen_image.base import (
     MAX_TEXT_TOKENS,
     PROMPT_RULES,
@@ -75,18 +75,19 @@ class QwenImagePipeline(QwenImageBase, DiffusersQwenImagePipeline):
         """
         height, width = self._size(height, width)
         self.check_inputs(prompt, height, width, negative_prompt, max_sequence_length=max_sequence_length)
-        images = self._generate(
+        images = self._generate_guided(
             prompt,
             negative_prompt,
-            guidance_scale=guidance_scale,
-            true_cfg_scale=true_cfg_scale,
-            num_inference_steps=num_inference_steps,
+            guidance_scale,
+            true_cfg_scale,
+            cfg_normalize,
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
             height=height,
             width=width,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            cfg_normalize=cfg_normalize,
-            encode_options={"num_images_per_prompt": num_images_per_prompt, "max_sequence_length": max_sequence_length},
+            num_inference_steps=num_inference_steps,
+            max_sequence_length=max_sequence_length,
         )
         return QwenImagePipelineOutput(images=images) if return_dict else (images,)

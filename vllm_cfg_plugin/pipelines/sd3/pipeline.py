@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 text-to-image: the CFG-Parallel denoising loop and the engine's pipeline, on diffusers' methods.
+"""Stable Diffusion 3 text-to-image, on diffusers' own methods.
 
 Only the embeddings of the two CLIP encoders are cut to their 77 tokens, as upstream cuts them. Must not import vLLM at
 module level.
@@ -21,59 +21,22 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import r
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
-from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
-from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_scaled, vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.flow_schedule import dynamic_shift, min_steps
-from vllm_cfg_plugin.pipelines.common.generate import DenoisingMixin, as_many, is_guided
-from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators, ImagePipeline
-from vllm_cfg_plugin.pipelines.sd3.transformer import Grid, PackedSD3Transformer, patchify, unpatchify
+from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts, is_guided
+from vllm_cfg_plugin.pipelines.common.image_pipeline import ImagePipeline
+from vllm_cfg_plugin.pipelines.sd3.transformer import PackedSD3Transformer, patchify, unpatchify
 
 MAX_T5_TOKENS = 256
 CLIP_TOKENS = 77
 
 
-class StableDiffusion3CFGParallelMixin(DenoisingMixin):
-    """The denoising loop of the Stable Diffusion 3 pipelines, on one rank or many."""
+class StableDiffusion3Pipeline(ImagePipeline, DiffusersStableDiffusion3Pipeline):
+    """diffusers' StableDiffusion3Pipeline with CFG-Parallel, for the engine or to be called directly."""
 
     channel_dim: ClassVar[int] = 1
-
-    def diffuse(
-        self,
-        prompt_embeds: torch.Tensor,
-        pooled_prompt_embeds: torch.Tensor,
-        negative_prompt_embeds: torch.Tensor | None,
-        negative_pooled_prompt_embeds: torch.Tensor | None,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        do_true_cfg: bool,
-        true_cfg_scale: float,
-        cfg_normalize: bool = False,
-    ) -> torch.Tensor:
-        """Denoise a batch through all timesteps; every rank returns the same latents.
-
-        Args:
-            prompt_embeds, negative_prompt_embeds: [batch, text tokens, dim]; the negative ones, here and below, only
-                where `do_true_cfg`.
-            pooled_prompt_embeds, negative_pooled_prompt_embeds: [batch, dim].
-            latents: [batch, channels, height, width].
-            timesteps: the noise scheduler's.
-        """
-        return self.denoise(
-            latents,
-            timesteps,
-            lambda latents, timestep: {"hidden_states": latents, "timestep": timestep},
-            {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds},
-            {"encoder_hidden_states": negative_prompt_embeds, "pooled_projections": negative_pooled_prompt_embeds},
-            do_true_cfg,
-            true_cfg_scale,
-            cfg_normalize,
-        )
-
-
-class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, ImagePipeline, DiffusersStableDiffusion3Pipeline):
-    """diffusers' StableDiffusion3Pipeline with CFG-Parallel, for the engine or to be called directly."""
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
@@ -148,32 +111,32 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, ImagePipeline, 
         """
         height, width = self._size(height, width)
         self.check_inputs(prompt, None, None, height, width, max_sequence_length=max_sequence_length)
-        do_true_cfg = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
-        embeds, pooled = self._encode(prompt, num_images_per_prompt, max_sequence_length)
-        negative_embeds, negative_pooled = None, None
-        if do_true_cfg:
-            negative = as_many(negative_prompt or "", prompt)
-            negative_embeds, negative_pooled = self._encode(negative, num_images_per_prompt, max_sequence_length)
-        latents = self._prepare_noise(embeds.shape[0], height, width, embeds, generator, latents)
-        rows, columns = self._grid(height, width)
-        self._set_timesteps(self.scheduler, num_inference_steps, rows * columns, latents.device)
-        latents = self.diffuse(
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
-            negative_prompt_embeds=negative_embeds,
-            negative_pooled_prompt_embeds=negative_pooled,
-            latents=same_on_all_ranks(latents),
-            timesteps=self.scheduler.timesteps,
-            do_true_cfg=do_true_cfg,
-            true_cfg_scale=guidance_scale,
-            cfg_normalize=cfg_normalize,
+        guided = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
+        images = self._generate(
+            branch_texts(prompt, (negative_prompt or "") if guided else None),
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance=Guidance(scale=guidance_scale, normalize=cfg_normalize),
+            max_sequence_length=max_sequence_length,
         )
-        images = self._finish(latents, height, width, output_type)
         return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
-        embeds, pooled = self._encode(request.prompts[branch], 1, request.max_sequence_length or MAX_T5_TOKENS)
+        text = request.prompts[branch]
+        embeds, _, pooled, _ = self.encode_prompt(
+            text,
+            text,
+            text,
+            device=self._weight.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=request.max_sequence_length or MAX_T5_TOKENS,
+        )
         return PromptEmbeds(embeds[0], pooled[0])
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
@@ -199,21 +162,6 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, ImagePipeline, 
     def _latent_channels(self) -> int:
         return self.transformer.config.in_channels
 
-    def _encode(
-        self, prompt: str | list[str], num_images_per_prompt: int, max_sequence_length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """([batch, text tokens, dim], [batch, dim] pooled) of one branch's texts."""
-        embeds, _, pooled, _ = self.encode_prompt(
-            prompt,
-            prompt,
-            prompt,
-            device=self._weight.device,
-            num_images_per_prompt=num_images_per_prompt,
-            do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
-        )
-        return embeds, pooled
-
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
         shift: dict[str, Any] = {}
         if scheduler.config.get("use_dynamic_shifting"):
@@ -224,8 +172,7 @@ class StableDiffusion3Pipeline(StableDiffusion3CFGParallelMixin, ImagePipeline, 
     def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
         return decode_scaled(self.vae, latents)
 
-    def _grid(self, height: int, width: int) -> Grid:
-        """(height, width) of an image in tokens."""
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
         side = self.vae_scale_factor * self.patch_size
         return height // side, width // side
 

@@ -1,4 +1,4 @@
-"""What Wan's text-to-video and image-to-video share: the CFG-Parallel denoising loop and the engine's contract.
+"""What Wan's text-to-video and image-to-video share.
 
 Wan 2.1 has one transformer; 2.2's 14B two experts, one for steps with much noise and one for the others; 2.2's 5B
 another VAE and a timestep for every token. All on diffusers' own methods. Must not import vLLM at module level.
@@ -11,111 +11,34 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
-from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin, log_once, same_on_all_ranks
+from vllm_cfg_plugin.distributed.cfg_parallel import log_once, same_on_all_ranks
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_standardised
+from vllm_cfg_plugin.pipelines.common.generate import DirectCall, Generators, branch_texts, make_requests
 from vllm_cfg_plugin.pipelines.wan.transformer import PackedWanTransformer
 
 TEXT_TOKENS = 512  # every text is padded to so many, and the padding is attended to
 
 
-class WanCFGParallelMixin(CFGParallelMixin):
-    """The denoising loop of the Wan pipelines, on one rank or many.
+class WanBase(EnginePipeline):
+    """What the Wan pipelines share; inherited beside diffusers' pipeline.
 
     Attributes:
         transformer: predicts all steps, or those with much noise where `transformer_2` predicts the others.
     """
 
     channel_dim: ClassVar[int] = 1
+    float32_components: ClassVar[tuple[str, ...]] = ("vae",)  # as the checkpoints' own examples load it
 
     transformer_2: Any
     config: Any
-
-    def diffuse(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        negative_prompt_embeds: torch.Tensor | None,
-        do_true_cfg: bool,
-        guidance_scale: float,
-        guidance_scale_2: float | None = None,
-        condition: Sequence[torch.Tensor] = (),
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> torch.Tensor:
-        """Denoise a batch through all timesteps; every rank returns the same latents.
-
-        Args:
-            latents: [batch, channels, frames, height, width].
-            timesteps: the noise scheduler's.
-            prompt_embeds, negative_prompt_embeds: [batch, text_tokens, dim]; the negative ones only where
-                `do_true_cfg`.
-            guidance_scale_2: of the steps of `transformer_2`; None for `guidance_scale`.
-            condition: what an image to start from adds, see `add_condition`.
-        """
-        for t in timesteps:
-            hidden_states, timestep, image_embeds = self.add_condition(latents, t, condition)
-            shared = {
-                "current_model": getattr(self, self.expert_at(t)),
-                "hidden_states": hidden_states.to(prompt_embeds.dtype),
-                "timestep": timestep.expand(latents.shape[0], *timestep.shape),
-                "encoder_hidden_states_image": image_embeds,
-                "attention_kwargs": attention_kwargs,
-                "return_dict": False,
-            }
-            noise_pred = self.predict_noise_maybe_with_cfg(
-                do_true_cfg=do_true_cfg,
-                true_cfg_scale=self.scale_at(t, guidance_scale, guidance_scale_2),
-                positive_kwargs=shared | {"encoder_hidden_states": prompt_embeds},
-                negative_kwargs=shared | {"encoder_hidden_states": negative_prompt_embeds} if do_true_cfg else None,
-                cfg_normalize=False,
-            )
-            latents = self.scheduler_step_maybe_with_cfg(noise_pred, t, latents, do_true_cfg)
-        return latents
-
-    def predict_noise(self, current_model: Any = None, **kwargs: Any) -> torch.Tensor:
-        """One forward of a transformer.
-
-        Args:
-            current_model: `transformer` or `transformer_2`; None for the first.
-            **kwargs: its arguments.
-        """
-        prediction: torch.Tensor = (self.transformer if current_model is None else current_model)(**kwargs)[0]
-        return prediction
-
-    def expert_at(self, timestep: torch.Tensor) -> str:
-        """Which transformer predicts a timestep: "transformer", or "transformer_2" below the boundary."""
-        boundary = self.config.boundary_ratio
-        is_second = boundary is not None and timestep < boundary * self.scheduler.config.num_train_timesteps
-        return "transformer_2" if is_second else "transformer"
-
-    def scale_at(self, timestep: torch.Tensor, guidance_scale: float, guidance_scale_2: float | None) -> float:
-        """The guidance scale of a timestep."""
-        if guidance_scale_2 is not None and self.expert_at(timestep) == "transformer_2":
-            return guidance_scale_2
-        return guidance_scale
-
-    def add_condition(
-        self, latents: torch.Tensor, timestep: torch.Tensor, condition: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(what the transformer sees of the latents, the timestep or one per token, embeddings of an image)."""
-        return latents, timestep, None
-
-
-class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
-    """What the Wan pipelines share before the engine; their own base is diffusers' pipeline."""
-
-    float32_components: ClassVar[tuple[str, ...]] = ("vae",)  # as the checkpoints' own examples load it
-
     vae: Any
     video_processor: Any
-    encode_prompt: Any
     _get_t5_prompt_embeds: Any
     maybe_free_model_hooks: Any
     vae_scale_factor_temporal: int
@@ -164,8 +87,7 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
         return PromptEmbeds(embeds[0].to(weight.dtype))
 
     def draw_noise(self, request: DiffusionRequest, generator: torch.Generator) -> torch.Tensor:
-        shape = (1, *self.prediction_shape(request))
-        return randn_tensor(shape, generator=generator, device=self._weight.device, dtype=torch.float32)
+        return self._draw_noise([request], generator)
 
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
         # Its timesteps stay on the CPU: reading one from a GPU would wait for all that is queued there.
@@ -173,6 +95,34 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
         scheduler.set_timesteps(request.num_inference_steps)
         scheduler.set_begin_index(0)
         return scheduler
+
+    def predict_noise(self, current_model: Any = None, **kwargs: Any) -> torch.Tensor:
+        """One forward of a transformer.
+
+        Args:
+            current_model: `transformer` or `transformer_2`; None for the first.
+            **kwargs: its arguments.
+        """
+        prediction: torch.Tensor = (self.transformer if current_model is None else current_model)(**kwargs)[0]
+        return prediction
+
+    def expert_at(self, timestep: torch.Tensor) -> str:
+        """Which transformer predicts a timestep: "transformer", or "transformer_2" below the boundary."""
+        boundary = self.config.boundary_ratio
+        is_second = boundary is not None and timestep < boundary * self.scheduler.config.num_train_timesteps
+        return "transformer_2" if is_second else "transformer"
+
+    def scale_at(self, timestep: torch.Tensor, guidance_scale: float, guidance_scale_2: float | None) -> float:
+        """The guidance scale of a timestep."""
+        if guidance_scale_2 is not None and self.expert_at(timestep) == "transformer_2":
+            return guidance_scale_2
+        return guidance_scale
+
+    def add_condition(
+        self, latents: torch.Tensor, timestep: torch.Tensor, condition: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(what the transformer sees of the latents, the timestep or one per token, embeddings of an image)."""
+        return latents, timestep, None
 
     def forward_group(self, branch: BranchInput) -> Hashable:
         return self.expert_at(branch.timestep)
@@ -213,45 +163,63 @@ class WanEnginePipeline(WanCFGParallelMixin, EnginePipeline):
 
     def _generate(
         self,
-        prompt_embeds: torch.Tensor,
-        negative_prompt_embeds: torch.Tensor | None,
-        latents: torch.Tensor,
-        condition: Sequence[torch.Tensor],
-        num_inference_steps: int,
-        guidance_scale: float,
-        guidance_scale_2: float | None,
-        attention_kwargs: dict[str, Any] | None,
+        texts: Sequence[list[str]],
+        results_per_prompt: int,
+        generator: Generators,
+        latents: torch.Tensor | None,
         output_type: str,
-        return_dict: bool,
-    ) -> WanPipelineOutput | tuple[Any]:
-        """The second half of `__call__`, from first latents to frames."""
-        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        self.scheduler.set_begin_index(0)
-        latents = self.diffuse(
-            latents=same_on_all_ranks(latents),
-            timesteps=self.scheduler.timesteps,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            do_true_cfg=guidance_scale > 1,
-            guidance_scale=guidance_scale,
-            guidance_scale_2=guidance_scale_2,
-            condition=condition,
-            attention_kwargs=attention_kwargs,
-        )
-        frames: Any = self.final_latents(latents, condition)
-        if output_type != "latent":
-            frames = self.video_processor.postprocess_video(
-                decode_standardised(self.vae, frames), output_type=output_type
-            )
-        self.maybe_free_model_hooks()
-        return WanPipelineOutput(frames=frames) if return_dict else (frames,)
+        embeds: Sequence[torch.Tensor | None],
+        condition: Sequence[torch.Tensor],
+        attention_kwargs: dict[str, Any] | None,
+        **fields: Any,
+    ) -> Any:
+        """The body of a direct call: frames of all texts; every rank returns the same.
 
-    def _encode_prompts(self, guidance_scale: float, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """diffusers' `encode_prompt` in the transformer's dtype; without guidance there is no negative embedding."""
-        weight = self._weight
-        guided = guidance_scale > 1
-        positive, negative = self.encode_prompt(**kwargs, do_classifier_free_guidance=guided, device=weight.device)
-        return positive.to(weight.dtype), negative.to(weight.dtype) if guided else None
+        Args:
+            texts: of each prompt, those of its branches.
+            generator, latents: source of the first latents, or these themselves.
+            output_type: "np", "pil", "pt", or "latent" for final latents.
+            embeds: of each branch, [texts, text_tokens, dim]; None where its texts are to be encoded.
+            condition: what the images became.
+            fields: further ones of `DiffusionRequest`.
+        """
+        requests = make_requests(texts, results_per_prompt, image_tokens=0, **fields)
+        if latents is None:
+            latents = self._draw_noise(requests, generator)
+        noise = same_on_all_ranks(latents.to(self._weight.device, torch.float32))
+        given = [self._given_embeds(branch, len(texts), results_per_prompt) for branch in embeds]
+        call = DirectCall(self, requests, generator, given, condition, attention_kwargs=attention_kwargs)
+        frames: Any = self.final_latents(call.denoise(noise), condition)
+        if output_type != "latent":
+            decoded = decode_standardised(self.vae, frames)
+            frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return frames
+
+    def _draw_noise(self, requests: Sequence[DiffusionRequest], generator: Generators) -> torch.Tensor:
+        """First latents of requests of one size, [requests, ...]."""
+        shape = (len(requests), *self.prediction_shape(requests[0]))
+        return randn_tensor(shape, generator=generator, device=self._weight.device, dtype=torch.float32)
+
+    def _given_embeds(
+        self, embeds: torch.Tensor | None, prompts: int, results_per_prompt: int
+    ) -> list[PromptEmbeds] | None:
+        """Those of a caller, for every request; one text's may serve all prompts."""
+        if embeds is None:
+            return None
+        rows = embeds.to(self._weight.device, self._weight.dtype).expand(prompts, -1, -1)
+        return [PromptEmbeds(row) for row in rows for _ in range(results_per_prompt)]
+
+    def _texts(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        guidance_scale: float,
+    ) -> list[list[str]]:
+        """Of each prompt of a direct call, the texts of its branches; empty ones where there are embeddings instead."""
+        given = 1 if prompt_embeds is None else prompt_embeds.shape[0]
+        return branch_texts(prompt or [""] * given, (negative_prompt or "") if guidance_scale > 1 else None)
 
     def _fitting(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
         """The nearest size that the model can make, rounded as diffusers' `__call__` does."""

@@ -1,4 +1,4 @@
-"""Wan image-to-video: an image (for some models a last one too) that a video starts from; see `wan_base.py` for more.
+"""Wan image-to-video: an image (for some models a last one too) that a video starts from; see `base.py` for more.
 
 Three layouts: Wan 2.1 reads the image's latents beside the noise and its embeddings in cross attention, 2.2's 14B its
 latents alone, and 2.2's 5B holds it as the first frame, at timestep 0. Must not import vLLM at module level.
@@ -22,15 +22,17 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT
 
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, MODEL_INDEX, Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionRequest, Guidance, ImageInput
 from vllm_cfg_plugin.pipelines.base import to_pil
-from vllm_cfg_plugin.pipelines.wan.base import TEXT_TOKENS, WanEnginePipeline, adopt_experts
+from vllm_cfg_plugin.pipelines.common.generate import Generators
+from vllm_cfg_plugin.pipelines.wan.base import TEXT_TOKENS, WanBase, adopt_experts
 from vllm_cfg_plugin.pipelines.wan.vae import ThreadSafeWanVAE
 
 _HEIGHT, _WIDTH = 480, 832  # the area of a video of no given size
+_ENCODED = ImageInput("encoded", "RGB", 0, 0, b"")  # stands for an image of a direct call, which may be a tensor
 
 
-class WanImageToVideoPipeline(WanEnginePipeline, DiffusersWanImageToVideoPipeline):
+class WanImageToVideoPipeline(WanBase, DiffusersWanImageToVideoPipeline):
     """diffusers' WanImageToVideoPipeline with CFG-Parallel, for the engine or to be called directly."""
 
     float32_components: ClassVar[tuple[str, ...]] = ("vae", "image_encoder")
@@ -94,7 +96,7 @@ class WanImageToVideoPipeline(WanEnginePipeline, DiffusersWanImageToVideoPipelin
         guidance_scale: float = 5.0,
         guidance_scale_2: float | None = None,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -113,29 +115,25 @@ class WanImageToVideoPipeline(WanEnginePipeline, DiffusersWanImageToVideoPipelin
         embeds = prompt_embeds, negative_prompt_embeds
         self.check_inputs(prompt, negative_prompt, image, height, width, *embeds, guidance_scale_2=guidance_scale_2)
         height, width, num_frames = self._fitting(height, width, num_frames)
-        prompt_embeds, negative_prompt_embeds = self._encode_prompts(
-            guidance_scale,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            num_videos_per_prompt=num_videos_per_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            max_sequence_length=max_sequence_length,
-        )
-        count = prompt_embeds.shape[0]
-        latents, condition = self._prepare(image, last_image, count, height, width, num_frames, generator, latents)
-        return self._generate(
-            prompt_embeds,
-            negative_prompt_embeds,
+        images = [image] if last_image is None else [image, last_image]
+        frames = self._generate(
+            self._texts(prompt, negative_prompt, prompt_embeds, guidance_scale),
+            num_videos_per_prompt,
+            generator,
             latents,
-            condition,
-            num_inference_steps,
-            guidance_scale,
-            guidance_scale_2,
-            attention_kwargs,
             output_type,
-            return_dict,
+            embeds,
+            self._encode(images, height, width, num_frames),
+            attention_kwargs,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance=Guidance(scale=guidance_scale, scale_2=guidance_scale_2),
+            max_sequence_length=max_sequence_length,
+            images=[_ENCODED] * len(images),
         )
+        return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     @property
     def decode_sees_images(self) -> bool:  # type: ignore[override]
@@ -143,15 +141,13 @@ class WanImageToVideoPipeline(WanEnginePipeline, DiffusersWanImageToVideoPipelin
 
     @torch.no_grad()
     def encode_images(self, request: DiffusionRequest) -> list[torch.Tensor]:
-        image, last_image = [*(to_pil(image).convert("RGB") for image in request.images), None][:2]
-        no_noise = torch.empty(0)  # the noise is drawn apart
-        size = request.height, request.width, request.num_frames
-        return self._prepare(image, last_image, 1, *size, None, no_noise)[1]
+        images = [to_pil(image).convert("RGB") for image in request.images]
+        return self._encode(images, request.height, request.width, request.num_frames)
 
     def add_condition(
         self, latents: torch.Tensor, timestep: torch.Tensor, condition: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """See `WanCFGParallelMixin.add_condition`.
+        """See `WanBase.add_condition`.
 
         Args:
             condition: the latents of the image: of one frame in the 5B layout, else with a mask of the known frames and
@@ -168,48 +164,40 @@ class WanImageToVideoPipeline(WanEnginePipeline, DiffusersWanImageToVideoPipelin
 
     def final_latents(self, latents: torch.Tensor, condition: Sequence[torch.Tensor]) -> torch.Tensor:
         """With the image as first frame in the 5B layout, whatever the model predicted there."""
-        return torch.cat([condition[0], latents[:, :, 1:]], dim=2) if self.config.expand_timesteps else latents
+        if not self.config.expand_timesteps:
+            return latents
+        return torch.cat([condition[0].expand(latents.shape[0], -1, -1, -1, -1), latents[:, :, 1:]], dim=2)
 
-    def _prepare(
-        self,
-        image: Any,
-        last_image: Any,
-        count: int,
-        height: int,
-        width: int,
-        num_frames: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """First latents and the condition of so many videos of one image."""
-        if last_image is not None and num_frames < 2:
+    def _encode(self, images: Sequence[Any], height: int, width: int, num_frames: int) -> list[torch.Tensor]:
+        """What the first image and perhaps a last one are to the model, see `add_condition`; PIL images or tensors."""
+        if len(images) > 1 and num_frames < 2:
             raise InvalidRequestError("num_frames", num_frames, "more than 1 with a last image")
         weight = self._weight
         embeds = []
         if self.transformer.config.image_dim is not None:
-            images = image if last_image is None else [image, last_image]
-            embeds = [self.encode_image(images, weight.device).repeat(count, 1, 1).to(weight.dtype)]
-        pixels: list[Any] = [
-            None
-            if one is None
-            else self.video_processor.preprocess(one, height=height, width=width).to(weight.device, torch.float32)
-            for one in (image, last_image)
-        ]
-        first, last = pixels
-        latents, condition, *_ = self.prepare_latents(
+            seen = images[0] if len(images) == 1 else list(images)
+            embeds = [self.encode_image(seen, weight.device).to(weight.dtype)]
+        first, last = [
+            *(
+                self.video_processor.preprocess(image, height=height, width=width).to(weight.device, torch.float32)
+                for image in images
+            ),
+            None,
+        ][:2]
+        # Of its latents only the condition is read: the noise is drawn apart.
+        _, condition, *_ = self.prepare_latents(
             first,
-            count,
+            1,
             self.vae.config.z_dim,
             height,
             width,
             num_frames,
             torch.float32,
             weight.device,
-            generator,
-            latents,
-            last,
+            latents=torch.empty(0),
+            last_image=last,
         )
-        return latents, [condition, *embeds]
+        return [condition, *embeds]
 
 
 def _size_like(image: ImageSize, area: int, multiple: int) -> ImageSize:

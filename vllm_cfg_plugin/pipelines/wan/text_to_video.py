@@ -1,4 +1,4 @@
-"""Wan text-to-video (2.1, and 2.2's 14B and 5B): the call for direct use; the rest is in `wan_base.py`.
+"""Wan text-to-video (2.1, and 2.2's 14B and 5B): the call for direct use; the rest is in `base.py`.
 
 Must not import vLLM at module level.
 """
@@ -15,11 +15,13 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline as DiffusersWanPipeline
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from vllm_cfg_plugin.pipelines.wan.base import TEXT_TOKENS, WanEnginePipeline, adopt_experts
+from vllm_cfg_plugin.params import Guidance
+from vllm_cfg_plugin.pipelines.common.generate import Generators
+from vllm_cfg_plugin.pipelines.wan.base import TEXT_TOKENS, WanBase, adopt_experts
 from vllm_cfg_plugin.pipelines.wan.vae import ThreadSafeWanVAE
 
 
-class WanPipeline(WanEnginePipeline, DiffusersWanPipeline):
+class WanPipeline(WanBase, DiffusersWanPipeline):
     """diffusers' WanPipeline with CFG-Parallel, for the engine or to be called directly."""
 
     def __init__(
@@ -55,7 +57,7 @@ class WanPipeline(WanEnginePipeline, DiffusersWanPipeline):
         guidance_scale: float = 5.0,
         guidance_scale_2: float | None = None,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -77,35 +79,20 @@ class WanPipeline(WanEnginePipeline, DiffusersWanPipeline):
         embeds = prompt_embeds, negative_prompt_embeds
         self.check_inputs(prompt, negative_prompt, height, width, *embeds, guidance_scale_2=guidance_scale_2)
         height, width, num_frames = self._fitting(height, width, num_frames)
-        prompt_embeds, negative_prompt_embeds = self._encode_prompts(
-            guidance_scale,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            num_videos_per_prompt=num_videos_per_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            max_sequence_length=max_sequence_length,
-        )
-        latents = self.prepare_latents(
-            prompt_embeds.shape[0],
-            self.vae.config.z_dim,
-            height,
-            width,
-            num_frames,
-            torch.float32,
-            prompt_embeds.device,
+        frames = self._generate(
+            self._texts(prompt, negative_prompt, prompt_embeds, guidance_scale),
+            num_videos_per_prompt,
             generator,
             latents,
-        )
-        return self._generate(
-            prompt_embeds,
-            negative_prompt_embeds,
-            latents,
-            (),
-            num_inference_steps,
-            guidance_scale,
-            guidance_scale_2,
-            attention_kwargs,
             output_type,
-            return_dict,
+            embeds,
+            (),
+            attention_kwargs,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance=Guidance(scale=guidance_scale, scale_2=guidance_scale_2),
+            max_sequence_length=max_sequence_length,
         )
+        return WanPipelineOutput(frames=frames) if return_dict else (frames,)

@@ -1,4 +1,4 @@
-"""Z-Image text-to-image: the CFG-Parallel denoising loop and the engine's pipeline, on diffusers' own methods.
+"""Z-Image text-to-image, on diffusers' own methods.
 
 The scale s of `neg + s * (pos - neg)` is diffusers' `guidance_scale` plus one here: its pipeline writes
 `pos + guidance_scale * (pos - neg)`, and guidance is on above 0. Must not import vLLM.
@@ -21,92 +21,21 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from vllm_cfg_plugin import guidance
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
-from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin, log_once, same_on_all_ranks
+from vllm_cfg_plugin.distributed.cfg_parallel import log_once
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, joint_timesteps_ahead
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_scaled, vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.flow_schedule import dynamic_shift, set_shifted_timesteps
-from vllm_cfg_plugin.pipelines.common.image_pipeline import Generators, ImagePipeline
-from vllm_cfg_plugin.pipelines.z_image.layout import Grid
+from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts
+from vllm_cfg_plugin.pipelines.common.image_pipeline import ImagePipeline
 from vllm_cfg_plugin.pipelines.z_image.transformer import FRAMES_PATCH, PATCH, PackedZImageTransformer
 
 MAX_TEXT_TOKENS = 512
 PROMPT_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # the tokenizer's chat template writes it
 
 
-class ZImageCFGParallelMixin(CFGParallelMixin):
-    """The denoising loop of the Z-Image pipelines, on one rank or many."""
-
-    def diffuse(
-        self,
-        prompt_embeds: Sequence[torch.Tensor],
-        negative_prompt_embeds: Sequence[torch.Tensor] | None,
-        latents: torch.Tensor,
-        grids: Sequence[Grid],
-        timesteps: torch.Tensor,
-        do_true_cfg: bool,
-        true_cfg_scale: float,
-        cfg_normalize: bool | float = False,
-        cfg_truncation: float | None = 1.0,
-    ) -> torch.Tensor:
-        """Denoise a batch through all timesteps; every rank returns the same latents.
-
-        Args:
-            prompt_embeds, negative_prompt_embeds: [text tokens, dim] of each batch element; the negative ones only
-                where `do_true_cfg`.
-            latents: [batch, image tokens, patch], in float32 whatever the transformer's dtype.
-            grids: (frames, height, width) of each batch element, in tokens.
-            timesteps: the noise scheduler's.
-            cfg_normalize: see `combine_cfg_noise`.
-            cfg_truncation: guidance is on until this share of the noise is gone; None: always.
-        """
-        limit = 1.0 if cfg_truncation is None else cfg_truncation
-        for t, time in zip(timesteps, _image_time(timesteps).tolist(), strict=True):
-            is_guided = do_true_cfg and time <= limit
-            shared = {
-                "x": latents.to(self.transformer.dtype),
-                "t": _image_time(t).expand(latents.shape[0]),
-                "grids": grids,
-            }
-            noise_pred = self.predict_noise_maybe_with_cfg(
-                do_true_cfg=is_guided,
-                true_cfg_scale=true_cfg_scale,
-                positive_kwargs=shared | {"cap_feats": prompt_embeds},
-                negative_kwargs=shared | {"cap_feats": negative_prompt_embeds} if is_guided else None,
-                cfg_normalize=cfg_normalize,  # type: ignore[arg-type]
-            )
-            latents = self.scheduler_step_maybe_with_cfg(noise_pred, t, latents, is_guided)
-        return latents
-
-    def predict_noise(self, **kwargs: Any) -> torch.Tensor:
-        """The noise scheduler goes from the image to the noise, the transformer the other way."""
-        return -super().predict_noise(**kwargs).float()
-
-    def combine_cfg_noise(
-        self,
-        noise_pred: torch.Tensor,
-        neg_noise_pred: torch.Tensor,
-        true_cfg_scale: float,
-        cfg_normalize: bool | float = False,
-    ) -> torch.Tensor:
-        """As the mixin's, with `cfg_normalize` as diffusers' `cfg_normalization`.
-
-        Args:
-            cfg_normalize: the norm of the guided prediction is at most so many times the positive one's; False or 0 is
-                no limit, True is 1.
-        """
-        combined = guidance.classifier_free_guidance(noise_pred, neg_noise_pred, true_cfg_scale)
-        return self.cfg_normalize_function(noise_pred, combined, float(cfg_normalize)) if cfg_normalize else combined
-
-    def cfg_normalize_function(
-        self, noise_pred: torch.Tensor, comb_pred: torch.Tensor, most: float = 1.0
-    ) -> torch.Tensor:
-        """Cut the combined prediction to `most` times the positive one's norm."""
-        return guidance.limit_to_norm(noise_pred, comb_pred, most)
-
-
-class ZImagePipeline(ZImageCFGParallelMixin, ImagePipeline, DiffusersZImagePipeline):
+class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
     """diffusers' ZImagePipeline with CFG-Parallel, for the engine or to be called directly."""
 
     @classmethod
@@ -160,7 +89,8 @@ class ZImagePipeline(ZImageCFGParallelMixin, ImagePipeline, DiffusersZImagePipel
         Args:
             height, width: pixels.
             guidance_scale: on above 0, as in diffusers' pipeline.
-            cfg_normalization, cfg_truncation: see `diffuse`.
+            cfg_normalization: see `combine_cfg_noise`.
+            cfg_truncation: guidance is on until this share of the noise is gone; None: always.
             negative_prompt: None is an empty one.
             generator, latents: source of the first latents, or these themselves, [count, channels, height, width].
             output_type: "pil", "np", "pt" or "latent".
@@ -169,36 +99,50 @@ class ZImagePipeline(ZImageCFGParallelMixin, ImagePipeline, DiffusersZImagePipel
             InvalidRequestError: the size is not one of whole tokens.
         """
         height, width = self._checked_side("height", height), self._checked_side("width", width)
-        do_true_cfg = guidance_scale > 0
-        if negative_prompt is not None and not do_true_cfg:
+        guided = guidance_scale > 0
+        if negative_prompt is not None and not guided:
             log_once(f"guidance is off: a negative prompt was given, but guidance_scale={guidance_scale:g} is not > 0")
-        prompts = prompt if isinstance(prompt, list) else [prompt]
-        negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(prompts)
-        positive, negative = (
-            [
-                embeds
-                for embeds in self._encode_prompt(texts, max_sequence_length=max_sequence_length)
-                for _ in range(num_images_per_prompt)
-            ]
-            for texts in (prompts, negatives if do_true_cfg else [])
+        limit = 1.0 if cfg_truncation is None else cfg_truncation
+        share = self._guided_share(num_inference_steps, height, width, limit)
+        images = self._generate(
+            branch_texts(prompt, (negative_prompt or "") if guided else None),
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance=Guidance(scale=1 + guidance_scale, normalize=cfg_normalization, interval=(0.0, share)),
+            max_sequence_length=max_sequence_length,
         )
-        noise = self._prepare_noise(len(positive), height, width, positive[0], generator, latents)
-        self._set_timesteps(self.scheduler, num_inference_steps, noise.shape[1], noise.device)
-        patches = self.diffuse(
-            prompt_embeds=positive,
-            negative_prompt_embeds=negative,
-            latents=same_on_all_ranks(noise),
-            grids=[self._grid(height, width)] * len(positive),
-            timesteps=self.scheduler.timesteps,
-            do_true_cfg=do_true_cfg,
-            true_cfg_scale=1 + guidance_scale,
-            cfg_normalize=cfg_normalization,
-            cfg_truncation=cfg_truncation,
-        )
-        images = self._finish(patches, height, width, output_type)
-        if output_type == "latent":
-            images = self._from_patches(images, height, width)
         return ZImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def predict_noise(self, **kwargs: Any) -> torch.Tensor:
+        """The noise scheduler goes from the image to the noise, the transformer the other way."""
+        return -super().predict_noise(**kwargs).float()
+
+    def combine_cfg_noise(
+        self,
+        noise_pred: torch.Tensor,
+        neg_noise_pred: torch.Tensor,
+        true_cfg_scale: float,
+        cfg_normalize: bool | float = False,
+    ) -> torch.Tensor:
+        """As the mixin's, with `cfg_normalize` as diffusers' `cfg_normalization`.
+
+        Args:
+            cfg_normalize: the norm of the guided prediction is at most so many times the positive one's; False or 0 is
+                no limit, True is 1.
+        """
+        combined = guidance.classifier_free_guidance(noise_pred, neg_noise_pred, true_cfg_scale)
+        return self.cfg_normalize_function(noise_pred, combined, float(cfg_normalize)) if cfg_normalize else combined
+
+    def cfg_normalize_function(
+        self, noise_pred: torch.Tensor, comb_pred: torch.Tensor, most: float = 1.0
+    ) -> torch.Tensor:
+        """Cut the combined prediction to `most` times the positive one's norm."""
+        return guidance.limit_to_norm(noise_pred, comb_pred, most)
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
@@ -211,7 +155,7 @@ class ZImagePipeline(ZImageCFGParallelMixin, ImagePipeline, DiffusersZImagePipel
             "x": torch.cat([branch.latents for branch in branches], dim=1).to(self._weight.dtype),
             "t": _image_time(torch.stack([branch.timestep for branch in branches])),
             "cap_feats": [branch.embeds.tokens for branch in branches],
-            "grids": [self._grid(branch.request.height, branch.request.width) for branch in branches],
+            "grids": [(1, *self._grid(branch.request.height, branch.request.width)) for branch in branches],
             "timesteps_ahead": None if ahead is None else _image_time(ahead),
         }
 
@@ -232,21 +176,8 @@ class ZImagePipeline(ZImageCFGParallelMixin, ImagePipeline, DiffusersZImagePipel
     def _latent_channels(self) -> int:
         return self.transformer.in_channels
 
-    def _encode_prompt(
-        self,
-        prompt: str | list[str],
-        device: torch.device | None = None,
-        prompt_embeds: list[Any] | None = None,
-        max_sequence_length: int = MAX_TEXT_TOKENS,
-    ) -> list[Any]:
-        """diffusers' own, without its padding to `max_sequence_length`: nothing reads that, the encoder is causal."""
-        if prompt_embeds is not None:
-            return prompt_embeds
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        return [self._encode_text(text, device or self._execution_device, max_sequence_length) for text in prompts]
-
     def _encode_text(self, text: str, device: torch.device, max_length: int) -> torch.Tensor:
-        """[text tokens, dim]"""
+        """[text tokens, dim]; diffusers pads to `max_length`, which nothing reads, as the encoder is causal."""
         wrapped = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
@@ -285,10 +216,23 @@ class ZImagePipeline(ZImageCFGParallelMixin, ImagePipeline, DiffusersZImagePipel
     def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
         return decode_scaled(self.vae, self._from_patches(latents, height, width).to(self.vae.dtype))
 
-    def _grid(self, height: int, width: int) -> Grid:
-        """(frames, height, width) of an image in tokens."""
+    def _finish(self, latents: torch.Tensor, height: int, width: int, output_type: str, layers: int = 0) -> Any:
+        if output_type == "latent":
+            return self._from_patches(latents, height, width)
+        return super()._finish(latents, height, width, output_type, layers)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
         side = PATCH * self.vae_scale_factor
-        return 1, height // side, width // side
+        return height // side, width // side
+
+    def _guided_share(self, num_inference_steps: int, height: int, width: int, cfg_truncation: float) -> float:
+        """The share of the steps that are guided: until this share of the noise is gone."""
+        rows, columns = self._grid(height, width)
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        self._set_timesteps(scheduler, num_inference_steps, rows * columns, torch.device("cpu"))
+        guided = int((_image_time(scheduler.timesteps) <= cfg_truncation).sum())
+        # Half a step more, so that rounding can't take one away.
+        return min((guided + 0.5) / len(scheduler.timesteps), 1.0)
 
     def _checked_side(self, name: str, pixels: int | None) -> int:
         side = PATCH * self.vae_scale_factor
