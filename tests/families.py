@@ -210,7 +210,7 @@ FAMILIES: tuple[Family, ...] = (
             Case("unguided", "a rocket", _sized(64, 96, guidance_scale=0.0)),
             Case("guided, long text", "cat " * 40, _sized(32, 48, guidance_scale=0.5)),
         ),
-        to_reference=lambda pipeline, patches, r: pipeline._from_patches(patches, r.height, r.width),
+        to_reference=lambda pipeline, patches, request: pipeline._from_patches(patches, request),
     ),
     _wan("2.1", "2.1"),
     _wan("2.2 14B", "2.2", guidance_scale_2=2.0),

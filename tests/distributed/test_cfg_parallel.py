@@ -106,6 +106,24 @@ def sliced_on_rank():
     return noise.numpy()
 
 
+class ThreeBranches(ToyPipeline):
+    def combine_multi_branch_cfg_noise(self, predictions, true_cfg_scale, cfg_normalize=False):
+        both, image, nothing = predictions
+        text_scale, image_scale = true_cfg_scale
+        return nothing + image_scale * (image - nothing) + text_scale * (both - image)
+
+
+def predict_three_branches():
+    shifts = (0.5, -0.25, 0.125)
+    branches = [{"hidden_states": first_latents(), "shift": shift} for shift in shifts]
+    return ThreeBranches(0).predict_noise_with_multi_branch_cfg(True, (3.0, 1.5), branches, output_slice=7).numpy()
+
+
+def three_branches_on_rank(ranks):
+    start_cfg_group(ranks)
+    return predict_three_branches()
+
+
 def groups_on_rank():
     """(cfg group, vLLM's tensor parallel group) of this rank, as ranks, with vLLM's own groups built first."""
     import torch.distributed as dist
@@ -199,6 +217,19 @@ def test_output_slice():
     expected = ToyPipeline(0).predict_noise_maybe_with_cfg(True, 3.0, kwargs, kwargs | {"shift": 0.0}, output_slice=5)
     for noise in run_ranks(sliced_on_rank, 2):
         np.testing.assert_array_equal(noise, expected.numpy())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_three_branches_are_bitwise_those_of_one_rank(ranks):
+    """On two ranks the first one has two of them."""
+    for noise in run_ranks(three_branches_on_rank, ranks, ranks):
+        np.testing.assert_array_equal(noise, predict_three_branches())
+
+
+def test_branches_that_nobody_combines_are_refused():
+    kwargs = {"hidden_states": first_latents(), "shift": 1.0}
+    with pytest.raises(ValueError, match="override combine_multi_branch_cfg_noise"):
+        ToyPipeline(0).predict_noise_with_multi_branch_cfg(True, 3.0, [kwargs] * 3)
 
 
 def test_groups_beside_vllms_own_tensor_parallel_groups():

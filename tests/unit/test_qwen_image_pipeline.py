@@ -222,6 +222,51 @@ def test_one_step_is_refused_where_the_schedule_would_divide_by_zero(tiny):
         run(tiny, prompt="a cat", num_inference_steps=1)
 
 
+def test_the_loop_of_the_mixin_gives_the_latents_of_a_call(tiny):
+    """`diffuse` is for pipelines of one's own; on the same inputs it does what the pipeline does itself."""
+    case = {"prompt": ["a cat", "a dog"], "negative_prompt": "ugly", "true_cfg_scale": 3.0}
+    expected = run(tiny, **case)
+    scheduler = tiny.scheduler
+    tiny.scheduler = type(scheduler).from_config(scheduler.config)
+    try:
+        with torch.no_grad():
+            (embeds, mask), (negative, negative_mask) = (
+                tiny.encode_prompt(text) for text in (case["prompt"], ["ugly", "ugly"])
+            )
+            generator = torch.Generator().manual_seed(42)
+            latents = tiny.prepare_latents(2, 4, 64, 64, torch.float32, CPU, generator)
+            tiny._set_timesteps(tiny.scheduler, 4, latents.shape[1], CPU)
+            latents = tiny.diffuse(
+                embeds,
+                mask,
+                negative,
+                negative_mask,
+                latents,
+                img_shapes=[[(1, 4, 4)]] * 2,
+                txt_seq_lens=None,
+                negative_txt_seq_lens=None,
+                timesteps=tiny.scheduler.timesteps,
+                do_true_cfg=True,
+                guidance=None,
+                true_cfg_scale=3.0,
+            )
+    finally:
+        tiny.scheduler = scheduler
+    # Texts that are encoded together are padded to one length, which is in their last bits.
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("argument", [{"sigmas": [1.0, 0.5]}, {"callback_on_step_end": print}])
+def test_what_only_diffusers_loop_takes_is_refused(tiny, argument):
+    with pytest.raises(InvalidRequestError, match=f"{next(iter(argument))}=.*left out"):
+        run(tiny, prompt="a cat", **argument)
+
+
+def test_a_call_without_a_prompt_is_refused(tiny):
+    with pytest.raises(InvalidRequestError, match="prompt=None is not valid: it must be a text"):
+        run(tiny)
+
+
 def test_several_images_per_prompt(tiny):
     images = run(tiny, prompt="a cat", negative_prompt="", num_images_per_prompt=3, output_type="pil")
     assert [image.size for image in images] == [(64, 64)] * 3

@@ -72,7 +72,7 @@ def make_request(folder, prompt="a red apple", **params):
 
 
 def to_image(pipeline, patches, request):
-    return pipeline._from_patches(patches, request.height, request.width)
+    return pipeline._from_patches(patches, request)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -154,7 +154,7 @@ def test_texts_are_those_of_diffusers_and_as_long_as_foretold(pipelines, folder)
     reference, ours = pipelines
     for text in ("a red apple", "x", "", "a {lighthouse} " * 40, "word " * 600):
         expected = reference.encode_prompt([text], CPU, do_classifier_free_guidance=False)[0][0]
-        first, second = (ours._encode_prompt([text])[0] for _ in range(2))
+        first, second = (ours._encode_text(text, CPU, 512) for _ in range(2))
         assert torch.equal(first, second)
         torch.testing.assert_close(first, expected, rtol=0, atol=1e-5)
     for text in ("a red apple", "x", "a {lighthouse} " * 40):

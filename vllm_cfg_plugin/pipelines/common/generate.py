@@ -27,7 +27,7 @@ class DirectCall:
         requests: of the same size, steps, guidance and images.
         generator: of the noise that a step may draw: one, or one for each request.
         embeds: of each branch, those of every request, where the caller has them; None where they are to be encoded.
-        condition: what the images became, where the caller has that; None where they are to be encoded.
+        condition: what the images became, where the caller has that.
         forward_options: further arguments of `predict_noise`.
     """
 

@@ -1,4 +1,4 @@
-"""What the engine's image pipelines have in common, on diffusers' own methods; must not import vLLM."""
+"""What the image pipelines of the engine have in common, on diffusers' own methods; must not import vLLM."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 
 import torch
 
-from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
+from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import EnginePipeline, to_uint8
+from vllm_cfg_plugin.pipelines.base import to_uint8
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
+from vllm_cfg_plugin.pipelines.common.callable_pipeline import CallablePipeline
 from vllm_cfg_plugin.pipelines.common.flow_schedule import set_flow_timesteps
-from vllm_cfg_plugin.pipelines.common.generate import DirectCall, Generators, make_requests
+from vllm_cfg_plugin.pipelines.common.generate import Generators, make_requests
+
+Asked = tuple[list[list[str]], dict[str, Any]]  # texts of each prompt's branches, fields of `DiffusionRequest`
 
 
-class ImagePipeline(EnginePipeline):
-    """First latents, timesteps and pixels of requests and of direct calls; goes before diffusers' pipeline class.
-
-    `layers` is the number of a layered image's, and 0 for all others.
-    """
+class ImagePipeline(CallablePipeline):
+    """First latents, timesteps and pixels of requests and of direct calls; goes before diffusers' pipeline class."""
 
     vae: Any
     vae_scale_factor: int
     default_sample_size: int
     image_processor: Any
     prepare_latents: Any
-    maybe_free_model_hooks: Any
 
     # ---- the engine's contract ----
 
     def draw_noise(self, request: DiffusionRequest, generator: torch.Generator) -> torch.Tensor:
-        return self._prepare_noise(1, request.height, request.width, self._weight, generator, layers=request.layers)
+        return self._first_latents(request, 1, generator)
 
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
         # Its numbers stay on the CPU: reading one from a GPU would wait for all that is queued there.
@@ -44,7 +44,7 @@ class ImagePipeline(EnginePipeline):
     def decode(
         self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
-        images = self._decode_latents(latents, request.height, request.width, request.layers)
+        images = self._decode_latents(latents, request)
         return to_uint8(self.image_processor.postprocess(images, output_type="np"))
 
     # ---- what a family may do in its own way ----
@@ -54,31 +54,24 @@ class ImagePipeline(EnginePipeline):
     def _latent_channels(self) -> int:
         """Channels of latents as `prepare_latents` counts them."""
 
-    def _noise_options(self, layers: int) -> dict[str, Any]:
+    def _noise_options(self, request: DiffusionRequest) -> dict[str, Any]:
         """Further arguments of `prepare_latents`."""
         return {}
 
-    def _prepare_noise(
-        self,
-        count: int,
-        height: int,
-        width: int,
-        like: torch.Tensor,
-        generator: Generators,
-        latents: torch.Tensor | None = None,
-        layers: int = 0,
+    def _first_latents(
+        self, request: DiffusionRequest, count: int, generator: Generators, latents: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """First latents, [count, ...], of the dtype and on the device of `like`."""
+        like = self.prediction_like
         made = self.prepare_latents(
             batch_size=count,
             num_channels_latents=self._latent_channels,
-            height=height,
-            width=width,
+            height=request.height,
+            width=request.width,
             dtype=like.dtype,
             device=like.device,
             generator=generator,
             latents=latents,
-            **self._noise_options(layers),
+            **self._noise_options(request),
         )
         noise: torch.Tensor = made[0] if isinstance(made, tuple) else made
         return noise
@@ -88,53 +81,36 @@ class ImagePipeline(EnginePipeline):
         set_flow_timesteps(scheduler, num_inference_steps, image_tokens, device)
 
     @abstractmethod
-    def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
+    def _decode_latents(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
         """[images, channels, height, width] in -1..1 of final latents."""
 
     @abstractmethod
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of an image in tokens."""
+        """(height, width) in tokens of an image of that size in pixels."""
 
     # ---- direct calls ----
 
-    def _generate(
-        self,
-        texts: Sequence[list[str]],
-        results_per_prompt: int,
-        generator: Generators,
-        latents: torch.Tensor | None,
-        output_type: str,
-        *,
-        height: int,
-        width: int,
-        layers: int = 0,
-        **fields: Any,
-    ) -> Any:
-        """The body of a direct call: images of all texts; every rank returns the same.
+    @abstractmethod
+    def _asked(self, call: CallArguments) -> Asked:
+        """What a call asks for, but for the number of steps and results."""
 
-        Args:
-            texts: of each prompt, those of its branches.
-            generator, latents: source of the first latents, or these themselves.
-            output_type: "pil", "np", "pt", or "latent" for final latents.
-            fields: further ones of `DiffusionRequest`.
-        """
-        rows, columns = self._grid(height, width)
-        size = {"height": height, "width": width, "layers": layers, "image_tokens": rows * columns * (layers + 1)}
-        requests = make_requests(texts, results_per_prompt, **size, **fields)
-        noise = self._prepare_noise(len(requests), height, width, self._weight, generator, latents, layers)
-        final = DirectCall(self, requests, generator).denoise(same_on_all_ranks(noise))
-        images = self._finish(final, height, width, output_type, layers)
-        self.maybe_free_model_hooks()
-        return images
+    def _requests(self, call: CallArguments) -> list[DiffusionRequest]:
+        if call.prompt is None:
+            raise InvalidRequestError("prompt", None, "a text, or a list of texts")
+        texts, fields = self._asked(call)
+        rows, columns = self._grid(fields["height"], fields["width"])
+        tokens = rows * columns * (fields.get("layers", 0) + 1)
+        steps, results = call.num_inference_steps, call.num_images_per_prompt
+        return make_requests(texts, results, num_inference_steps=steps, image_tokens=tokens, **fields)
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(height, width) in pixels, diffusers' own where they are not given."""
+    def _size(self, call: CallArguments) -> tuple[int, int]:
+        """(height, width) in pixels, diffusers' own where a call does not give them."""
         side = self.default_sample_size * self.vae_scale_factor
-        return height or side, width or side
+        return call.height or side, call.width or side
 
-    def _finish(self, latents: torch.Tensor, height: int, width: int, output_type: str, layers: int = 0) -> Any:
-        """What a direct call returns of final latents."""
+    def _results(
+        self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor], output_type: str
+    ) -> Any:
         if output_type == "latent":
             return latents
-        decoded = self._decode_latents(latents, height, width, layers)
-        return self.image_processor.postprocess(decoded, output_type=output_type)
+        return self.image_processor.postprocess(self._decode_latents(latents, request), output_type=output_type)

@@ -77,5 +77,6 @@ class PositionIdsPipeline(LatentTokensPipeline):
         ids: torch.Tensor = self._ids.get_or_make(key, lambda: make().to(self._weight.device))
         return ids
 
-    def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
-        return decode_scaled(self.vae, self._unpack_latents(latents, height, width, self.vae_scale_factor))
+    def _decode_latents(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
+        unpacked = self._unpack_latents(latents, request.height, request.width, self.vae_scale_factor)
+        return decode_scaled(self.vae, unpacked)

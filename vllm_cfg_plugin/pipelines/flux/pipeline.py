@@ -7,7 +7,7 @@ the pooled embedding of CLIP is cut to its 77 tokens, as upstream cuts it. Must 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -21,9 +21,11 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
-from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts, is_guided
+from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.common.latent_tokens import PositionIdsPipeline
 from vllm_cfg_plugin.pipelines.flux.transformer import PackedFluxTransformer
 
@@ -33,6 +35,9 @@ DEFAULT_GUIDANCE_SCALE = 3.5
 
 class FluxPipeline(PositionIdsPipeline, DiffusersFluxPipeline):
     """diffusers' FluxPipeline with CFG-Parallel, for the engine or to be called directly."""
+
+    output_class = FluxPipelineOutput
+    call_options: ClassVar[dict[str, Any]] = {"cfg_normalize": False}
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
@@ -70,51 +75,18 @@ class FluxPipeline(PositionIdsPipeline, DiffusersFluxPipeline):
         encoders = (text_encoder, tokenizer, text_encoder_2, tokenizer_2)
         super().__init__(scheduler, vae, *encoders, packed, image_encoder, feature_extractor)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        true_cfg_scale: float = 1.0,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 28,
-        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        max_sequence_length: int = MAX_TEXT_TOKENS,
-        cfg_normalize: bool = False,
-    ) -> FluxPipelineOutput | tuple[Any]:
-        """Generate images; under `torchrun` every rank calls this alike and returns the same images.
-
-        Args:
-            negative_prompt: None switches guidance off; an empty string is a negative prompt.
-            true_cfg_scale: guidance scale, on above 1.
-            height, width: pixels.
-            guidance_scale: input of a distilled checkpoint; others do not read it.
-            generator, latents: source of the first latents, or these themselves.
-            output_type: "pil", "np", "pt" or "latent".
-            cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
-        """
-        height, width = self._size(height, width)
-        self.check_inputs(prompt, None, height, width, negative_prompt, max_sequence_length=max_sequence_length)
-        guided = is_guided(true_cfg_scale, negative_prompt)
-        images = self._generate(
-            branch_texts(prompt, negative_prompt if guided else None),
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance=Guidance(scale=true_cfg_scale, distilled=guidance_scale, normalize=cfg_normalize),
-            max_sequence_length=max_sequence_length,
-        )
-        return FluxPipelineOutput(images=images) if return_dict else (images,)
+    def _asked(self, call: CallArguments) -> Asked:
+        (height, width), most = self._size(call), call.max_sequence_length
+        self.check_inputs(call.prompt, None, height, width, call.negative_prompt, max_sequence_length=most)
+        guided = is_guided(call.true_cfg_scale, call.negative_prompt)
+        return branch_texts(call.prompt, call.negative_prompt if guided else None), {
+            "height": height,
+            "width": width,
+            "guidance": Guidance(
+                scale=call.true_cfg_scale, distilled=call.guidance_scale, normalize=call.cfg_normalize
+            ),
+            "max_sequence_length": most,
+        }
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:

@@ -6,7 +6,7 @@ Of the checkpoint's `text_processor` the engine loads the image processor alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -16,7 +16,6 @@ from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import (
     LongCatImageEditPipeline as DiffusersLongCatImageEditPipeline,
 )
 from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import calculate_dimensions
-from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
 
@@ -24,15 +23,16 @@ from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, from_pil, to_pil
 from vllm_cfg_plugin.pipelines.common import vision_processor
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
-from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts, is_guided
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.longcat_image.pipeline import (
     CONDITION,
-    DEFAULT_GUIDANCE_SCALE,
     LATENT_CHANNELS,
     NEW_IMAGE,
     LongCatImageBase,
     describe_longcat_image,
+    guided_texts,
     image_ids,
 )
 from vllm_cfg_plugin.pipelines.longcat_image.transformer import PackedLongCatImageTransformer
@@ -45,6 +45,8 @@ class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeli
 
     The result has the size that diffusers calculates from the image, unless a request to the engine asks for another.
     """
+
+    call_options: ClassVar[dict[str, Any]] = {"cfg_normalize": False}
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
@@ -84,47 +86,16 @@ class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeli
         packed = PackedLongCatImageTransformer.adopt(transformer)
         super().__init__(scheduler, vae, text_encoder, tokenizer, text_processor, packed)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        image: Image.Image,
-        prompt: str,
-        negative_prompt: str | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        cfg_normalize: bool = False,
-    ) -> LongCatImagePipelineOutput | tuple[Any]:
-        """Edit an image; under `torchrun` every rank calls this alike and returns the same images.
-
-        Args:
-            negative_prompt: None is an empty one.
-            guidance_scale: on above 1.
-            generator, latents: source of the first latents, or these themselves.
-            output_type: "pil", "np", "pt" or "latent".
-            cfg_normalize: see `cfg_normalize_function`.
-        """
-        height, width = _edit_size([image.size])
-        self.check_inputs(prompt, height, width, negative_prompt)
-        guided = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
-        images = self._generate(
-            branch_texts(prompt, (negative_prompt or "") if guided else None),
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance=Guidance(scale=guidance_scale, normalize=cfg_normalize),
-            images=[from_pil(image)],
-            text_sees_images=True,
-        )
-        return LongCatImagePipelineOutput(images=images) if return_dict else (images,)
+    def _asked(self, call: CallArguments) -> Asked:
+        height, width = _edit_size([call.image.size])
+        self.check_inputs(call.prompt, height, width, call.negative_prompt)
+        return guided_texts(call, call.prompt), {
+            "height": height,
+            "width": width,
+            "guidance": Guidance(scale=call.guidance_scale, normalize=call.cfg_normalize),
+            "images": [from_pil(call.image)],
+            "text_sees_images": True,
+        }
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
@@ -159,7 +130,7 @@ class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeli
             lambda: torch.cat([image_ids(NEW_IMAGE, text_tokens, *new), image_ids(CONDITION, text_tokens, *old)]),
         )
 
-    def _noise_options(self, layers: int) -> dict[str, Any]:
+    def _noise_options(self, request: DiffusionRequest) -> dict[str, Any]:
         # Only the position ids depend on the text.
         return {"image": None, "prompt_embeds_length": 0}
 

@@ -8,7 +8,7 @@ Must not import vLLM at module level.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -27,9 +27,11 @@ from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
-from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts, is_guided
+from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.common.latent_tokens import PositionIdsPipeline
 from vllm_cfg_plugin.pipelines.common.vision_processor import PLACEHOLDERS
 from vllm_cfg_plugin.pipelines.longcat_image.transformer import PackedLongCatImageTransformer
@@ -42,6 +44,8 @@ NEW_IMAGE, CONDITION = 1, 2  # first axis of the position ids
 
 class LongCatImageBase(PositionIdsPipeline):
     """What text-to-image and editing have in common."""
+
+    output_class = LongCatImagePipelineOutput
 
     def combine_cfg_noise(
         self,
@@ -88,6 +92,9 @@ class LongCatImageBase(PositionIdsPipeline):
 class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
     """diffusers' LongCatImagePipeline with CFG-Parallel, for the engine or to be called directly."""
 
+    # diffusers rewrites prompts by default.
+    call_options: ClassVar[dict[str, Any]] = {"enable_prompt_rewrite": False}
+
     @classmethod
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
         return describe_longcat_image(checkpoint, cfg_normalize=True)
@@ -111,55 +118,16 @@ class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
         packed = PackedLongCatImageTransformer.adopt(transformer)
         super().__init__(scheduler, vae, text_encoder, tokenizer, text_processor, packed)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        enable_cfg_renorm: bool = True,
-        cfg_renorm_min: float = 0.0,
-        enable_prompt_rewrite: bool = False,
-    ) -> LongCatImagePipelineOutput | tuple[Any]:
-        """Generate images; under `torchrun` every rank calls this alike and returns the same images.
-
-        Args:
-            negative_prompt: None is an empty one.
-            height, width: pixels.
-            guidance_scale: on above 1.
-            generator, latents: source of the first latents, or these themselves.
-            output_type: "pil", "np", "pt" or "latent".
-            enable_cfg_renorm, cfg_renorm_min: see `cfg_normalize_function`.
-            enable_prompt_rewrite: let the language model write the prompt anew, which diffusers does by default.
-
-        Raises:
-            ConfigurationError: the prompt can't be rewritten, as the pipeline was loaded without its `text_processor`.
-        """
-        height, width = self._size(height, width)
-        self.check_inputs(prompt, height, width, negative_prompt)
-        if enable_prompt_rewrite:
-            prompt = self._rewritten(prompt)
-        guided = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
-        images = self._generate(
-            branch_texts(prompt, (negative_prompt or "") if guided else None),
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance=Guidance(scale=guidance_scale, normalize=enable_cfg_renorm and (cfg_renorm_min or True)),
-        )
-        return LongCatImagePipelineOutput(images=images) if return_dict else (images,)
+    def _asked(self, call: CallArguments) -> Asked:
+        height, width = self._size(call)
+        self.check_inputs(call.prompt, height, width, call.negative_prompt)
+        prompt = self._rewritten(call.prompt) if call.enable_prompt_rewrite else call.prompt
+        normalize = call.enable_cfg_renorm and (call.cfg_renorm_min or True)
+        return guided_texts(call, prompt), {
+            "height": height,
+            "width": width,
+            "guidance": Guidance(scale=call.guidance_scale, normalize=normalize),
+        }
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
@@ -205,6 +173,12 @@ def describe_longcat_image(
         ),
         **more,
     )
+
+
+def guided_texts(call: CallArguments, prompt: str | list[str]) -> list[list[str]]:
+    """The texts of the branches; a missing negative prompt is an empty one."""
+    guided = is_guided(call.guidance_scale, call.negative_prompt, needs_negative_prompt=False)
+    return branch_texts(prompt, (call.negative_prompt or "") if guided else None)
 
 
 def _text_pieces(prompt: str) -> list[str]:

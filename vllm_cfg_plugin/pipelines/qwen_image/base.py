@@ -1,4 +1,4 @@
-"""What all Qwen-Image pipelines share: the engine's contract and the body of a direct call, on diffusers' own methods.
+"""What all Qwen-Image pipelines share: the engine's contract and direct calls, on diffusers' own methods.
 
 Must not import vLLM at module level.
 """
@@ -6,20 +6,23 @@ Must not import vLLM at module level.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
+from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
 from PIL import Image
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, to_pil
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_standardised
 from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
 from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.common.latent_tokens import LatentTokensPipeline
 from vllm_cfg_plugin.pipelines.qwen_image.cfg_parallel import QwenImageCFGParallelMixin
 from vllm_cfg_plugin.pipelines.qwen_image.transformer import PackedQwenImageTransformer
@@ -41,11 +44,19 @@ ImageShape = tuple[int, int, int]  # (frames, height, width) of an image in toke
 
 
 class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
-    """The engine's contract for Qwen-Image's pipelines, and the body of a direct call.
+    """The engine's contract for Qwen-Image's pipelines, and what they read of a direct call.
 
     Inherited beside diffusers' pipeline, whose methods it calls. `image_latents` are [1, tokens, channels] everywhere,
     one tensor for each image that is a condition.
     """
+
+    output_class = QwenImagePipelineOutput
+    # `true_cfg_scale` is the name of today, `guidance_scale` an older one of the same.
+    call_options: ClassVar[dict[str, Any]] = {
+        "true_cfg_scale": None,
+        "max_sequence_length": MAX_TEXT_TOKENS,
+        "cfg_normalize": True,
+    }
 
     text_encoder: Any
     check_inputs: Any
@@ -108,35 +119,31 @@ class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
         """Of the latents of a result of that size in pixels."""
         return [self._image_shape(height, width)]
 
-    def _frames(self, latents: torch.Tensor, height: int, width: int, layers: int) -> torch.Tensor:
+    def _frames(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
         """What the VAE decodes of final latents, [images, channels, 1, latent height, latent width]."""
-        return self._unpack_latents(latents, height, width, self.vae_scale_factor)
+        return self._unpack_latents(latents, request.height, request.width, self.vae_scale_factor)
 
     # ---- what all do alike ----
 
-    def _generate_guided(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None,
-        guidance_scale: float | None,
-        true_cfg_scale: float | None,
-        cfg_normalize: bool,
-        *arguments: Any,
-        **fields: Any,
-    ) -> Any:
-        """The body of a direct call, with the guidance that was asked for; `arguments` and `fields` of `_generate`."""
-        asked = guidance_scale if true_cfg_scale is None else true_cfg_scale
+    def _guided(self, call: CallArguments) -> Asked:
+        """The texts of a call's branches, and the fields that all pipelines have."""
+        older_name, asked = call.guidance_scale, call.true_cfg_scale
+        asked = older_name if asked is None else asked
         scale = DEFAULT_CFG_SCALE if asked is None else asked
-        guided = not (asked is None and negative_prompt is None) and is_guided(scale, negative_prompt)
-        texts = branch_texts(prompt, negative_prompt if guided else None)
-        return self._generate(texts, *arguments, guidance=Guidance(scale=scale, normalize=cfg_normalize), **fields)
+        # Who asks for nothing need not be told that guidance is off.
+        is_asked = asked is not None or call.negative_prompt is not None
+        guided = is_asked and is_guided(scale, call.negative_prompt)
+        return branch_texts(call.prompt, call.negative_prompt if guided else None), {
+            "guidance": Guidance(scale=scale, normalize=call.cfg_normalize),
+            "max_sequence_length": call.max_sequence_length,
+        }
 
     def _image_shape(self, height: int, width: int) -> ImageShape:
         """(frames, height, width) in tokens of an image of that size in pixels."""
         return 1, *self._grid(height, width)
 
-    def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
-        return decode_standardised(self.vae, self._frames(latents, height, width, layers))[:, :, 0]
+    def _decode_latents(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
+        return decode_standardised(self.vae, self._frames(latents, request))[:, :, 0]
 
 
 def describe_qwen_image(

@@ -5,7 +5,7 @@ Must not import vLLM at module level.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,6 +21,7 @@ from vllm_cfg_plugin.compat import let_vl_processors_do_without_videos
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import to_pil
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.qwen_image.base import ImageShape, QwenImageBase
 
 # Beyond it a side of an image that is brought to diffusers' areas would come to nothing, and the image processor of the
@@ -81,18 +82,22 @@ class QwenImageConditioned(QwenImageBase):
         """RGBA where the model has layers; else RGB without the alpha channel, as diffusers' `load_image` leaves it."""
         return image.convert("RGBA" if self.vae.config.input_channels == 4 else "RGB")
 
-    def _checked_images(self, image: Image.Image | Sequence[Image.Image], prompt: str) -> list[Image.Image]:
+    def _checked_images(self, call: CallArguments) -> list[Image.Image]:
         """The images of a direct call.
 
         Raises:
             InvalidRequestError: several prompts, no image or too many.
         """
-        if not isinstance(prompt, str):
-            raise InvalidRequestError("prompt", prompt, "one string: images go with one prompt")
-        images = [image] if isinstance(image, Image.Image) else list(image)
+        if not isinstance(call.prompt, str):
+            raise InvalidRequestError("prompt", call.prompt, "one string: images go with one prompt")
+        images = [call.image] if isinstance(call.image, Image.Image) else list(call.image or [])
         if not 1 <= len(images) <= self.max_images:
             raise InvalidRequestError("image", f"{len(images)} images", f"1 to {self.max_images} images")
         return images
+
+    def _result_size(self, call: CallArguments, default: ImageSize) -> ImageSize:
+        """The (width, height) that a direct call asks for, in whole tokens."""
+        return in_whole_tokens((call.width or default[0], call.height or default[1]), 2 * self.vae_scale_factor)
 
 
 def size_of_area(calculate_dimensions: Callable[[int, float], Any], area: int, size: ImageSize) -> ImageSize:

@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as upstream_edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as upstream_plus
-from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
 from PIL import Image
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo, TextRules
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import from_pil
-from vllm_cfg_plugin.pipelines.common.generate import Generators
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.common.vision_processor import PLACEHOLDERS, load_image_processor, tokens_of_image
 from vllm_cfg_plugin.pipelines.qwen_image.base import MAX_TEXT_TOKENS, describe_qwen_image
 from vllm_cfg_plugin.pipelines.qwen_image.conditioned import QwenImageConditioned, in_whole_tokens, size_of_area
@@ -86,63 +85,14 @@ class QwenImageEditBase(QwenImageConditioned):
         )
         return info
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        image: Image.Image | Sequence[Image.Image],
-        prompt: str,
-        negative_prompt: str | None = None,
-        guidance_scale: float | None = None,
-        true_cfg_scale: float | None = None,
-        num_inference_steps: int = 50,
-        height: int | None = None,
-        width: int | None = None,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        max_sequence_length: int = MAX_TEXT_TOKENS,
-        cfg_normalize: bool = True,
-    ) -> QwenImagePipelineOutput | tuple[Any]:
-        """Edit images; under `torchrun` every rank calls this alike and returns the same images.
-
-        Args:
-            image: what to edit.
-            negative_prompt: None switches guidance off; an empty string is a negative prompt.
-            guidance_scale, true_cfg_scale: two names of the guidance scale, which is on above 1; `true_cfg_scale` wins.
-            height, width: pixels; by default about a million, shaped like the (last) image.
-            generator, latents: source of the first latents, or these themselves.
-            output_type: "pil", "np", "pt" or "latent".
-            cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
-
-        Raises:
-            InvalidRequestError: too many images, several prompts, or too few steps for the noise schedule.
-        """
-        images = self._checked_images(image, prompt)
-        sizes = [image.size for image in images]
-        default_width, default_height = self.result_size(sizes)
-        asked = width or default_width, height or default_height
-        width, height = in_whole_tokens(asked, 2 * self.vae_scale_factor)
-        self.check_inputs(prompt, height, width, negative_prompt, max_sequence_length=max_sequence_length)
-        results = self._generate_guided(
-            prompt,
-            negative_prompt,
-            guidance_scale,
-            true_cfg_scale,
-            cfg_normalize,
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            max_sequence_length=max_sequence_length,
-            images=[from_pil(image) for image in images],
-            text_sees_images=True,
-        )
-        return QwenImagePipelineOutput(images=results) if return_dict else (results,)
+    def _asked(self, call: CallArguments) -> Asked:
+        images = self._checked_images(call)
+        width, height = self._result_size(call, self.result_size([image.size for image in images]))
+        most = call.max_sequence_length
+        self.check_inputs(call.prompt, height, width, call.negative_prompt, max_sequence_length=most)
+        texts, fields = self._guided(call)
+        own = {"height": height, "width": width, "images": [from_pil(image) for image in images]}
+        return texts, fields | own | {"text_sees_images": True}
 
     def _seen_by_text(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         sizes = self.text_sizes([image.size for image in images])
@@ -156,7 +106,7 @@ class QwenImageEditBase(QwenImageConditioned):
     def _condition_sizes(self, request: DiffusionRequest) -> list[ImageSize]:
         return self.condition_sizes([(image.width, image.height) for image in request.images])
 
-    def _noise_options(self, layers: int) -> dict[str, Any]:
+    def _noise_options(self, request: DiffusionRequest) -> dict[str, Any]:
         return {self.image_argument: None}
 
 

@@ -5,20 +5,16 @@ Must not import vLLM at module level.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
-from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline as DiffusersQwenImagePipeline
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
-from vllm_cfg_plugin.pipelines.common.generate import Generators
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.qwen_image.base import (
-    MAX_TEXT_TOKENS,
     PROMPT_RULES,
     QwenImageBase,
     describe_qwen_image,
@@ -42,52 +38,9 @@ class QwenImagePipeline(QwenImageBase, DiffusersQwenImagePipeline):
     ) -> None:
         super().__init__(scheduler, vae, transformer, text_encoder=text_encoder, tokenizer=tokenizer)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        guidance_scale: float | None = None,
-        true_cfg_scale: float | None = None,
-        num_inference_steps: int = 50,
-        height: int | None = None,
-        width: int | None = None,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        max_sequence_length: int = MAX_TEXT_TOKENS,
-        cfg_normalize: bool = True,
-    ) -> QwenImagePipelineOutput | tuple[Any]:
-        """Generate images; under `torchrun` every rank calls this alike and returns the same images.
-
-        Args:
-            negative_prompt: None switches guidance off; an empty string is a negative prompt.
-            guidance_scale, true_cfg_scale: two names of the guidance scale, which is on above 1; `true_cfg_scale` wins.
-            height, width: pixels.
-            generator, latents: source of the first latents, or these themselves.
-            output_type: "pil", "np", "pt" or "latent".
-            cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
-
-        Raises:
-            InvalidRequestError: too few steps for this checkpoint's noise schedule.
-        """
-        height, width = self._size(height, width)
-        self.check_inputs(prompt, height, width, negative_prompt, max_sequence_length=max_sequence_length)
-        images = self._generate_guided(
-            prompt,
-            negative_prompt,
-            guidance_scale,
-            true_cfg_scale,
-            cfg_normalize,
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            max_sequence_length=max_sequence_length,
-        )
-        return QwenImagePipelineOutput(images=images) if return_dict else (images,)
+    def _asked(self, call: CallArguments) -> Asked:
+        height, width = self._size(call)
+        most = call.max_sequence_length
+        self.check_inputs(call.prompt, height, width, call.negative_prompt, max_sequence_length=most)
+        texts, fields = self._guided(call)
+        return texts, fields | {"height": height, "width": width}

@@ -23,10 +23,11 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_scaled, vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.flow_schedule import dynamic_shift, min_steps
-from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts, is_guided
-from vllm_cfg_plugin.pipelines.common.image_pipeline import ImagePipeline
+from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked, ImagePipeline
 from vllm_cfg_plugin.pipelines.sd3.transformer import PackedSD3Transformer, patchify, unpatchify
 
 MAX_T5_TOKENS = 256
@@ -37,6 +38,8 @@ class StableDiffusion3Pipeline(ImagePipeline, DiffusersStableDiffusion3Pipeline)
     """diffusers' StableDiffusion3Pipeline with CFG-Parallel, for the engine or to be called directly."""
 
     channel_dim: ClassVar[int] = 1
+    output_class = StableDiffusion3PipelineOutput
+    call_options: ClassVar[dict[str, Any]] = {"cfg_normalize": False}
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
@@ -82,49 +85,16 @@ class StableDiffusion3Pipeline(ImagePipeline, DiffusersStableDiffusion3Pipeline)
         encoders = (text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3)
         super().__init__(packed, scheduler, vae, *encoders, image_encoder, feature_extractor)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str],
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 28,
-        guidance_scale: float = 7.0,
-        negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        max_sequence_length: int = MAX_T5_TOKENS,
-        cfg_normalize: bool = False,
-    ) -> StableDiffusion3PipelineOutput | tuple[Any]:
-        """Generate images; under `torchrun` every rank calls this alike and returns the same images.
-
-        Args:
-            height, width: pixels.
-            guidance_scale: on above 1.
-            negative_prompt: None is an empty one.
-            generator, latents: source of the first latents, or these themselves, [count, channels, height, width].
-            output_type: "pil", "np", "pt" or "latent".
-            cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
-        """
-        height, width = self._size(height, width)
-        self.check_inputs(prompt, None, None, height, width, max_sequence_length=max_sequence_length)
-        guided = is_guided(guidance_scale, negative_prompt, needs_negative_prompt=False)
-        images = self._generate(
-            branch_texts(prompt, (negative_prompt or "") if guided else None),
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance=Guidance(scale=guidance_scale, normalize=cfg_normalize),
-            max_sequence_length=max_sequence_length,
-        )
-        return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
+    def _asked(self, call: CallArguments) -> Asked:
+        (height, width), most = self._size(call), call.max_sequence_length
+        self.check_inputs(call.prompt, None, None, height, width, max_sequence_length=most)
+        guided = is_guided(call.guidance_scale, call.negative_prompt, needs_negative_prompt=False)
+        return branch_texts(call.prompt, (call.negative_prompt or "") if guided else None), {
+            "height": height,
+            "width": width,
+            "guidance": Guidance(scale=call.guidance_scale, normalize=call.cfg_normalize),
+            "max_sequence_length": most,
+        }
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
@@ -169,7 +139,7 @@ class StableDiffusion3Pipeline(ImagePipeline, DiffusersStableDiffusion3Pipeline)
         retrieve_timesteps(scheduler, num_inference_steps, device, **shift)
         scheduler.set_begin_index(0)
 
-    def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
+    def _decode_latents(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
         return decode_scaled(self.vae, latents)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:

@@ -11,21 +11,24 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
-from vllm_cfg_plugin.distributed.cfg_parallel import log_once, same_on_all_ranks
+from vllm_cfg_plugin.distributed.cfg_parallel import log_once
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance, ImageInput
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_standardised
+from vllm_cfg_plugin.pipelines.common.callable_pipeline import CallablePipeline
 from vllm_cfg_plugin.pipelines.common.generate import DirectCall, Generators, branch_texts, make_requests
 from vllm_cfg_plugin.pipelines.wan.transformer import PackedWanTransformer
 
 TEXT_TOKENS = 512  # every text is padded to so many, and the padding is attended to
 
 
-class WanBase(EnginePipeline):
+class WanBase(CallablePipeline):
     """What the Wan pipelines share; inherited beside diffusers' pipeline.
 
     Attributes:
@@ -33,6 +36,7 @@ class WanBase(EnginePipeline):
     """
 
     channel_dim: ClassVar[int] = 1
+    output_class = WanPipelineOutput
     float32_components: ClassVar[tuple[str, ...]] = ("vae",)  # as the checkpoints' own examples load it
 
     transformer_2: Any
@@ -40,7 +44,6 @@ class WanBase(EnginePipeline):
     vae: Any
     video_processor: Any
     _get_t5_prompt_embeds: Any
-    maybe_free_model_hooks: Any
     vae_scale_factor_temporal: int
     vae_scale_factor_spatial: int
 
@@ -87,7 +90,7 @@ class WanBase(EnginePipeline):
         return PromptEmbeds(embeds[0].to(weight.dtype))
 
     def draw_noise(self, request: DiffusionRequest, generator: torch.Generator) -> torch.Tensor:
-        return self._draw_noise([request], generator)
+        return self._first_latents(request, 1, generator)
 
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
         # Its timesteps stay on the CPU: reading one from a GPU would wait for all that is queued there.
@@ -161,65 +164,67 @@ class WanBase(EnginePipeline):
         # Rounded as diffusers' `numpy_to_pil` does, but where the pixels are: a quarter of the bytes to copy.
         return (pixels * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
 
-    def _generate(
-        self,
-        texts: Sequence[list[str]],
-        results_per_prompt: int,
-        generator: Generators,
-        latents: torch.Tensor | None,
-        output_type: str,
-        embeds: Sequence[torch.Tensor | None],
-        condition: Sequence[torch.Tensor],
-        attention_kwargs: dict[str, Any] | None,
-        **fields: Any,
+    def _requests(self, call: CallArguments) -> list[DiffusionRequest]:
+        height, width, num_frames = self._fitting(call.height, call.width, call.num_frames)
+        guided = call.guidance_scale > 1
+        # Empty texts where a caller has embeddings instead.
+        prompt = call.prompt or [""] * (1 if call.prompt_embeds is None else call.prompt_embeds.shape[0])
+        return make_requests(
+            branch_texts(prompt, (call.negative_prompt or "") if guided else None),
+            call.num_videos_per_prompt,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=call.num_inference_steps,
+            guidance=Guidance(scale=call.guidance_scale, scale_2=call.guidance_scale_2),
+            max_sequence_length=call.max_sequence_length,
+            images=self._call_images(call),
+            image_tokens=0,  # nobody reads it
+        )
+
+    def _call_images(self, call: CallArguments) -> list[ImageInput]:
+        """Of a direct call."""
+        return []
+
+    def _encode_call_images(self, call: CallArguments, request: DiffusionRequest) -> list[torch.Tensor]:
+        """What the images of a direct call are to the model."""
+        return []
+
+    def _direct_call(self, requests: Sequence[DiffusionRequest], call: CallArguments) -> DirectCall:
+        embeds = [
+            self._given_embeds(own, len(requests), call.num_videos_per_prompt)
+            for own in (call.prompt_embeds, call.negative_prompt_embeds)
+        ]
+        options = {"attention_kwargs": call.attention_kwargs}
+        condition = self._encode_call_images(call, requests[0])
+        call.check_all_were_read()
+        return DirectCall(self, requests, call.generator, embeds, condition, **options)
+
+    def _first_latents(
+        self, request: DiffusionRequest, count: int, generator: Generators, latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        device = self._weight.device
+        if latents is not None:
+            return latents.to(device, torch.float32)
+        shape = (count, *self.prediction_shape(request))
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def _results(
+        self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor], output_type: str
     ) -> Any:
-        """The body of a direct call: frames of all texts; every rank returns the same.
-
-        Args:
-            texts: of each prompt, those of its branches.
-            generator, latents: source of the first latents, or these themselves.
-            output_type: "np", "pil", "pt", or "latent" for final latents.
-            embeds: of each branch, [texts, text_tokens, dim]; None where its texts are to be encoded.
-            condition: what the images became.
-            fields: further ones of `DiffusionRequest`.
-        """
-        requests = make_requests(texts, results_per_prompt, image_tokens=0, **fields)
-        if latents is None:
-            latents = self._draw_noise(requests, generator)
-        noise = same_on_all_ranks(latents.to(self._weight.device, torch.float32))
-        given = [self._given_embeds(branch, len(texts), results_per_prompt) for branch in embeds]
-        call = DirectCall(self, requests, generator, given, condition, attention_kwargs=attention_kwargs)
-        frames: Any = self.final_latents(call.denoise(noise), condition)
-        if output_type != "latent":
-            decoded = decode_standardised(self.vae, frames)
-            frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return frames
-
-    def _draw_noise(self, requests: Sequence[DiffusionRequest], generator: Generators) -> torch.Tensor:
-        """First latents of requests of one size, [requests, ...]."""
-        shape = (len(requests), *self.prediction_shape(requests[0]))
-        return randn_tensor(shape, generator=generator, device=self._weight.device, dtype=torch.float32)
+        final = self.final_latents(latents, condition)
+        if output_type == "latent":
+            return final
+        return self.video_processor.postprocess_video(decode_standardised(self.vae, final), output_type=output_type)
 
     def _given_embeds(
-        self, embeds: torch.Tensor | None, prompts: int, results_per_prompt: int
+        self, embeds: torch.Tensor | None, requests: int, results_per_prompt: int
     ) -> list[PromptEmbeds] | None:
-        """Those of a caller, for every request; one text's may serve all prompts."""
+        """Those of a caller, [prompts, text_tokens, dim], for every request; one text's may serve all prompts."""
         if embeds is None:
             return None
-        rows = embeds.to(self._weight.device, self._weight.dtype).expand(prompts, -1, -1)
+        rows = embeds.to(self._weight.device, self._weight.dtype).expand(requests // results_per_prompt, -1, -1)
         return [PromptEmbeds(row) for row in rows for _ in range(results_per_prompt)]
-
-    def _texts(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        prompt_embeds: torch.Tensor | None,
-        guidance_scale: float,
-    ) -> list[list[str]]:
-        """Of each prompt of a direct call, the texts of its branches; empty ones where there are embeddings instead."""
-        given = 1 if prompt_embeds is None else prompt_embeds.shape[0]
-        return branch_texts(prompt or [""] * given, (negative_prompt or "") if guidance_scale > 1 else None)
 
     def _fitting(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
         """The nearest size that the model can make, rounded as diffusers' `__call__` does."""

@@ -15,17 +15,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline as DiffusersWanImageToVideoPipeline
-from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, MODEL_INDEX, Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import DiffusionRequest, Guidance, ImageInput
+from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
 from vllm_cfg_plugin.pipelines.base import to_pil
-from vllm_cfg_plugin.pipelines.common.generate import Generators
-from vllm_cfg_plugin.pipelines.wan.base import TEXT_TOKENS, WanBase, adopt_experts
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
+from vllm_cfg_plugin.pipelines.wan.base import WanBase, adopt_experts
 from vllm_cfg_plugin.pipelines.wan.vae import ThreadSafeWanVAE
 
 _HEIGHT, _WIDTH = 480, 832  # the area of a video of no given size
@@ -83,57 +81,18 @@ class WanImageToVideoPipeline(WanBase, DiffusersWanImageToVideoPipeline):
             expand_timesteps=expand_timesteps,
         )
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        image: Image.Image | torch.Tensor,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        height: int = 480,
-        width: int = 832,
-        num_frames: int = 81,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
-        guidance_scale_2: float | None = None,
-        num_videos_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        last_image: Image.Image | torch.Tensor | None = None,
-        output_type: str = "np",
-        return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-        max_sequence_length: int = TEXT_TOKENS,
-    ) -> WanPipelineOutput | tuple[Any]:
-        """Generate videos; see `WanPipeline.__call__`.
+    def _requests(self, call: CallArguments) -> list[DiffusionRequest]:
+        embeds = call.prompt_embeds, call.negative_prompt_embeds
+        size, scale_2 = (call.height, call.width), call.guidance_scale_2
+        self.check_inputs(call.prompt, call.negative_prompt, call.image, *size, *embeds, guidance_scale_2=scale_2)
+        return super()._requests(call)
 
-        Args:
-            image: the first frame; it is resized to height and width.
-            last_image: the last frame, where the model takes one.
-        """
-        embeds = prompt_embeds, negative_prompt_embeds
-        self.check_inputs(prompt, negative_prompt, image, height, width, *embeds, guidance_scale_2=guidance_scale_2)
-        height, width, num_frames = self._fitting(height, width, num_frames)
-        images = [image] if last_image is None else [image, last_image]
-        frames = self._generate(
-            self._texts(prompt, negative_prompt, prompt_embeds, guidance_scale),
-            num_videos_per_prompt,
-            generator,
-            latents,
-            output_type,
-            embeds,
-            self._encode(images, height, width, num_frames),
-            attention_kwargs,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            guidance=Guidance(scale=guidance_scale, scale_2=guidance_scale_2),
-            max_sequence_length=max_sequence_length,
-            images=[_ENCODED] * len(images),
-        )
-        return WanPipelineOutput(frames=frames) if return_dict else (frames,)
+    def _call_images(self, call: CallArguments) -> list[ImageInput]:
+        return [_ENCODED] * (1 if call.last_image is None else 2)
+
+    def _encode_call_images(self, call: CallArguments, request: DiffusionRequest) -> list[torch.Tensor]:
+        images = [call.image] if call.last_image is None else [call.image, call.last_image]
+        return self._encode(images, request.height, request.width, request.num_frames)
 
     @property
     def decode_sees_images(self) -> bool:  # type: ignore[override]

@@ -25,10 +25,11 @@ from vllm_cfg_plugin.distributed.cfg_parallel import log_once
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, joint_timesteps_ahead
+from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_scaled, vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.flow_schedule import dynamic_shift, set_shifted_timesteps
 from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts
-from vllm_cfg_plugin.pipelines.common.image_pipeline import ImagePipeline
+from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked, ImagePipeline
 from vllm_cfg_plugin.pipelines.z_image.transformer import FRAMES_PATCH, PATCH, PackedZImageTransformer
 
 MAX_TEXT_TOKENS = 512
@@ -37,6 +38,8 @@ PROMPT_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # t
 
 class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
     """diffusers' ZImagePipeline with CFG-Parallel, for the engine or to be called directly."""
+
+    output_class = ZImagePipelineOutput
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
@@ -66,57 +69,19 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
     ) -> None:
         super().__init__(scheduler, vae, text_encoder, tokenizer, PackedZImageTransformer.adopt(transformer))
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str],
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
-        cfg_normalization: bool | float = False,
-        cfg_truncation: float | None = 1.0,
-        negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
-        generator: Generators = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        max_sequence_length: int = MAX_TEXT_TOKENS,
-    ) -> ZImagePipelineOutput | tuple[Any]:
-        """Generate images; under `torchrun` every rank calls this alike and returns the same images.
-
-        Args:
-            height, width: pixels.
-            guidance_scale: on above 0, as in diffusers' pipeline.
-            cfg_normalization: see `combine_cfg_noise`.
-            cfg_truncation: guidance is on until this share of the noise is gone; None: always.
-            negative_prompt: None is an empty one.
-            generator, latents: source of the first latents, or these themselves, [count, channels, height, width].
-            output_type: "pil", "np", "pt" or "latent".
-
-        Raises:
-            InvalidRequestError: the size is not one of whole tokens.
-        """
-        height, width = self._checked_side("height", height), self._checked_side("width", width)
-        guided = guidance_scale > 0
-        if negative_prompt is not None and not guided:
-            log_once(f"guidance is off: a negative prompt was given, but guidance_scale={guidance_scale:g} is not > 0")
-        limit = 1.0 if cfg_truncation is None else cfg_truncation
-        share = self._guided_share(num_inference_steps, height, width, limit)
-        images = self._generate(
-            branch_texts(prompt, (negative_prompt or "") if guided else None),
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance=Guidance(scale=1 + guidance_scale, normalize=cfg_normalization, interval=(0.0, share)),
-            max_sequence_length=max_sequence_length,
-        )
-        return ZImagePipelineOutput(images=images) if return_dict else (images,)
+    def _asked(self, call: CallArguments) -> Asked:
+        height, width = self._checked_side("height", call.height), self._checked_side("width", call.width)
+        scale, negative_prompt = call.guidance_scale, call.negative_prompt
+        if negative_prompt is not None and scale <= 0:
+            log_once(f"guidance is off: a negative prompt was given, but guidance_scale={scale:g} is not > 0")
+        limit = 1.0 if call.cfg_truncation is None else call.cfg_truncation
+        interval = (0.0, self._guided_share(call.num_inference_steps, height, width, limit))
+        return branch_texts(call.prompt, (negative_prompt or "") if scale > 0 else None), {
+            "height": height,
+            "width": width,
+            "guidance": Guidance(scale=1 + scale, normalize=call.cfg_normalization, interval=interval),
+            "max_sequence_length": call.max_sequence_length,
+        }
 
     def predict_noise(self, **kwargs: Any) -> torch.Tensor:
         """The noise scheduler goes from the image to the noise, the transformer the other way."""
@@ -186,25 +151,17 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
         embeds: torch.Tensor = encoded.hidden_states[-2][0]
         return embeds
 
-    def _prepare_noise(
-        self,
-        count: int,
-        height: int,
-        width: int,
-        like: torch.Tensor,
-        generator: Generators,
-        latents: torch.Tensor | None = None,
-        layers: int = 0,
+    def _first_latents(
+        self, request: DiffusionRequest, count: int, generator: Generators, latents: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """First latents, [count, image tokens, patch], in float32 whatever the transformer's dtype."""
-        in_float32 = like.new_empty(0, dtype=torch.float32)
-        noise = super()._prepare_noise(count, height, width, in_float32, generator, latents, layers)
+        """[count, image tokens, patch], in float32 whatever the transformer's dtype."""
+        noise = super()._first_latents(request, count, generator, latents)
         images = [self.transformer._patchify_image(image, PATCH, FRAMES_PATCH)[0] for image in noise.unsqueeze(2)]
         return torch.stack(images)
 
-    def _from_patches(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def _from_patches(self, patches: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
         """[batch, channels, latent height, latent width] of [batch, image tokens, patch]."""
-        size = (1, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        size = (1, request.height // self.vae_scale_factor, request.width // self.vae_scale_factor)
         count = patches.shape[0]
         images = self.transformer.unpatchify(list(patches.unbind()), [size] * count, PATCH, FRAMES_PATCH)
         return torch.stack(images).squeeze(2)
@@ -213,13 +170,15 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
         sigmas = np.asarray(get_default_z_image_sigmas(num_inference_steps))
         set_shifted_timesteps(scheduler, sigmas, dynamic_shift(scheduler.config, image_tokens, max_shift=1.15), device)
 
-    def _decode_latents(self, latents: torch.Tensor, height: int, width: int, layers: int = 0) -> torch.Tensor:
-        return decode_scaled(self.vae, self._from_patches(latents, height, width).to(self.vae.dtype))
+    def _decode_latents(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
+        return decode_scaled(self.vae, self._from_patches(latents, request).to(self.vae.dtype))
 
-    def _finish(self, latents: torch.Tensor, height: int, width: int, output_type: str, layers: int = 0) -> Any:
+    def _results(
+        self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor], output_type: str
+    ) -> Any:
         if output_type == "latent":
-            return self._from_patches(latents, height, width)
-        return super()._finish(latents, height, width, output_type, layers)
+            return self._from_patches(latents, request)
+        return super()._results(latents, request, condition, output_type)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         side = PATCH * self.vae_scale_factor
