@@ -43,6 +43,7 @@ WITHOUT_VLLM = (
     "vllm_cfg_plugin.engine.result",
     "vllm_cfg_plugin.worker.calibration",
     "vllm_cfg_plugin.worker.exchange",
+    "vllm_cfg_plugin.pipelines.common.cpu_kernels",
     "vllm_cfg_plugin.pipelines.common.packing",
     "vllm_cfg_plugin.worker.state",
     "vllm_cfg_plugin.pipelines.base",

@@ -17,11 +17,9 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 
-from vllm_cfg_plugin.pipelines.common.linear import has_onednn, linear, onednn_linear
+from vllm_cfg_plugin.pipelines.common.cpu_kernels import cpu_kernels
+from vllm_cfg_plugin.pipelines.common.linear import linear, onednn_linear
 from vllm_cfg_plugin.pipelines.common.packing import ROW_MULTIPLE, PackedRows, common_runs, interleave
-
-# From so many rows on, attention by oneDNN's products beats torch's kernel (measured, one thread, heads of 32 to 128).
-_ONEDNN_FROM = 256
 
 # Scores computed at a time: 1 MiB of them.
 _SCORES = 1 << 18
@@ -152,10 +150,11 @@ def attend_sequences(
         out: Any = varlen_attn(query, key, value, rows.boundaries, key_rows.boundaries, longest, longest_key)
         return rows.split(out.flatten(1))
     attended: list[torch.Tensor] = []
-    is_float_cpu = query.is_cpu and query.dtype == torch.float32 and _is_native(processor) and has_onednn()
+    is_float_cpu = query.is_cpu and query.dtype == torch.float32 and _is_native(processor)
+    onednn_from = cpu_kernels().attention_from if is_float_cpu else None
     for run, of_keys in common_runs(rows, key_rows):
         blocks = run.block(query), of_keys.block(key), of_keys.block(value)
-        if is_float_cpu and min(run.length, of_keys.length) >= _ONEDNN_FROM:
+        if onednn_from is not None and min(run.length, of_keys.length) >= onednn_from:
             attended += [_attend_onednn(*one) for one in zip(*blocks, strict=True)]
             continue
         # A kernel works on one sequence and head at a time: a run of equal lengths gives the same bits as one by one.
