@@ -33,14 +33,17 @@ class TextRules:
     """How a family's texts become tokens of a sequence.
 
     Attributes:
-        max_tokens: longest text that the model takes, in tokens of its sequence.
+        max_tokens: longest text that the model takes, in tokens of its sequence; a request for one whose `options` have
+            `max_sequence_length` may set a lower limit, and its default may be lower.
         template: what a prompt is wrapped in before the tokenizer sees it.
         prefix_tokens: leading tokens of the template whose embeddings the model never sees.
         tokenizer: its folder in the checkpoint.
-        fixed_tokens: what every text takes, where the family pads texts to one length; None where it does not.
+        pads: every text is padded to the limit of its request.
+        extra_tokens: what every text takes in the sequence beside its own tokens.
         sees_images: the text encoder reads a request's images too.
         pieces: the parts of a text that are tokenized each by itself.
         image_template: what comes before the prompt for each of the images, which are numbered from 1.
+        captioned: prompts in whose place the text encoder writes a caption of the image.
         reserved: what a prompt may not hold, because it would stand for an image that is not there.
     """
 
@@ -48,15 +51,21 @@ class TextRules:
     template: str = "{}"
     prefix_tokens: int = 0
     tokenizer: str = "tokenizer"
-    fixed_tokens: int | None = None
+    pads: bool = False
+    extra_tokens: int = 0
     sees_images: bool = False
     pieces: Callable[[str], Sequence[str]] = lambda text: [text]
     image_template: str = ""
+    captioned: tuple[str, ...] = ()
     reserved: tuple[str, ...] = ()
 
     def with_images(self, prompt: str, images: int) -> str:
         """A prompt as the text encoder is given it, but for the template."""
         return "".join(self.image_template.format(number + 1) for number in range(images)) + prompt
+
+    def sequence_tokens(self, tokens: int, limit: int) -> int:
+        """What a text of so many tokens takes in the model's sequence, where texts may have `limit` tokens."""
+        return (limit if self.pads else tokens) + self.extra_tokens
 
 
 @dataclass(frozen=True)

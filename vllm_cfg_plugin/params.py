@@ -29,6 +29,7 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         height, width: pixels of the image.
         num_frames: frames of a video.
         layers: layers of a layered image.
+        max_sequence_length: most tokens of a text. Where texts are padded, they are padded to it.
         num_inference_steps: denoising steps.
         true_cfg_scale, guidance_scale: what diffusers' pipeline of the model means by them. One of the two is the scale
             s of classifier-free guidance, `neg + s * (pos - neg)`, on above 1; the other one may be an input of a
@@ -50,6 +51,7 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     width: int | UnsetType = UNSET
     num_frames: int | UnsetType = UNSET
     layers: int | UnsetType = UNSET
+    max_sequence_length: int | UnsetType = UNSET
     num_inference_steps: int | UnsetType = UNSET
     true_cfg_scale: float | UnsetType = UNSET
     guidance_scale: float | UnsetType = UNSET
@@ -115,6 +117,7 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         condition_tokens: tokens that the images add to the sequence of a branch that sees them.
         images: what the request brings along, in the user's order.
         text_sees_images: the text encoder reads the images too, so an embedding belongs to both.
+        is_captioned: the text encoder writes the first branch's text: a caption of the image at the result's size.
         num_frames: frames of a video; 1 of an image. layers: of a layered image; 0 of all others.
         max_sequence_length: tokens that a text is cut to; 0 for the family's own number.
         guidance_off: why a request that asked for guidance runs without it; empty otherwise.
@@ -132,6 +135,7 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     condition_tokens: int = 0
     images: list[ImageInput] = []
     text_sees_images: bool = False
+    is_captioned: bool = False
     num_frames: int = 1
     layers: int = 0
     max_sequence_length: int = 0
@@ -158,6 +162,8 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
     def embeds_key(self, branch: int) -> tuple[str | int, ...]:
         """Names what the embedding of a branch is made of."""
+        if self.is_captioned and branch == 0:
+            return (f"caption at {self.width}x{self.height}", self.max_sequence_length, *self.condition_key)
         sees_images = self.text_sees_images and self.sees_images(branch)
         return (self.prompts[branch], self.max_sequence_length, *(self.condition_key if sees_images else ()))
 

@@ -28,7 +28,7 @@ from vllm_cfg_plugin.params import (
 _SCALES = ("true_cfg_scale", "guidance_scale")
 _MAX_SCALE = 1000  # far beyond any use; much larger ones would only overflow
 # Fields that only some models read; `PipelineInfo.options`, `cfg_scale` and `distilled_scale` say which.
-_OPTIONAL = (*_SCALES, "guidance_scale_2", "image_guidance_scale", "num_frames", "layers")
+_OPTIONAL = (*_SCALES, "guidance_scale_2", "image_guidance_scale", "num_frames", "layers", "max_sequence_length")
 
 
 def resolve_requests(
@@ -52,7 +52,10 @@ def resolve_requests(
     _check_known_fields(asked, info)
     _check_images(images, info, limits)
     params = _with_defaults(asked, info, images)
-    text = _checked_prompt("prompt", prompt, info, _counting_images(count_tokens, info, len(images)))
+    limit = _checked_text_limit(params, info)
+    text = _checked_prompt("prompt", prompt, info, limit, _counting_images(count_tokens, info, len(images)))
+    if text[0] in info.text.captioned:  # of a length that is known too late to plan with
+        text = text[0], info.text.sequence_tokens(limit, limit)
     height, width = _checked_size(params, info, limits)
     num_frames = _checked_frames(params, info)
     if height * width * num_frames > limits.max_video_pixels:
@@ -63,7 +66,7 @@ def resolve_requests(
     count = _checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
     _check_copies(images, count, limits)
     guidance = _checked_guidance(params, info)
-    branches = [text, *_negative_branches(params, info, guidance, count_tokens, len(images))]
+    branches = [text, *_negative_branches(params, info, limit, guidance, count_tokens, len(images))]
     guided = guidance.scale > 1 and len(branches) > 1 and bool(guidance.guided_steps(steps))
     branches = branches if guided else branches[:1]
     sizes = [(image.width, image.height) for image in images]
@@ -78,10 +81,12 @@ def resolve_requests(
             condition_tokens=condition_tokens,
             images=list(images),
             text_sees_images=info.text.sees_images,
+            is_captioned=text[0] in info.text.captioned,
             height=height,
             width=width,
             num_frames=num_frames,
             layers=layers,
+            max_sequence_length=0 if params.max_sequence_length is UNSET else limit,
             num_inference_steps=steps,
             guidance=guidance,
             seed=first_seed + i,
@@ -143,24 +148,32 @@ def _with_defaults(params: DiffusionParams, info: PipelineInfo, images: Sequence
     return DiffusionParams(**fields)
 
 
+def _checked_text_limit(params: DiffusionParams, info: PipelineInfo) -> int:
+    """Most tokens of a text."""
+    if params.max_sequence_length is UNSET:
+        return info.text.max_tokens
+    return _checked_int("max_sequence_length", params.max_sequence_length, 1, info.text.max_tokens)
+
+
 def _checked_prompt(
-    param: str, prompt: object, info: PipelineInfo, count_tokens: Callable[[str], int], empty_ok: bool = False
+    param: str, prompt: object, info: PipelineInfo, limit: int, count_tokens: Callable[[str], int]
 ) -> tuple[str, int]:
-    """The prompt and its number of tokens."""
+    """The prompt and what it takes in the sequence.
+
+    An empty one is as good as any. One that is too long is refused where diffusers would cut it without a word.
+    """
     if not isinstance(prompt, str):
         raise InvalidRequestError(param, prompt, "a string")
-    if not empty_ok and not prompt.strip():
-        raise InvalidRequestError(param, prompt, "a non-empty string")
     if not _is_encodable(prompt):
         raise InvalidRequestError(param, prompt, "text that UTF-8 can encode (no lone surrogates)")
     if found := [word for word in info.text.reserved if word in prompt]:
         raise InvalidRequestError(param, prompt, f"without {found[0]}, which stands for an image in this model")
     tokens = count_tokens(prompt)
-    if tokens > info.text.max_tokens:
-        raise InvalidRequestError(
-            param, prompt, f"at most {info.text.max_tokens} tokens long for this model, and this one has {tokens}"
-        )
-    return prompt, tokens if info.text.fixed_tokens is None else info.text.fixed_tokens
+    if tokens > limit:
+        can_be_more = limit < info.text.max_tokens
+        remedy = f"; max_sequence_length may be up to {info.text.max_tokens}" if can_be_more else ""
+        raise InvalidRequestError(param, prompt, f"at most {limit} tokens long, and this one has {tokens}{remedy}")
+    return prompt, info.text.sequence_tokens(tokens, limit)
 
 
 def _is_encodable(text: str) -> bool:
@@ -174,6 +187,7 @@ def _is_encodable(text: str) -> bool:
 def _negative_branches(
     params: DiffusionParams,
     info: PipelineInfo,
+    limit: int,
     guidance: Guidance,
     count_tokens: Callable[[str], int],
     images: int,
@@ -187,7 +201,7 @@ def _negative_branches(
     counters = [_counting_images(count_tokens, info, images)]
     if images and guidance.image_scale != 1:
         counters.append(count_tokens)  # the third branch sees no images
-    return [_checked_prompt("negative_prompt", negative, info, count, empty_ok=True) for count in counters]
+    return [_checked_prompt("negative_prompt", negative, info, limit, count) for count in counters]
 
 
 def _counting_images(count_tokens: Callable[[str], int], info: PipelineInfo, images: int) -> Callable[[str], int]:

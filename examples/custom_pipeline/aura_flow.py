@@ -117,7 +117,7 @@ class AuraFlowPipeline(AuraFlowCFGParallelMixin, EnginePipeline, DiffusersAuraFl
         latent_pixel = 2 ** (len(vae["block_out_channels"]) - 1)
         token = latent_pixel * transformer["patch_size"]
         return PipelineInfo(
-            text=TextRules(TEXT_TOKENS, fixed_tokens=TEXT_TOKENS),
+            text=TextRules(TEXT_TOKENS, pads=True),
             size_multiple=token,
             pixels_per_token=token,
             max_side=token * isqrt(transformer["pos_embed_max_size"]),  # its positions are learned

@@ -25,7 +25,6 @@ def app(engine, monkeypatch):
     ("fields", "param"),
     [
         ({"prompt": None}, "prompt"),
-        ({"prompt": ""}, "prompt"),
         ({"prompt": "x" * 21}, "prompt"),
         ({"prompt": "x" * 40_000}, "prompt"),
         ({"prompt": ["a", "b"]}, "prompt"),

@@ -107,8 +107,6 @@ def test_all_served_names_are_accepted(app, model):
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": "   "}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({"prompt": "x" * 21}, "prompt"),

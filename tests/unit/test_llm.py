@@ -121,11 +121,9 @@ def test_a_prompts_own_negative_prompt_wins(llm, engine):
 @pytest.mark.parametrize(
     ("prompts", "params", "param"),
     [
-        ("", None, "prompt"),
         (None, None, "prompt"),
         ({"text": "a"}, None, "prompt"),
         ({"prompt": "a", "negative": "b"}, None, "prompt"),
-        (["a", ""], None, "prompts[1].prompt"),
         (["a", 3], None, "prompts[1].prompt"),
         (["a", "b"], [DiffusionParams()], "params"),
         ("a", "fast", "params"),

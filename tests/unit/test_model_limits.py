@@ -17,7 +17,10 @@ from vllm_cfg_plugin.pipelines.registry import describe, pipeline_class
 
 BUILDERS = {"Qwen-Image": build_qwen_image, "Z-Image": build_z_image, "Wan": partial(build_wan, layout="2.1")}
 # Longest text but for the template, so that nothing is left of the positions after it.
-LONG_TEXT = {"Qwen-Image": "a " * 900}
+LONG_TEXT = {
+    "Qwen-Image": {"prompt": "a " * 900, "max_sequence_length": 1024},
+    "Z-Image": {"prompt": "a " * 900, "max_sequence_length": 992},
+}
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -41,7 +44,7 @@ def test_the_longest_side(model, long):
     name, folder, pipeline, info = model
     sides = dict.fromkeys(("height", "width"), info.size_multiple) | {long: info.max_side}
     frames = {"num_frames": 1} if info.produces == "video" else {}
-    run_one_branch(folder, pipeline, LONG_TEXT.get(name, "a cat"), **sides, **frames)
+    run_one_branch(folder, pipeline, **{"prompt": "a cat"} | LONG_TEXT.get(name, {}) | sides | frames)
     with pytest.raises(InvalidRequestError, match=f"at most {info.max_side}") as error:
         run_one_branch(folder, pipeline, "a cat", **sides | {long: info.max_side + info.size_multiple}, **frames)
     assert error.value.param == long

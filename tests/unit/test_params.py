@@ -5,6 +5,7 @@ import pickle
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from tests.unit.fakes import INFO, LIMITS
 from vllm_cfg_plugin.checkpoint import PipelineInfo
@@ -87,8 +88,6 @@ def test_an_unset_seed_is_drawn():
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": "  \n"}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({"prompt": 3}, "prompt"),
         ({"prompt": "x" * 21}, "prompt"),
@@ -119,6 +118,7 @@ def test_an_unset_seed_is_drawn():
         ({"image_guidance_scale": 4.0}, "image_guidance_scale"),
         ({"num_frames": 5}, "num_frames"),
         ({"layers": 2}, "layers"),
+        ({"max_sequence_length": 10}, "max_sequence_length"),
         ({"guidance_interval": (0.5, 0.5)}, "guidance_interval"),
         ({"guidance_interval": (-0.1, 0.5)}, "guidance_interval"),
         ({"guidance_interval": (0, 1.5)}, "guidance_interval"),
@@ -169,3 +169,34 @@ def test_a_third_branch_sees_neither_prompt_nor_images():
     assert [request.embeds_key(branch) for branch in range(3)] == [("a cat", 0, "red"), ("bad", 0, "red"), ("bad", 0)]
     (without,) = resolve_requests("a cat", asked, info, LIMITS, len)
     assert without.prompts == ["a cat", "bad"]
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\n\t "])
+def test_a_blank_prompt_is_as_good_as_any(prompt):
+    assert resolve(prompt)[0].prompts == [prompt]
+
+
+LIMITED = replace(
+    INFO,
+    text=replace(INFO.text, pads=True, extra_tokens=7),
+    options=frozenset({"max_sequence_length"}),
+    default_params=structs.replace(INFO.default_params, max_sequence_length=10),
+)
+
+
+def test_a_text_limit_may_be_raised_by_name():
+    with pytest.raises(
+        InvalidRequestError, match=r"10 tokens long, and this one has 12; max_sequence_length.* up to 20"
+    ):
+        resolve("x" * 12, info=LIMITED)
+    (request,) = resolve("x" * 12, info=LIMITED, max_sequence_length=12)
+    assert (request.text_tokens, request.max_sequence_length) == ([12 + 7], 12)
+    assert request.embeds_key(0) != resolve("x" * 12, info=LIMITED, max_sequence_length=13)[0].embeds_key(0)
+    with pytest.raises(InvalidRequestError, match="12 tokens long, and this one has 13; max_sequence_length"):
+        resolve("", info=LIMITED, max_sequence_length=12, negative_prompt="x" * 13)
+
+
+@pytest.mark.parametrize("value", [0, 21, "12", 5.0, True])
+def test_a_wrong_text_limit(value):
+    with pytest.raises(InvalidRequestError, match=r"max_sequence_length=.* an integer from 1 to 20"):
+        resolve(info=LIMITED, max_sequence_length=value)

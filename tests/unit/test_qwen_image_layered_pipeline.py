@@ -65,6 +65,23 @@ class TestLayered(ConditionedChecks):
         with pytest.raises(InvalidRequestError, match="layers=0"):
             contract.make_request(folder, "a cat", [picture(64, 64)], layers=0)
 
-    def test_an_empty_prompt_is_refused(self, folder):
-        with pytest.raises(InvalidRequestError, match="prompt=''"):
-            contract.make_request(folder, "", [picture(64, 64)])
+    def test_an_empty_prompt_is_captioned_like_diffusers(self, pipelines, folder):
+        reference, ours = pipelines
+        image = picture(96, 64, 1, "RGBA")
+        request = contract.make_request(folder, "", [image], negative_prompt="", true_cfg_scale=3.0)
+        caption = reference.get_image_caption(image, device="cpu", use_en_prompt=False)
+        assert caption
+        embeds = [ours.encode_branch(request, branch).tokens for branch in range(2)]
+        assert torch.equal(embeds[0], reference.encode_prompt(caption, max_sequence_length=512)[0][0])
+        assert torch.equal(embeds[1], reference.encode_prompt("")[0][0])
+        assert request.embeds_key(0) != request.embeds_key(1)
+        arguments = {"image": image, "num_inference_steps": 2, "layers": 1, "true_cfg_scale": 1.0}
+        called, as_written = (
+            ours(prompt=text, **arguments, generator=torch.Generator().manual_seed(1)).images[0][0]
+            for text in ("", caption)
+        )
+        assert called.tobytes() == as_written.tobytes()
+        assert len(embeds[0]) <= request.text_tokens[0] == 512
+        other = contract.make_request(folder, " ", [picture(96, 64, 2, "RGBA")])
+        assert request.embeds_key(0) != other.embeds_key(0)
+        assert not contract.make_request(folder, "  ", [image]).is_captioned

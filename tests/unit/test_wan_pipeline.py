@@ -261,6 +261,8 @@ def test_a_model_without_its_second_expert_is_refused(get_model, tmp_path):
 
 @torch.inference_mode()
 def test_tokens_are_counted_as_they_are(model):
+    reads_limit = model.ours.transformer.config.image_dim is None  # diffusers counts on 512 beside an image's
+    assert ("max_sequence_length" in model.info.options) == reads_limit
     request = model.request()
     [branch, _] = branches_of(model.ours, request)
     packed = model.ours.pack_branches([branch])

@@ -56,6 +56,7 @@ class DiffusionFields(BaseModel):
     guidance_interval: list[float] | None = Field(None, description="[start, stop], fractions of the steps")
     guidance_rescale: float | None = None
     cfg_normalize: bool | None = None
+    max_sequence_length: int | None = Field(None, description="most tokens of a text")
     combine_rule: str | None = Field(None, description=", ".join(COMBINE_RULES))
     user: str | None = None
     safety_identifier: str | None = None

@@ -44,17 +44,19 @@ class FluxPipeline(PositionIdsPipeline, DiffusersFluxPipeline):
         scale = vae_scale_factor(checkpoint)
         is_distilled = checkpoint.component_config("transformer").get("guidance_embeds", False)
         return PipelineInfo(
-            text=TextRules(MAX_TEXT_TOKENS, tokenizer="tokenizer_2", fixed_tokens=MAX_TEXT_TOKENS),
+            text=TextRules(MAX_TEXT_TOKENS, tokenizer="tokenizer_2", pads=True),
             size_multiple=2 * scale,
             pixels_per_token=2 * scale,
             min_steps=min_steps(checkpoint),
             cfg_scale="true_cfg_scale",
+            options=frozenset({"max_sequence_length"}),
             distilled_scale="guidance_scale" if is_distilled else "",
             default_params=DiffusionParams(
                 height=128 * scale,
                 width=128 * scale,
                 num_inference_steps=28,
                 true_cfg_scale=1.0,
+                max_sequence_length=MAX_TEXT_TOKENS,
                 guidance_scale=DEFAULT_GUIDANCE_SCALE if is_distilled else UNSET,
             ),
         )

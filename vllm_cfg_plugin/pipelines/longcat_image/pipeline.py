@@ -155,7 +155,7 @@ def describe_longcat_image(
         text=TextRules(
             MAX_TEXT_TOKENS,
             pieces=_text_pieces,
-            fixed_tokens=MAX_TEXT_TOKENS,
+            pads=True,
             sees_images=sees_images,
             reserved=PLACEHOLDERS if sees_images else (),
         ),

@@ -5,7 +5,7 @@ Must not import vLLM at module level.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +29,7 @@ from vllm_cfg_plugin.pipelines.qwen_image.transformer import PackedQwenImageTran
 from vllm_cfg_plugin.pipelines.qwen_image.vae import ImageQwenImageVAE
 
 DEFAULT_CFG_SCALE = 4.0
-MAX_TEXT_TOKENS = 1024
+DEFAULT_TEXT_TOKENS, MAX_TEXT_TOKENS = 512, 1024
 # Of the model's 4096 positions, half of the longest side takes some and the text the next ones: at most 3324 with the
 # ten images of an edit.
 MAX_SIDE_TOKENS = 2 * (4096 - 3328)
@@ -54,7 +54,6 @@ class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
     # `true_cfg_scale` is the name of today, `guidance_scale` an older one of the same.
     call_options: ClassVar[dict[str, Any]] = {
         "true_cfg_scale": None,
-        "max_sequence_length": MAX_TEXT_TOKENS,
         "cfg_normalize": True,
     }
 
@@ -84,7 +83,7 @@ class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
         embeds, _ = self.encode_prompt(
             request.prompts[branch],
             device=self._weight.device,
-            max_sequence_length=request.max_sequence_length or MAX_TEXT_TOKENS,
+            max_sequence_length=request.max_sequence_length or DEFAULT_TEXT_TOKENS,
             **self._seen_by_text([to_pil(image) for image in request.images]),
         )
         return PromptEmbeds(embeds[0])
@@ -147,12 +146,13 @@ class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
 
 
 def describe_qwen_image(
-    checkpoint: Checkpoint, text: TextRules, defaults: dict[str, Any], **details: Any
+    checkpoint: Checkpoint, text: TextRules, defaults: dict[str, Any], options: Set[str] = frozenset(), **details: Any
 ) -> PipelineInfo:
     """What a checkpoint of this kind can do.
 
     Args:
         defaults: parameters for which its diffusers pipeline has other defaults than Qwen-Image's own.
+        options: those that its pipeline has beside Qwen-Image's own.
         details: further fields of `PipelineInfo`.
 
     Raises:
@@ -169,6 +169,7 @@ def describe_qwen_image(
         "true_cfg_scale": DEFAULT_CFG_SCALE,
         "negative_prompt": None,
         "cfg_normalize": True,
+        "max_sequence_length": DEFAULT_TEXT_TOKENS,
     }
     return PipelineInfo(
         text=text,
@@ -178,5 +179,6 @@ def describe_qwen_image(
         min_steps=min_steps(checkpoint),
         cfg_scale="true_cfg_scale",
         default_params=DiffusionParams(**shared | defaults),
+        options=frozenset({"max_sequence_length", *options}),
         **details,
     )

@@ -77,7 +77,7 @@ class QwenImageEditBase(QwenImageConditioned):
                 image_template=cls.image_template,
                 reserved=PLACEHOLDERS,
             ),
-            {},
+            {"max_sequence_length": MAX_TEXT_TOKENS},  # diffusers cuts no text of an edit
             min_images=1,
             max_images=cls.max_images,
             condition_tokens=condition_tokens,

@@ -1,21 +1,23 @@
 """Qwen-Image-Layered, which takes an image apart into layers with an alpha channel; on diffusers' own methods.
 
-The latents hold the whole image, then its layers. diffusers writes a caption itself where there is no prompt; here a
-prompt must be given. Must not import vLLM at module level.
+The latents hold the whole image, then its layers. For an empty prompt the text encoder writes a caption as in
+diffusers, but never samples its words. Must not import vLLM at module level.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered as upstream
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import from_pil
+from vllm_cfg_plugin.pipelines.base import PromptEmbeds, from_pil, to_pil
 from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.flow_schedule import set_shifted_timesteps
 from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
@@ -28,6 +30,7 @@ from vllm_cfg_plugin.pipelines.qwen_image.conditioned import QwenImageConditione
 
 DEFAULT_LAYERS = 4
 DEFAULT_RESOLUTION = 640
+CAPTIONED = ("", " ")  # prompts that diffusers answers by a caption
 _BASE_TOKENS = 256 * 256 / 16 / 16  # of an image whose noise schedule is not shifted
 
 
@@ -46,7 +49,7 @@ class QwenImageLayeredPipeline(QwenImageConditioned, upstream.QwenImageLayeredPi
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
         info: PipelineInfo = describe_qwen_image(
             checkpoint,
-            PROMPT_RULES,
+            dataclasses.replace(PROMPT_RULES, captioned=CAPTIONED),
             {"layers": DEFAULT_LAYERS, "cfg_normalize": False},
             options=frozenset({"layers"}),
             min_images=1,
@@ -67,7 +70,8 @@ class QwenImageLayeredPipeline(QwenImageConditioned, upstream.QwenImageLayeredPi
         width, height = self._result_size(call, self.result_size(image.size, call.resolution))
         self.check_inputs(height, width, call.negative_prompt, max_sequence_length=call.max_sequence_length)
         texts, fields = self._guided(call)
-        return texts, fields | {"height": height, "width": width, "layers": call.layers, "images": [from_pil(image)]}
+        own = {"layers": call.layers, "images": [from_pil(image)], "is_captioned": call.prompt in CAPTIONED}
+        return texts, fields | {"height": height, "width": width, **own}
 
     def _results(
         self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor], output_type: str
@@ -77,6 +81,20 @@ class QwenImageLayeredPipeline(QwenImageConditioned, upstream.QwenImageLayeredPi
         if output_type == "latent":
             return results
         return [results[first : first + layers] for first in range(0, len(results), layers)]
+
+    @torch.no_grad()
+    def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
+        if request.is_captioned and branch == 0:
+            request = msgspec.structs.replace(request, prompts=[self._caption(request), *request.prompts[1:]])
+        return super().encode_branch(request, branch)
+
+    def _caption(self, request: DiffusionRequest) -> str:
+        image = self._in_mode_of_vae(to_pil(request.images[0]))
+        # A sampled caption would not depend on the request alone.
+        self.text_encoder.generation_config.do_sample = False
+        seen = self.image_processor.resize(image, request.height, request.width)
+        caption: str = self.get_image_caption(seen, use_en_prompt=False, device=self._weight.device)
+        return caption
 
     def _condition_sizes(self, request: DiffusionRequest) -> list[ImageSize]:
         return [(request.width, request.height)]

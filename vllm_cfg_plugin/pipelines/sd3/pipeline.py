@@ -30,7 +30,7 @@ from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked, ImagePipeline
 from vllm_cfg_plugin.pipelines.sd3.transformer import PackedSD3Transformer, patchify, unpatchify
 
-MAX_T5_TOKENS = 256
+DEFAULT_T5_TOKENS, MAX_T5_TOKENS = 256, 512
 CLIP_TOKENS = 77
 
 
@@ -46,17 +46,24 @@ class StableDiffusion3Pipeline(ImagePipeline, DiffusersStableDiffusion3Pipeline)
         scale, transformer = vae_scale_factor(checkpoint), checkpoint.component_config("transformer")
         token_side = scale * transformer.get("patch_size", 2)
         side = scale * transformer.get("sample_size", 128)
-        # Without its largest encoder the model sees no more of a text than CLIP does.
-        max_tokens, tokenizer = (MAX_T5_TOKENS, "tokenizer_3") if _has_t5(checkpoint) else (CLIP_TOKENS, "tokenizer")
+        text = TextRules(MAX_T5_TOKENS, tokenizer="tokenizer_3", pads=True, extra_tokens=CLIP_TOKENS)
+        options = frozenset({"max_sequence_length"})
+        default_tokens: dict[str, Any] = {"max_sequence_length": DEFAULT_T5_TOKENS}
+        if not _has_t5(checkpoint):  # its largest encoder: without it the model sees no more of a text than CLIP does
+            text = TextRules(CLIP_TOKENS, pads=True, extra_tokens=DEFAULT_T5_TOKENS)
+            options, default_tokens = frozenset(), {}
         return PipelineInfo(
-            text=TextRules(max_tokens, tokenizer=tokenizer, fixed_tokens=CLIP_TOKENS + MAX_T5_TOKENS),
+            text=text,
+            options=options,
             size_multiple=token_side,
             pixels_per_token=token_side,
             max_side=token_side * transformer.get("pos_embed_max_size", 96),
             min_steps=min_steps(checkpoint),
             cfg_scale="guidance_scale",
             needs_negative_prompt=False,
-            default_params=DiffusionParams(height=side, width=side, num_inference_steps=28, guidance_scale=7.0),
+            default_params=DiffusionParams(
+                height=side, width=side, num_inference_steps=28, guidance_scale=7.0, **default_tokens
+            ),
         )
 
     @classmethod
@@ -105,7 +112,7 @@ class StableDiffusion3Pipeline(ImagePipeline, DiffusersStableDiffusion3Pipeline)
             text,
             device=self._weight.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=request.max_sequence_length or MAX_T5_TOKENS,
+            max_sequence_length=request.max_sequence_length or DEFAULT_T5_TOKENS,
         )
         return PromptEmbeds(embeds[0], pooled[0])
 

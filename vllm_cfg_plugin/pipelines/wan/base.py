@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import randn_tensor
 
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
@@ -64,20 +65,25 @@ class WanBase(CallablePipeline):
         frames_per_latent = vae.get("scale_factor_temporal", 4)
         is_5b = bool(index.get("expand_timesteps"))
         return PipelineInfo(
-            text=TextRules(TEXT_TOKENS, fixed_tokens=TEXT_TOKENS),
+            text=TextRules(TEXT_TOKENS, pads=True, pieces=lambda prompt: [prompt_clean(prompt)]),
             size_multiple=pixels_per_token,
             pixels_per_token=pixels_per_token,
             min_steps=1,
             cfg_scale="guidance_scale",
             needs_negative_prompt=False,
-            options=frozenset({"num_frames", *(["guidance_scale_2"] if has_experts else [])}),
+            options=frozenset({"num_frames", "max_sequence_length", *(["guidance_scale_2"] if has_experts else [])}),
             produces="video",
             frames_per_latent=frames_per_latent,
             max_side=positions * pixels_per_token,
             max_frames=(positions - 1) * frames_per_latent + 1,
             fps=24 if is_5b else 16,
             default_params=DiffusionParams(
-                height=480, width=832, num_frames=81, num_inference_steps=50, guidance_scale=5.0
+                height=480,
+                width=832,
+                num_frames=81,
+                num_inference_steps=50,
+                guidance_scale=5.0,
+                max_sequence_length=TEXT_TOKENS,
             ),
         )
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import Any, ClassVar
 
+import msgspec
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline as DiffusersWanImageToVideoPipeline
+from msgspec import UNSET
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, MODEL_INDEX, Checkpoint, ImageSize, PipelineInfo
@@ -40,16 +42,21 @@ class WanImageToVideoPipeline(WanBase, DiffusersWanImageToVideoPipeline):
         info = super().describe(checkpoint)
         transformer = checkpoint.component_config("transformer")
         is_5b = bool((checkpoint.read_json(MODEL_INDEX) or {}).get("expand_timesteps"))
-        embedding_tokens = 0
+        embedding_tokens, options, default_params = 0, info.options, info.default_params
         least, most = 1, 1 if is_5b else 2
         if transformer.get("image_dim") is not None:
             encoder = checkpoint.component_config("image_encoder")
             embedding_tokens = (encoder["image_size"] // encoder["patch_size"]) ** 2 + 1
+            # diffusers' transformer takes the last 512 for the text's, whatever `max_sequence_length` was.
+            options -= {"max_sequence_length"}
+            default_params = msgspec.structs.replace(default_params, max_sequence_length=UNSET)
             least = most = 1 if transformer.get("pos_embed_seq_len") is None else 2
         default = checkpoint.read_json(DEFAULTS_FILE) or {}
         area = default.get("height", _HEIGHT) * default.get("width", _WIDTH)
         return dataclasses.replace(
             info,
+            options=options,
+            default_params=default_params,
             min_images=least,
             max_images=most,
             condition_tokens=lambda sizes: (0, embedding_tokens * len(sizes)),

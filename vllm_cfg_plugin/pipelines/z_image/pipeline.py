@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformer2DModel
 from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline as DiffusersZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
@@ -32,7 +32,7 @@ from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts
 from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked, ImagePipeline
 from vllm_cfg_plugin.pipelines.z_image.transformer import FRAMES_PATCH, PATCH, PackedZImageTransformer
 
-MAX_TEXT_TOKENS = 512
+DEFAULT_TEXT_TOKENS = 512
 PROMPT_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # the tokenizer's chat template writes it
 
 
@@ -44,9 +44,12 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
     @classmethod
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
         token_side = PATCH * vae_scale_factor(checkpoint)
-        _, *positions = checkpoint.component_config("transformer").get("axes_lens", (1024, 512, 512))
+        text_positions, *positions = checkpoint.component_config("transformer").get("axes_lens", (1024, 512, 512))
+        # The text's pad tokens have positions too, from 1 on, and the image has the next one.
+        max_tokens = (text_positions - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF
         return PipelineInfo(
-            text=TextRules(MAX_TEXT_TOKENS, PROMPT_TEMPLATE),
+            text=TextRules(max_tokens, PROMPT_TEMPLATE),
+            options=frozenset({"max_sequence_length"}),
             size_multiple=token_side,
             pixels_per_token=token_side,
             max_side=min(positions) * token_side,
@@ -55,7 +58,12 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
             cfg_scale_offset=1.0,
             needs_negative_prompt=False,
             default_params=DiffusionParams(
-                height=1024, width=1024, num_inference_steps=50, guidance_scale=5.0, cfg_normalize=False
+                height=1024,
+                width=1024,
+                num_inference_steps=50,
+                guidance_scale=5.0,
+                cfg_normalize=False,
+                max_sequence_length=min(DEFAULT_TEXT_TOKENS, max_tokens),
             ),
         )
 
@@ -111,7 +119,7 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
 
     @torch.no_grad()
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
-        most = request.max_sequence_length or MAX_TEXT_TOKENS
+        most = request.max_sequence_length or DEFAULT_TEXT_TOKENS
         return PromptEmbeds(self._encode_text(request.prompts[branch], self._weight.device, most))
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
