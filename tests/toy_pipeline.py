@@ -78,6 +78,72 @@ class ToyPipeline(EnginePipeline):
         return request.image_tokens, CHANNELS
 
 
+UNLUCKY_HOOKS = {
+    "draw_noise",
+    "prediction_shape",
+    "too few timesteps",
+    "encode_images",
+    "forward_group",
+    "pack_branches",
+    "one prediction too few",
+    "a prediction of another shape",
+    "combine_branches",
+}
+
+
+class UnluckyPipeline(ToyPipeline):
+    """Fails the requests whose prompt names a hook, in that hook: "pack_branches", or "pack_branches on rank 1"."""
+
+    def __init__(self, rank=0):
+        super().__init__()
+        self._rank = rank
+
+    def _fails(self, hook, request):
+        return request.prompts[0] in (hook, f"{hook} on rank {self._rank}")
+
+    def _raise_for(self, hook, request):
+        if self._fails(hook, request):
+            raise ValueError(f"{hook} is out of luck")
+
+    def draw_noise(self, request, generator):
+        self._raise_for("draw_noise", request)
+        return super().draw_noise(request, generator)
+
+    def make_noise_scheduler(self, request):
+        noise_scheduler = super().make_noise_scheduler(request)
+        if self._fails("too few timesteps", request):
+            noise_scheduler.timesteps = noise_scheduler.timesteps[:1]
+        return noise_scheduler
+
+    def prediction_shape(self, request):
+        self._raise_for("prediction_shape", request)
+        return super().prediction_shape(request)
+
+    def encode_images(self, request):
+        self._raise_for("encode_images", request)
+        return super().encode_images(request)
+
+    def forward_group(self, branch):
+        self._raise_for("forward_group", branch.request)
+        return super().forward_group(branch)
+
+    def pack_branches(self, branches):
+        for branch in branches:
+            self._raise_for("pack_branches", branch.request)
+        return super().pack_branches(branches)
+
+    def unpack_predictions(self, prediction, branches):
+        predictions = super().unpack_predictions(prediction, branches)
+        if any(self._fails("one prediction too few", branch.request) for branch in branches):
+            return predictions[:-1]
+        is_cut = [self._fails("a prediction of another shape", branch.request) for branch in branches]
+        return [p[:, :-1] if cut else p for p, cut in zip(predictions, is_cut, strict=True)]
+
+    def combine_branches(self, predictions, request, timestep, step):
+        self._raise_for("combine_branches", request)
+        return super().combine_branches(predictions, request, timestep, step)
+
+
 def toy_request(prompt="a cat", negative="", steps=3, seed=0, image_tokens=4, scale=4.0, **guidance):
     """`negative`: text of the second branch, or a list of those of all further ones."""
     further = negative if isinstance(negative, list) else [negative]

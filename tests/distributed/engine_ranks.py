@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from tests.families import load
 from tests.toy_pipeline import InlineSideWork, toy_vllm_config
 from tests.unit.test_scheduler import vllm_request
 from vllm_cfg_plugin.distributed import parallel_state
-from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepReport
+from vllm_cfg_plugin.engine.plan import SideReport, StepReport
 from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import merge_reports
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -66,10 +67,24 @@ def run_ranks(
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(timeout=300)
-        assert process.exitcode == 0
+    _join(processes)
     return [torch.load(out) for out in outs]
+
+
+def _join(processes: list[multiprocessing.Process]) -> None:
+    """Wait for all ranks; where one fails, the others may wait for it for ever."""
+    running = {process.sentinel: process for process in processes}
+    try:
+        while running:
+            ended = wait(running, timeout=300)
+            assert ended, f"{len(running)} ranks did not end in 300 s"
+            for sentinel in ended:
+                process = running.pop(sentinel)
+                process.join()
+                assert process.exitcode == 0
+    finally:
+        for process in running.values():
+            process.kill()
 
 
 def _run_rank(
@@ -113,12 +128,9 @@ def _drive(runner: StepRunner, ranks: int, joins: list[tuple[int, DiffusionReque
         joins = [join for join in joins if join[0] > step]
         output = scheduler.schedule()
         plan = output.planned.plan
-        reports: list[StepReport] = [None] * ranks
-        dist.all_gather_object(reports, runner.run(plan))
-        result = merge_reports(reports, [])
-        assert all(not report.error for report in runner.side.take())
-        # What all ranks would report, so that every rank's scheduler makes the same plans.
-        result.side = [(SideReport(e.id, e.branch, e.rank, 0.0), None) for e in plan.encodes]
-        result.side += [(SideReport(d.id, DECODED, d.rank, 0.0), memoryview(b"")) for d in plan.decodes]
-        scheduler.update_from_output(output, result)
+        # Every rank's scheduler is told what all ranks report, so all make the same plans.
+        answers: list[tuple[StepReport, list[SideReport]]] = [None] * ranks
+        dist.all_gather_object(answers, (runner.run(plan), runner.side.take()))
+        side = [(report, memoryview(b"")) for _, reports in answers for report in reports]
+        scheduler.update_from_output(output, merge_reports([report for report, _ in answers], side))
         step += 1

@@ -70,6 +70,15 @@ class PlayedRanks:
         self.worked.append(tokens)
 
 
+def run_plan(batch, ranks):
+    """Plan a step, have the ranks carry it out and note their reports: what was planned, and the requests decoded."""
+    planned = batch.next_plan()
+    result = ranks.run(planned.plan)
+    batch.note_result(planned, result)
+    noted = [(report, batch.note_side_report(report)) for report, _ in result.side]
+    return planned, [request for report, request in noted if report.branch == DECODED]
+
+
 def play(batch, ranks, arrivals, steps=2000):
     """Requests arrive at their plan number; returns (the ids in order of admission, in order of their end)."""
     admitted, ended = [], []
@@ -78,15 +87,11 @@ def play(batch, ranks, arrivals, steps=2000):
         for _, spec in [arrival for arrival in arrivals if arrival[0] <= step]:
             batch.add(f"request-{len(batch.all_requests())}-{step}-{id(spec)}", 0, spec)
         arrivals = [arrival for arrival in arrivals if arrival[0] > step]
-        planned = batch.next_plan()
+        planned, decoded = run_plan(batch, ranks)
         admitted += [request.id for request in planned.admitted]
-        result = ranks.run(planned.plan)
-        batch.note_result(planned, result)
-        for report, _ in result.side:
-            request = batch.note_side_report(report)
-            if report.branch == DECODED:
-                batch.finish(request)
-                ended.append(request.id)
+        for request in decoded:
+            batch.finish(request)
+            ended.append(request.id)
         if not arrivals and not len(batch):
             return admitted, ended
     raise AssertionError("requests are left after so many steps: somebody starves")
@@ -135,16 +140,10 @@ def test_no_request_is_overtaken_more_often_than_the_bound(trace, budget):
 
 def test_the_same_arrivals_make_the_same_plans():
     def plans():
-        batch, ranks, made = StepBatch(3, 8, 500, UNCALIBRATED), PlayedRanks(3, 1), []
+        batch, ranks = StepBatch(3, 8, 500, UNCALIBRATED), PlayedRanks(3, 1)
         for i in range(9):
             batch.add(str(i), 0, toy_request(negative=None if i % 3 else "", steps=2 + i % 4, image_tokens=20 + 7 * i))
-        for _ in range(30):
-            planned = batch.next_plan()
-            made.append(planned.plan)
-            result = ranks.run(planned.plan)
-            for report, _ in result.side:
-                batch.note_side_report(report)
-        return made
+        return [run_plan(batch, ranks)[0].plan for _ in range(30)]
 
     assert plans() == plans()
 
@@ -164,8 +163,7 @@ def test_a_steady_batch_has_plans_without_any_change():
     for i in range(256):
         batch.add(str(i), 0, toy_request(steps=50))
     while len(batch.running) < 256:
-        for report, _ in ranks.run(batch.next_plan().plan).side:
-            batch.note_side_report(report)
+        run_plan(batch, ranks)
     plan = batch.next_plan().plan
     assert plan == StepPlan(plan.step, [], [], [], [], True, [])
 
@@ -200,10 +198,8 @@ def test_a_guidance_interval_costs_two_changes_of_plan_and_the_negative_branch_k
     batch.add("one", 0, toy_request(steps=8, interval=(0.25, 0.75)))
     assigned = []
     while len(batch.running) + len(batch.preparing) + len(batch.waiting):
-        plan = batch.next_plan().plan
-        assigned += [(played.steps[0], assign.owners) for assign in plan.assign]
-        for report, _ in played.run(plan).side:
-            batch.note_side_report(report)
+        step = played.steps[0]
+        assigned += [(step, assign.owners) for assign in run_plan(batch, played)[0].plan.assign]
     assert assigned == [(0, (0,)), (2, (0, 1)), (6, (0,))]
 
 
@@ -211,10 +207,7 @@ def test_requests_that_are_taken_out_anywhere_leave_no_trace():
     batch, ranks = StepBatch(2, 2, 10**6, UNCALIBRATED), PlayedRanks(2, delay=2)
     requests = [batch.add(str(i), 0, toy_request(steps=2)) for i in range(4)]
     for _ in range(4):
-        planned = batch.next_plan()
-        result = ranks.run(planned.plan)
-        for report, _ in result.side:
-            batch.note_side_report(report)
+        run_plan(batch, ranks)
     assert batch.running or batch.draining
     assert batch.waiting
     for request in requests:
@@ -236,13 +229,27 @@ def test_an_idle_batch_starts_with_all_whose_texts_are_being_encoded_and_waits_f
     batch = StepBatch(1, 8, 10**6, UNCALIBRATED)
     for n in range(3):
         batch.add(str(n), 0, toy_request(negative=None))
-    batch.next_plan()
+    batch.note_result(batch.next_plan(), StepResult())
     batch.note_side_report(SideReport(0, 0, 0, 1.0))
     assert not batch.next_plan().plan.advance
     batch.add("late", 0, toy_request(negative=None))
     batch.note_side_report(SideReport(1, 0, 0, 1.0))
-    assert not batch.next_plan().plan.advance
+    late = batch.next_plan()
+    assert not late.plan.advance
+    batch.note_result(late, StepResult())
     batch.take_out(batch.named("2"))
     assert [request.id for request in batch.next_plan().running] == [0, 1]
     batch.note_side_report(SideReport(3, 0, 0, 1.0))
     assert [request.id for request in batch.next_plan().running] == [0, 1, 3], "a batch that runs waits for nobody"
+
+
+def test_a_request_takes_no_step_before_all_ranks_have_its_noise():
+    batch = StepBatch(2, 8, 10**6, UNCALIBRATED)
+    request = batch.add("early", 0, toy_request(negative=None))
+    admitting = batch.next_plan()
+    batch.note_side_report(SideReport(0, 0, 0, 1.0))  # a cached text is encoded before the slowest rank has its noise
+    assert not batch.next_plan().plan.advance
+    batch.note_result(admitting, StepResult(failed={0: "no noise"}))
+    assert not batch.next_plan().plan.assign, "no rank may wait for one that knows no shape to exchange"
+    batch.take_out(request)
+    assert batch.next_plan().plan.retire == [0]

@@ -6,7 +6,14 @@ import msgspec
 import pytest
 import torch
 
-from tests.toy_pipeline import InlineSideWork, ToyNoiseScheduler, ToyPipeline, toy_request
+from tests.toy_pipeline import (
+    UNLUCKY_HOOKS,
+    InlineSideWork,
+    ToyNoiseScheduler,
+    ToyPipeline,
+    UnluckyPipeline,
+    toy_request,
+)
 from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, StepPlan
 from vllm_cfg_plugin.params import COMBINE_RULES, ImageInput
 from vllm_cfg_plugin.pipelines.base import generator_of
@@ -126,6 +133,20 @@ def test_a_failing_sequence_is_found_and_fails_its_request_alone():
     assert sorted(latents) == [0, 2], "what failed is dropped at the exchange that all ranks shared"
     assert torch.equal(latents[0], latents_after_one_step([requests[0]])[1][0])
     assert torch.equal(latents[2], latents_after_one_step([requests[2]])[1][0])
+
+
+@pytest.mark.parametrize("unlucky", sorted(UNLUCKY_HOOKS - {"encode_images"}))
+def test_a_hook_that_fails_costs_its_request_alone(unlucky):
+    requests = [toy_request("a cat"), toy_request(unlucky), toy_request("a dog")]
+    runner = make_runner(UnluckyPipeline())
+    failed = runner.run(join(requests)).failed + runner.run(plan(1)).failed + runner.run(plan(2)).failed
+    assert [id for id, _ in failed] == [1]
+    assert sorted(runner.states) == [0, 2]
+    for id in (0, 2):
+        alone = make_runner(ToyPipeline())
+        for step in (join([requests[id]]), plan(1), plan(2)):
+            alone.run(step)
+        assert torch.equal(runner.states[id].latents, alone.states[0].latents)
 
 
 def test_a_batch_that_runs_out_of_memory_is_split_and_nobody_fails():

@@ -152,7 +152,9 @@ class StepBatch:
         return planned
 
     def note_result(self, planned: PlannedStep, result: StepResult) -> None:
-        """Note what the reports of a plan say of its requests' steps."""
+        """Note what the reports of a plan say of its requests."""
+        for request in planned.admitted:
+            request.is_prepared = request.id not in result.failed
         for request in planned.running:
             if request.id not in result.failed:
                 request.done_steps = planned.tick - request.first_tick + 1

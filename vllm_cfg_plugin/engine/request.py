@@ -28,6 +28,7 @@ class ScheduledRequest:
         is_oversized: it alone gives some rank more tokens than the budget.
         owners: cfg rank that forwards each branch; while it prepares, that will.
         assigned: the owners that the ranks were told last.
+        is_prepared: every rank has reported that it has drawn its noise.
         asked, holders: for each branch the ranks that were told to encode its text, and those that have.
         first_tick, done_steps: the engine's count of steps at its first step; its steps in reports received.
     """
@@ -47,6 +48,7 @@ class ScheduledRequest:
     is_oversized: bool = False
     owners: tuple[int, ...] = ()
     assigned: tuple[int, ...] = ()
+    is_prepared: bool = False
     asked: list[set[int]] = field(default_factory=list)
     holders: list[set[int]] = field(default_factory=list)
     first_tick: int = 0
@@ -74,8 +76,8 @@ class ScheduledRequest:
 
     @property
     def is_ready(self) -> bool:
-        """Whether some rank holds the text of each branch."""
-        return all(self.holders)
+        """Whether it may step: every rank has its noise, and some rank holds the text of each branch."""
+        return self.is_prepared and all(self.holders)
 
     def metrics(self, now: float, decode_ms: float = 0.0) -> RequestMetrics:
         return RequestMetrics(

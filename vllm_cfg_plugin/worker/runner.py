@@ -9,7 +9,7 @@ collective comes in as a function.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ import torch
 from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, StepPlan, StepReport
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of, group_branches
+from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of
 from vllm_cfg_plugin.worker.exchange import AllGather, ExchangeLayout, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.side_work import SideWork
 from vllm_cfg_plugin.worker.state import RequestState, TensorCache
@@ -103,8 +103,9 @@ class StepRunner:
             state.generator = generator_of(state.request)
             state.latents = self.pipeline.draw_noise(state.request, state.generator)
             state.noise_scheduler = self.pipeline.make_noise_scheduler(state.request)
+            state.prediction_shape = self.pipeline.prediction_shape(state.request)
         except Exception as error:
-            self._note_failure(state, "preparing its latents", error)
+            self._note_failure(state, "preparing its latents", error)  # the engine lets it join no step then
 
     def _encode(self, encode: Encode) -> None:
         state = self.states.get(encode.id)
@@ -158,33 +159,50 @@ class StepRunner:
 
     def _line_up(self) -> Lineup:
         states = list(self._running.values())
-        shapes = [self.pipeline.prediction_shape(state.request) for state in states]
-        layout = ExchangeLayout.of([state.owners for state in states], shapes, self.ranks)
+        layout = ExchangeLayout.of(
+            [state.owners for state in states], [state.prediction_shape for state in states], self.ranks
+        )
         mine = [cell.slot for cell in layout.cells if cell.rank == self.rank]
         mine.sort(key=lambda slot: _lengths(states[slot[0]].request, slot[1]))
         return Lineup(states, layout, mine)
 
     def _forward(self, lineup: Lineup) -> dict[Slot, torch.Tensor]:
         """One packed forward of this rank's branches for each model that forwards some of them."""
-        slots = [slot for slot in lineup.mine if not lineup.states[slot[0]].error]
-        inputs = [_branch_input(lineup.states[position], branch) for position, branch in slots]
         predictions = {}
-        for group in group_branches(self.pipeline, inputs):
-            for index, outcome in zip(group, self._predict([inputs[index] for index in group]), strict=True):
-                slot = slots[index]
-                if isinstance(outcome, Exception):
-                    self._note_failure(lineup.states[slot[0]], "predicting its noise", outcome)
-                else:
-                    predictions[slot] = outcome
+        for inputs in self._group_inputs(lineup):
+            for slot, outcome in zip(inputs, self._predict([*inputs.values()]), strict=True):
+                state = lineup.states[slot[0]]
+                try:
+                    predictions[slot] = _checked_prediction(outcome, state.prediction_shape)
+                except Exception as error:
+                    self._note_failure(state, "predicting its noise", error)
         return predictions
+
+    def _group_inputs(self, lineup: Lineup) -> list[dict[Slot, BranchInput]]:
+        """What this rank forwards, one group for each model."""
+        groups: dict[Hashable, dict[Slot, BranchInput]] = {}
+        for slot in lineup.mine:
+            position, branch = slot
+            state = lineup.states[position]
+            if state.error:
+                continue
+            try:
+                branch_input = _branch_input(state, branch)
+                groups.setdefault(self.pipeline.forward_group(branch_input), {})[slot] = branch_input
+            except Exception as error:
+                self._note_failure(state, "preparing its forward", error)
+        return [*groups.values()]
 
     def _predict(self, inputs: Sequence[BranchInput]) -> list[torch.Tensor | Exception]:
         """Predict all in one call; if that fails, in halves, down to the one that fails alone."""
-        if not inputs:
-            return []
         try:
             prediction = self.pipeline.predict_noise(**self.pipeline.pack_branches(inputs))
-            return [*self.pipeline.unpack_predictions(prediction, inputs)]
+            predictions = self.pipeline.unpack_predictions(prediction, inputs)
+            if len(predictions) != len(inputs):
+                raise ValueError(
+                    f"unpack_predictions returned {len(predictions)} predictions of {len(inputs)} branches"
+                )
+            return [*predictions]
         except Exception as error:
             if len(inputs) == 1:
                 return [error]
@@ -239,6 +257,15 @@ def _branch_input(state: RequestState, branch: int) -> BranchInput:
         condition=state.condition if state.request.sees_images(branch) else (),
         timesteps_ahead=timesteps[state.index + 1 :],
     )
+
+
+def _checked_prediction(outcome: torch.Tensor | Exception, shape: tuple[int, ...]) -> torch.Tensor:
+    """The prediction, which every rank reads out of the exchange in this shape."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    if outcome.shape != (1, *shape):
+        raise ValueError(f"its prediction has shape {list(outcome.shape)}, but prediction_shape says {[1, *shape]}")
+    return outcome
 
 
 def _lengths(request: DiffusionRequest, branch: int) -> tuple[int, int]:

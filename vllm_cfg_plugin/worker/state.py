@@ -29,6 +29,7 @@ class RequestState:
         latents: [1, ...].
         noise_scheduler: diffusers' noise scheduler of this request alone, its timesteps set.
         generator: draws its first latents, then the noise of steps that draw some; alike on all ranks.
+        prediction_shape: of one branch's prediction, without its leading 1.
         prompt_embeds: of the branches this rank was told to encode.
         condition: what the request's images became, on ranks that encoded a branch.
         owners: cfg rank that forwards each branch, those of this step only; empty until it runs.
@@ -41,6 +42,7 @@ class RequestState:
     latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     noise_scheduler: Any = None
     generator: torch.Generator | None = None
+    prediction_shape: tuple[int, ...] = ()
     prompt_embeds: dict[int, PromptEmbeds] = field(default_factory=dict)
     condition: Sequence[torch.Tensor] = ()
     owners: tuple[int, ...] = ()
