@@ -256,7 +256,7 @@ def test_a_model_without_its_second_expert_is_refused(get_model, tmp_path):
         registry.describe(Checkpoint(str(folder)))
     components = get_model("2.2").ours.components | {"transformer_2": None}
     with pytest.raises(ConfigurationError, match=r"transformer_2 is missing with boundary_ratio=0\.5"):
-        WanPipeline(**components, boundary_ratio=0.5)
+        WanPipeline(**components, boundary_ratio=0.5)(prompt="a cat", height=32, width=32, num_frames=1)
 
 
 @torch.inference_mode()

@@ -12,14 +12,14 @@ from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import to_uint8
 from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
-from vllm_cfg_plugin.pipelines.common.callable_pipeline import CallablePipeline
+from vllm_cfg_plugin.pipelines.common.family import FamilyPipeline
 from vllm_cfg_plugin.pipelines.common.flow_schedule import set_flow_timesteps
 from vllm_cfg_plugin.pipelines.common.generate import Generators, make_requests
 
 Asked = tuple[list[list[str]], dict[str, Any]]  # texts of each prompt's branches, fields of `DiffusionRequest`
 
 
-class ImagePipeline(CallablePipeline):
+class ImagePipeline(FamilyPipeline):
     """First latents, timesteps and pixels of requests and of direct calls; goes before diffusers' pipeline class."""
 
     vae: Any

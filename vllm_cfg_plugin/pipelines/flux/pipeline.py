@@ -10,13 +10,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline as DiffusersFluxPipeline
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from msgspec import UNSET
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
@@ -36,6 +32,7 @@ DEFAULT_GUIDANCE_SCALE = 3.5
 class FluxPipeline(PositionIdsPipeline, DiffusersFluxPipeline):
     """diffusers' FluxPipeline with CFG-Parallel, for the engine or to be called directly."""
 
+    adopted: ClassVar[dict[str, Any]] = {"transformer": PackedFluxTransformer}
     output_class = FluxPipelineOutput
     call_options: ClassVar[dict[str, Any]] = {"cfg_normalize": False}
 
@@ -60,22 +57,6 @@ class FluxPipeline(PositionIdsPipeline, DiffusersFluxPipeline):
                 guidance_scale=DEFAULT_GUIDANCE_SCALE if is_distilled else UNSET,
             ),
         )
-
-    def __init__(
-        self,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        text_encoder_2: T5EncoderModel,
-        tokenizer_2: T5Tokenizer,
-        transformer: FluxTransformer2DModel,
-        image_encoder: Any = None,
-        feature_extractor: Any = None,
-    ) -> None:
-        packed = PackedFluxTransformer.adopt(transformer)
-        encoders = (text_encoder, tokenizer, text_encoder_2, tokenizer_2)
-        super().__init__(scheduler, vae, *encoders, packed, image_encoder, feature_extractor)
 
     def _asked(self, call: CallArguments) -> Asked:
         (height, width), most = self._size(call), call.max_sequence_length

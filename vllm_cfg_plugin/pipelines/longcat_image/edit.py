@@ -9,15 +9,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.transformer_longcat_image import LongCatImageTransformer2DModel
 from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import (
     LongCatImageEditPipeline as DiffusersLongCatImageEditPipeline,
 )
 from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import calculate_dimensions
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
+from transformers import Qwen2VLProcessor
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance
@@ -35,7 +32,6 @@ from vllm_cfg_plugin.pipelines.longcat_image.pipeline import (
     guided_texts,
     image_ids,
 )
-from vllm_cfg_plugin.pipelines.longcat_image.transformer import PackedLongCatImageTransformer
 
 EDIT_PIXELS = 1024 * 1024  # area that diffusers' `__call__` brings an image to
 
@@ -73,18 +69,6 @@ class LongCatImageEditPipeline(LongCatImageBase, DiffusersLongCatImageEditPipeli
     ) -> Self:
         components = {"text_processor": load_image_processor(model, revision)} | components
         return super().load(model, dtype=dtype, device=device, revision=revision, **components)
-
-    def __init__(
-        self,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKL,
-        text_encoder: Qwen2_5_VLForConditionalGeneration,
-        tokenizer: Qwen2Tokenizer,
-        text_processor: Qwen2VLProcessor,
-        transformer: LongCatImageTransformer2DModel,
-    ) -> None:
-        packed = PackedLongCatImageTransformer.adopt(transformer)
-        super().__init__(scheduler, vae, text_encoder, tokenizer, text_processor, packed)
 
     def _asked(self, call: CallArguments) -> Asked:
         height, width = _edit_size([call.image.size])

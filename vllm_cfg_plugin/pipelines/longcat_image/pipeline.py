@@ -11,15 +11,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.transformer_longcat_image import LongCatImageTransformer2DModel
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
     LongCatImagePipeline as DiffusersLongCatImagePipeline,
 )
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids, split_quotation
 from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from vllm_cfg_plugin import guidance as combine_rules
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
@@ -45,6 +41,7 @@ NEW_IMAGE, CONDITION = 1, 2  # first axis of the position ids
 class LongCatImageBase(PositionIdsPipeline):
     """What text-to-image and editing have in common."""
 
+    adopted: ClassVar[dict[str, Any]] = {"transformer": PackedLongCatImageTransformer}
     output_class = LongCatImagePipelineOutput
 
     def combine_cfg_noise(
@@ -105,18 +102,6 @@ class LongCatImagePipeline(LongCatImageBase, DiffusersLongCatImagePipeline):
     ) -> Self:
         components = {"text_processor": None} | components
         return super().load(model, dtype=dtype, device=device, revision=revision, **components)
-
-    def __init__(
-        self,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKL,
-        text_encoder: Qwen2_5_VLForConditionalGeneration,
-        tokenizer: Qwen2Tokenizer,
-        text_processor: Any,
-        transformer: LongCatImageTransformer2DModel,
-    ) -> None:
-        packed = PackedLongCatImageTransformer.adopt(transformer)
-        super().__init__(scheduler, vae, text_encoder, tokenizer, text_processor, packed)
 
     def _asked(self, call: CallArguments) -> Asked:
         height, width = self._size(call)

@@ -9,9 +9,6 @@ from collections.abc import Sequence, Set
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
-from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
 from PIL import Image
 
@@ -50,6 +47,7 @@ class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
     one tensor for each image that is a condition.
     """
 
+    adopted: ClassVar[dict[str, Any]] = {"transformer": PackedQwenImageTransformer, "vae": ImageQwenImageVAE}
     output_class = QwenImagePipelineOutput
     # `true_cfg_scale` is the name of today, `guidance_scale` an older one of the same.
     call_options: ClassVar[dict[str, Any]] = {
@@ -60,21 +58,6 @@ class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
     text_encoder: Any
     check_inputs: Any
     encode_prompt: Any
-
-    def __init__(
-        self,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKLQwenImage,
-        transformer: QwenImageTransformer2DModel,
-        **components: Any,
-    ) -> None:
-        diffusers_init: Any = super().__init__
-        diffusers_init(
-            scheduler=scheduler,
-            vae=ImageQwenImageVAE.adopt(vae),
-            transformer=PackedQwenImageTransformer.adopt(transformer),
-            **components,
-        )
 
     # ---- the engine's contract ----
 

@@ -9,12 +9,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
-from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline as DiffusersQwenImagePipeline
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
 
 from vllm_cfg_plugin.checkpoint import ImageSize
 from vllm_cfg_plugin.compat import let_vl_processors_do_without_videos
@@ -46,19 +42,6 @@ class QwenImageConditioned(QwenImageBase):
         let_vl_processors_do_without_videos()
         diffusers_class: Any = super()
         return diffusers_class.from_pretrained(*args, **kwargs)
-
-    def __init__(
-        self,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKLQwenImage,
-        text_encoder: Qwen2_5_VLForConditionalGeneration,
-        tokenizer: Qwen2Tokenizer,
-        processor: Qwen2VLProcessor,
-        transformer: QwenImageTransformer2DModel,
-    ) -> None:
-        super().__init__(
-            scheduler, vae, transformer, text_encoder=text_encoder, tokenizer=tokenizer, processor=processor
-        )
 
     @torch.no_grad()
     def encode_images(self, request: DiffusionRequest) -> list[torch.Tensor]:

@@ -10,15 +10,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
     StableDiffusion3Pipeline as DiffusersStableDiffusion3Pipeline,
 )
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import retrieve_timesteps
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
@@ -38,6 +34,7 @@ class StableDiffusion3Pipeline(ImagePipeline, DiffusersStableDiffusion3Pipeline)
     """diffusers' StableDiffusion3Pipeline with CFG-Parallel, for the engine or to be called directly."""
 
     channel_dim: ClassVar[int] = 1
+    adopted: ClassVar[dict[str, Any]] = {"transformer": PackedSD3Transformer}
     output_class = StableDiffusion3PipelineOutput
     call_options: ClassVar[dict[str, Any]] = {"cfg_normalize": False}
 
@@ -73,24 +70,6 @@ class StableDiffusion3Pipeline(ImagePipeline, DiffusersStableDiffusion3Pipeline)
         if not _has_t5(Checkpoint(model, revision)):
             components = {"text_encoder_3": None, "tokenizer_3": None} | components
         return super().load(model, dtype=dtype, device=device, revision=revision, **components)
-
-    def __init__(
-        self,
-        transformer: SD3Transformer2DModel,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModelWithProjection,
-        tokenizer: CLIPTokenizer,
-        text_encoder_2: CLIPTextModelWithProjection,
-        tokenizer_2: CLIPTokenizer,
-        text_encoder_3: Any,
-        tokenizer_3: Any,
-        image_encoder: Any = None,
-        feature_extractor: Any = None,
-    ) -> None:
-        packed = PackedSD3Transformer.adopt(transformer)
-        encoders = (text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3)
-        super().__init__(packed, scheduler, vae, *encoders, image_encoder, feature_extractor)
 
     def _asked(self, call: CallArguments) -> Asked:
         (height, width), most = self._size(call), call.max_sequence_length

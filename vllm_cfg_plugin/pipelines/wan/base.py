@@ -10,7 +10,6 @@ from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,14 +21,15 @@ from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance, 
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
 from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_standardised
-from vllm_cfg_plugin.pipelines.common.callable_pipeline import CallablePipeline
+from vllm_cfg_plugin.pipelines.common.family import FamilyPipeline
 from vllm_cfg_plugin.pipelines.common.generate import DirectCall, Generators, branch_texts, make_requests
 from vllm_cfg_plugin.pipelines.wan.transformer import PackedWanTransformer
+from vllm_cfg_plugin.pipelines.wan.vae import ThreadSafeWanVAE
 
 TEXT_TOKENS = 512  # every text is padded to so many, and the padding is attended to
 
 
-class WanBase(CallablePipeline):
+class WanBase(FamilyPipeline):
     """What the Wan pipelines share; inherited beside diffusers' pipeline.
 
     Attributes:
@@ -37,6 +37,11 @@ class WanBase(CallablePipeline):
     """
 
     channel_dim: ClassVar[int] = 1
+    adopted: ClassVar[dict[str, Any]] = {
+        "transformer": PackedWanTransformer,
+        "transformer_2": PackedWanTransformer,
+        "vae": ThreadSafeWanVAE,
+    }
     output_class = WanPipelineOutput
     float32_components: ClassVar[tuple[str, ...]] = ("vae",)  # as the checkpoints' own examples load it
 
@@ -171,6 +176,7 @@ class WanBase(CallablePipeline):
         return (pixels * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
 
     def _requests(self, call: CallArguments) -> list[DiffusionRequest]:
+        self._check_experts()
         height, width, num_frames = self._fitting(call.height, call.width, call.num_frames)
         guided = call.guidance_scale > 1
         # Empty texts where a caller has embeddings instead.
@@ -187,6 +193,14 @@ class WanBase(CallablePipeline):
             images=self._call_images(call),
             image_tokens=0,  # nobody reads it
         )
+
+    def _check_experts(self) -> None:
+        boundary_ratio = self.config.boundary_ratio
+        missing = [name for name in ("transformer", "transformer_2") if getattr(self, name) is None]
+        if missing and (boundary_ratio is not None or "transformer" in missing):
+            raise ConfigurationError(
+                f"model_index.json: {missing[0]} is missing with boundary_ratio={boundary_ratio}: it must be there"
+            )
 
     def _call_images(self, call: CallArguments) -> list[ImageInput]:
         """Of a direct call."""
@@ -258,22 +272,3 @@ class WanBase(CallablePipeline):
         # Others of the transformer's parameters are kept in float32.
         weight: torch.Tensor = self.transformer.patch_embedding.weight
         return weight
-
-
-def adopt_experts(
-    transformer: WanTransformer3DModel | None,
-    transformer_2: WanTransformer3DModel | None,
-    boundary_ratio: float | None,
-) -> tuple[PackedWanTransformer, PackedWanTransformer | None]:
-    """Both transformers with the packed forward.
-
-    Raises:
-        ConfigurationError: a model that some steps need is missing.
-    """
-    if transformer is None or (boundary_ratio is not None and transformer_2 is None):
-        missing = "transformer" if transformer is None else "transformer_2"
-        raise ConfigurationError(
-            f"model_index.json: {missing} is missing with boundary_ratio={boundary_ratio}: both experts must be there"
-        )
-    second = None if transformer_2 is None else PackedWanTransformer.adopt(transformer_2)
-    return PackedWanTransformer.adopt(transformer), second

@@ -13,20 +13,15 @@ from typing import Any, ClassVar
 
 import msgspec
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline as DiffusersWanImageToVideoPipeline
 from msgspec import UNSET
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, MODEL_INDEX, Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
 from vllm_cfg_plugin.pipelines.base import to_pil
 from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
-from vllm_cfg_plugin.pipelines.wan.base import WanBase, adopt_experts
-from vllm_cfg_plugin.pipelines.wan.vae import ThreadSafeWanVAE
+from vllm_cfg_plugin.pipelines.wan.base import WanBase
 
 _HEIGHT, _WIDTH = 480, 832  # the area of a video of no given size
 _ENCODED = ImageInput("encoded", "RGB", 0, 0, b"")  # stands for an image of a direct call, which may be a tensor
@@ -61,31 +56,6 @@ class WanImageToVideoPipeline(WanBase, DiffusersWanImageToVideoPipeline):
             max_images=most,
             condition_tokens=lambda sizes: (0, embedding_tokens * len(sizes)),
             default_size=lambda sizes: _size_like(sizes[0], area, info.size_multiple),
-        )
-
-    def __init__(
-        self,
-        tokenizer: AutoTokenizer,
-        text_encoder: UMT5EncoderModel,
-        vae: AutoencoderKLWan,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        image_processor: CLIPImageProcessor | None = None,
-        image_encoder: CLIPVisionModel | None = None,
-        transformer: WanTransformer3DModel | None = None,
-        transformer_2: WanTransformer3DModel | None = None,
-        boundary_ratio: float | None = None,
-        expand_timesteps: bool = False,
-    ) -> None:
-        own: dict[str, Any] = {"image_processor": image_processor, "image_encoder": image_encoder}
-        own["transformer"], own["transformer_2"] = adopt_experts(transformer, transformer_2, boundary_ratio)
-        super().__init__(
-            tokenizer,
-            text_encoder,
-            ThreadSafeWanVAE.adopt(vae),
-            scheduler,
-            **own,
-            boundary_ratio=boundary_ratio,
-            expand_timesteps=expand_timesteps,
         )
 
     def _requests(self, call: CallArguments) -> list[DiffusionRequest]:

@@ -7,17 +7,14 @@ The scale s of `neg + s * (pos - neg)` is diffusers' `guidance_scale` plus one h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline as DiffusersZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
-from transformers import AutoTokenizer, PreTrainedModel
 
 from vllm_cfg_plugin import guidance
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
@@ -39,6 +36,7 @@ PROMPT_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # t
 class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
     """diffusers' ZImagePipeline with CFG-Parallel, for the engine or to be called directly."""
 
+    adopted: ClassVar[dict[str, Any]] = {"transformer": PackedZImageTransformer}
     output_class = ZImagePipelineOutput
 
     @classmethod
@@ -66,16 +64,6 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
                 max_sequence_length=min(DEFAULT_TEXT_TOKENS, max_tokens),
             ),
         )
-
-    def __init__(
-        self,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKL,
-        text_encoder: PreTrainedModel,
-        tokenizer: AutoTokenizer,
-        transformer: ZImageTransformer2DModel,
-    ) -> None:
-        super().__init__(scheduler, vae, text_encoder, tokenizer, PackedZImageTransformer.adopt(transformer))
 
     def _asked(self, call: CallArguments) -> Asked:
         height, width = self._checked_side("height", call.height), self._checked_side("width", call.width)

@@ -1,4 +1,4 @@
-"""`__call__` of a family's pipeline, as diffusers' own has it: for scripts, under `torchrun` on the cfg ranks."""
+"""What every family inherits before its class of diffusers: components of ours, and a `__call__` on the cfg ranks."""
 
 from __future__ import annotations
 
@@ -15,18 +15,28 @@ from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.generate import DirectCall, Generators
 
 
-class CallablePipeline(EnginePipeline):
+class FamilyPipeline(EnginePipeline):
     """Inherited beside diffusers' pipeline class, and before it.
 
     Attributes:
+        adopted: classes of ours that take over components, with their weights: `adopt` makes one of a loaded component.
         output_class: what a call returns, a class of diffusers.
         call_options: arguments of a call beyond those of diffusers' `__call__`, and other defaults than its own.
     """
 
+    adopted: ClassVar[Mapping[str, Any]]
     output_class: ClassVar[type]
     call_options: ClassVar[Mapping[str, Any]] = {}
 
     maybe_free_model_hooks: Any
+
+    def register_modules(self, **components: Any) -> None:
+        """diffusers' `__init__` hands all components to this method."""
+        for name, ours in self.adopted.items():
+            if components.get(name) is not None:
+                components[name] = ours.adopt(components[name])
+        diffusers_class: Any = super()
+        diffusers_class.register_modules(**components)
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
