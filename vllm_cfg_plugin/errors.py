@@ -12,6 +12,8 @@ CfgPluginError
 
 from __future__ import annotations
 
+import json
+
 __all__ = [
     "CfgPluginError",
     "ConfigurationError",
@@ -38,11 +40,12 @@ class InvalidRequestError(CfgPluginError, ValueError):
     """
 
     def __init__(self, param: str, value: object, allowed: str) -> None:
-        self.param = param
-        shown = repr(value)
-        if len(shown) > 100:
-            shown = f"{shown[:100]}... ({len(shown)} characters)"
-        super().__init__(f"{param}={shown} is not valid: it must be {allowed}")
+        self.param, self.value, self.allowed = param, value, allowed
+        super().__init__(f"{param}={_shown(value)} is not valid: it must be {allowed}")
+
+    def renamed(self, param: str) -> InvalidRequestError:
+        """The same error of a field that the user knows by another name."""
+        return InvalidRequestError(param, self.value, self.allowed)
 
     def within(self, path: str) -> InvalidRequestError:
         """The same error of a field that is inside something else, e.g. path ``"prompts[2]."``."""
@@ -51,6 +54,27 @@ class InvalidRequestError(CfgPluginError, ValueError):
     def __reduce__(self) -> tuple[object, ...]:
         # Three constructor arguments became one message; pickling by message alone would fail to rebuild.
         return (_rebuild_invalid_request, (self.param, str(self)))
+
+
+def _shown(value: object) -> str:
+    """A value as a user writes it: a quoted text, JSON, or of other objects what they are."""
+    if isinstance(value, str):
+        shown = repr(value)
+    elif value is None or isinstance(value, (bool, int, float, list, tuple, dict)):
+        try:
+            shown = json.dumps(value, ensure_ascii=False, default=_described)
+        except (TypeError, ValueError):  # keys that JSON lacks, a circle, a number of thousands of digits
+            shown = f"({type(value).__name__})"
+    else:
+        shown = _described(value)
+    return shown if len(shown) <= 100 else f"{shown[:100]}... ({len(shown)} characters)"
+
+
+def _described(value: object) -> str:
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    has_words = type(value).__str__ is not object.__str__
+    return str(value) if has_words else f"({type(value).__name__})"
 
 
 def _rebuild_invalid_request(param: str, message: str) -> InvalidRequestError:

@@ -57,7 +57,7 @@ def resolve_requests(
     if text[0] in info.text.captioned:  # of a length that is known too late to plan with
         text = text[0], info.text.sequence_tokens(limit, limit)
     height, width = _checked_size(params, info, limits)
-    num_frames = _checked_frames(params, info)
+    num_frames = _checked_frames(params, info, len(images))
     if height * width * num_frames > limits.max_video_pixels:
         allowed = f"less: all frames of {width}x{height} have more than {limits.max_video_pixels} pixels"
         raise InvalidRequestError("num_frames", num_frames, allowed)
@@ -113,11 +113,19 @@ def check_image_count(count: int, info: PipelineInfo, limits: RequestLimits) -> 
         InvalidRequestError: of "image".
     """
     most = min(info.max_images, limits.max_input_images)
+    given = counted(count, "image") if count else None
     if count and not info.max_images:
-        raise InvalidRequestError("image", f"{count} images", f"absent: this model does {info.task}")
+        raise InvalidRequestError("image", given, f"absent: this model does {info.task}")
     if not info.min_images <= count <= most:
-        allowed = f"{info.min_images} to {most} images" if most > info.min_images else f"{most} image"
-        raise InvalidRequestError("image", f"{count} images" if count else None, f"{allowed} for this model")
+        allowed = counted(most, "image") if most <= info.min_images else f"{info.min_images} to {most} images"
+        if info.produces == "video" and most > 1:
+            allowed += ", the first frame and the last,"
+        raise InvalidRequestError("image", given, f"{allowed} for this model, which does {info.task}")
+
+
+def counted(count: int, noun: str) -> str:
+    """1 -> "1 image", 2 -> "2 images"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _check_images(images: Sequence[ImageInput], info: PipelineInfo, limits: RequestLimits) -> None:
@@ -227,7 +235,7 @@ def _checked_side(param: str, value: object, info: PipelineInfo) -> int:
     return value
 
 
-def _checked_frames(params: DiffusionParams, info: PipelineInfo) -> int:
+def _checked_frames(params: DiffusionParams, info: PipelineInfo, images: int) -> int:
     if params.num_frames is UNSET:
         return 1
     frames = params.num_frames
@@ -238,6 +246,10 @@ def _checked_frames(params: DiffusionParams, info: PipelineInfo) -> int:
         raise InvalidRequestError("num_frames", frames, allowed)
     if info.max_frames and frames > info.max_frames:
         raise InvalidRequestError("num_frames", frames, f"at most {info.max_frames} for this model")
+    if frames < images:
+        raise InvalidRequestError(
+            "num_frames", frames, f"at least {images}: the images are its first frame and its last"
+        )
     return frames
 
 

@@ -107,7 +107,6 @@ def test_models_health_and_metrics(server, client):
 
 
 BAD = [
-    ({"prompt": ""}, "prompt"),
     ({"prompt": 7}, "prompt"),
     ({"prompt": "word " * 3000}, "prompt"),
     ({"negative_prompt": "word " * 3000}, "negative_prompt"),

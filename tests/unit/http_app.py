@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from openai import AsyncOpenAI
 from PIL import Image
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.exceptions import QueueOverflowError
 
 from tests.unit.fakes import INFO, LIMITS, answer
 from vllm_cfg_plugin.entrypoints.endpoint import DiffusionEndpointPlugin
@@ -32,12 +33,19 @@ class FakeEngine:
         self.vllm_config = None
         self.errored = False
         self.should_keep_api_server_alive = False
+        self.queue_room = 1000
         self.is_running = True
+
+    def check_admission(self, n=1, request_id=None):
+        """As `AsyncLLM`'s, with `queue_room` for the queue's limit."""
+        if len(self.requests) + n > self.queue_room:
+            raise QueueOverflowError
 
     async def encode(self, prompt, pooling_params, request_id):
         assert prompt == {"type": "token", "prompt_token_ids": [0]}
         assert pooling_params.task == "plugin"
         request = msgspec.convert(pooling_params.extra_kwargs, DiffusionRequest)
+        self.check_admission(1, request_id)
         self.requests[request_id] = request
         try:
             await asyncio.sleep(0)

@@ -8,7 +8,7 @@ from msgspec import structs
 from tests.unit.edits import CAT, DOG, EDIT_INFO, LAYERED_INFO, assert_refused, edit, png_bomb
 from tests.unit.fakes import LIMITS
 from tests.unit.http_app import EDITS, FakeEngine, make_app, send
-from vllm_cfg_plugin.entrypoints.images import service as serving
+from vllm_cfg_plugin.entrypoints import service as serving
 
 
 @pytest.fixture

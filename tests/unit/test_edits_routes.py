@@ -12,7 +12,7 @@ from PIL import Image
 from tests.unit.edits import CAT, DOG, EDIT_INFO, LAYERED_INFO, assert_refused, edit
 from tests.unit.fakes import IMAGE_TO_VIDEO_INFO
 from tests.unit.http_app import EDITS, GENERATIONS, FakeEngine, ask, decode, disconnect_mid_denoise, make_app, send
-from vllm_cfg_plugin.entrypoints.images import service as serving
+from vllm_cfg_plugin.entrypoints import service as serving
 
 
 @pytest.fixture

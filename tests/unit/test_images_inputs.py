@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 
 from tests.unit.edits import image_file, png_bomb
 from vllm_cfg_plugin.entrypoints.images.inputs import FORMATS, read_image, read_images
@@ -204,3 +204,46 @@ def test_each_of_several_is_named():
     with pytest.raises(InvalidRequestError) as refused:
         read_images([image_file(), image_file(), b"x"], "image", MAX_PIXELS)
     assert refused.value.param == "image[2]"
+
+
+def noise(size: int) -> bytes:
+    return np.random.default_rng(0).bytes(size)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"icc_profile": noise(4_000_000)},
+        {"pnginfo": [("Comment", "x" * 2_000_000, True)]},
+        {"pnginfo": [("workflow", "y" * 70_000_000, False)]},
+        {"pnginfo": [(f"t{i}", "z" * 900_000, True) for i in range(80)]},
+        {"pnginfo": [("XML:com.adobe.xmp", "x" * 2_000_000, True)]},
+    ],
+    ids=["profile", "packed text", "huge text", "many texts", "packed xmp"],
+)
+def test_a_png_with_large_metadata(metadata):
+    """For which Pillow refuses the file."""
+    if "pnginfo" in metadata:
+        info = PngImagePlugin.PngInfo()
+        for key, text, is_packed in metadata["pnginfo"]:
+            info.add_itxt(key, text, zip=is_packed)
+        metadata = {"pnginfo": info}
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    data = saved(Image.fromarray(PHOTO), "PNG", exif=exif, **metadata)
+    with pytest.raises(ValueError, match=r"too large|too much|Too much"):
+        Image.open(io.BytesIO(data)).load()
+    assert np.array_equal(pixels_of(read(data)), PHOTO[::-1, ::-1])
+
+
+def test_a_rotation_in_a_pngs_text_is_undone():
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="3"/></x:xmpmeta>')
+    data = saved(Image.fromarray(PHOTO), "PNG", pnginfo=info)
+    assert np.array_equal(pixels_of(read(data)), PHOTO[::-1, ::-1])
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read():
+    decoded = read(saved(Image.fromarray(PHOTO), "AVIF", quality=100))
+    assert (decoded.width, decoded.height) == PHOTO.shape[1::-1]

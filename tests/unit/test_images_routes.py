@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from vllm.exceptions import RetryableRequestError
+from vllm.exceptions import QueueOverflowError, RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.unit.fakes import IMAGE_TO_VIDEO_INFO, INFO, LIMITS, fake_pixels
 from tests.unit.http_app import GENERATIONS, FakeEngine, ask, decode, disconnect_mid_denoise, make_app, send
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
-from vllm_cfg_plugin.params import RequestLimits
+from vllm_cfg_plugin.params import DiffusionParams, RequestLimits
 
 GOOD = {"prompt": "a cat", "seed": 5}
 
@@ -333,3 +333,52 @@ def test_a_body_above_the_limit_is_refused_before_it_is_read(engine, monkeypatch
     assert response.json()["error"]["param"] == "body"
     assert "1000 bytes" in response.json()["error"]["message"]
     assert sum(sent) == (0 if announced else 1100)
+
+
+def test_a_404_names_the_model_that_is_served_also_where_it_is_a_path(app):
+    app.state.images_service._model_names = ["/srv/models/emoji.v1"]
+    response = post(app, {**GOOD, "model": "/opt/models/sd.v3"})
+    assert response.status_code == 404
+    for name in ("/opt/models/sd.v3", "/srv/models/emoji.v1"):
+        assert name in response.json()["error"]["message"]
+
+
+def test_results_are_admitted_all_or_none(app, engine):
+    engine.queue_room = 2
+    response = post(app, {**GOOD, "n": 3})
+    assert response.status_code == 503, response.text
+    assert response.json()["error"]["code"] == 503
+    assert engine.requests == {}
+    assert post(app, {**GOOD, "n": 2}).status_code == 200
+
+
+def test_requests_that_arrive_together_do_not_overbook(app, engine):
+    """The second is admitted, or refused, when the engine does not yet count the first one's results."""
+    engine.queue_room = 3
+    service = app.state.images_service
+
+    async def run():
+        requests = service._front_end.resolve("a cat", DiffusionParams(n=2))
+        first = service._calls.start(requests, "a")
+        with pytest.raises(QueueOverflowError):
+            service._calls.start(requests, "b")
+        await first
+        assert service._calls._starting == 0
+
+    asyncio.run(run())
+    assert list(engine.requests) == ["a-0", "a-1"]
+
+
+def test_work_that_is_cancelled_before_it_begins_reaches_no_engine(app, engine):
+    service = app.state.images_service
+
+    async def run():
+        engine.behave = lambda request: asyncio.sleep(60)
+        work = service._calls.start(service._front_end.resolve("a cat", DiffusionParams(n=2)), "a")
+        work.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert work.cancelled()
+
+    asyncio.run(run())
+    assert sorted(engine.cancelled) == sorted(engine.requests)

@@ -4,6 +4,7 @@ import pytest
 from msgspec import UNSET
 from pydantic import ValidationError
 
+from tests.unit.fakes import INFO
 from vllm_cfg_plugin.entrypoints.fields import schema_error
 from vllm_cfg_plugin.entrypoints.images.schema import ImagesRequest, Usage
 from vllm_cfg_plugin.errors import InvalidRequestError
@@ -11,7 +12,7 @@ from vllm_cfg_plugin.errors import InvalidRequestError
 
 def parse(**fields) -> ImagesRequest:
     body = ImagesRequest.model_validate({"prompt": "a cat", **fields})
-    body.check()
+    body.check(INFO)
     return body
 
 
@@ -20,27 +21,27 @@ OPTIONAL = [name for name in ImagesRequest.model_fields if name != "prompt"]
 
 def test_explicit_nulls_are_defaults():
     body = parse(**dict.fromkeys([*OPTIONAL, "a_field_of_a_newer_client"]))
-    params = body.to_params()
+    params = body.to_params(INFO)
     assert params.height is params.width is params.num_inference_steps is params.true_cfg_scale is UNSET
     assert (params.n, params.seed, body.format) == (1, UNSET, "png")
 
 
 def test_a_null_negative_prompt_means_none_and_an_absent_one_the_default():
-    assert parse(negative_prompt=None).to_params().negative_prompt is None
-    assert parse().to_params().negative_prompt is UNSET
-    assert parse(negative_prompt="").to_params().negative_prompt == ""
+    assert parse(negative_prompt=None).to_params(INFO).negative_prompt is None
+    assert parse().to_params(INFO).negative_prompt is UNSET
+    assert parse(negative_prompt="").to_params(INFO).negative_prompt == ""
 
 
 def test_explicit_zero_is_kept():
-    params = parse(true_cfg_scale=0, guidance_scale=0.0, seed=0, num_inference_steps=0, n=0).to_params()
+    params = parse(true_cfg_scale=0, guidance_scale=0.0, seed=0, num_inference_steps=0, n=0).to_params(INFO)
     assert (params.true_cfg_scale, params.guidance_scale, params.seed) == (0, 0, 0)
     assert (params.num_inference_steps, params.n) == (0, 0)
 
 
 def test_size_is_width_by_height():
-    params = parse(size="96x64").to_params()
+    params = parse(size="96x64").to_params(INFO)
     assert (params.width, params.height) == (96, 64)
-    assert parse(size="auto").to_params().height is UNSET
+    assert parse(size="auto").to_params(INFO).height is UNSET
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_size_is_width_by_height():
 )
 def test_other_sizes_are_refused(size):
     with pytest.raises(InvalidRequestError) as refused:
-        parse(size=size).to_params()
+        parse(size=size).to_params(INFO)
     assert refused.value.param == "size"
 
 

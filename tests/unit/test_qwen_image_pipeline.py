@@ -263,7 +263,7 @@ def test_what_only_diffusers_loop_takes_is_refused(tiny, argument):
 
 
 def test_a_call_without_a_prompt_is_refused(tiny):
-    with pytest.raises(InvalidRequestError, match="prompt=None is not valid: it must be a text"):
+    with pytest.raises(InvalidRequestError, match="prompt=null is not valid: it must be a text"):
         run(tiny)
 
 

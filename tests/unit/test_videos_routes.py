@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+from dataclasses import replace
 
 import av
 import httpx
@@ -13,6 +14,7 @@ import pytest
 import zmq
 from openai import AsyncOpenAI, NotFoundError
 from PIL import Image
+from vllm.exceptions import QueueOverflowError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.unit.fakes import IMAGE_TO_VIDEO_INFO, INFO, LIMITS, VIDEO_INFO, answer
@@ -554,3 +556,69 @@ def test_a_page_after_an_unknown_video_is_refused():
 def test_the_wire_form_is_json(app):
     body = json.loads(post(app, GOOD).text)
     assert {"id", "object", "status", "progress", "created_at", "error", "remixed_from_video_id"} <= set(body)
+
+
+def test_a_full_queue_is_a_503_and_no_job(app, engine):
+    engine.queue_room = 0
+    response = post(app, GOOD)
+    assert response.status_code == 503, response.text
+    assert app.state.videos_service.jobs.page(None, 10, "asc").data == []
+    assert engine.requests == {}
+
+
+def test_a_video_that_the_engine_refuses_later_is_no_failed_file(app, engine, caplog):
+    """Another API server took the last place."""
+
+    async def behave(request):
+        raise QueueOverflowError
+
+    engine.behave = behave
+    video = with_client(app, lambda client, http: client.videos.create_and_poll(prompt="a", poll_interval_ms=10))
+    assert (video.status, video.error.code) == ("failed", "aborted")
+    assert "busy" in video.error.message
+    assert "written" not in video.error.message
+    assert "Traceback" not in caplog.text
+
+
+FIRST_AND_LAST = replace(IMAGE_TO_VIDEO_INFO, min_images=2, max_images=2)
+
+
+def test_a_first_and_a_last_image(engine, monkeypatch):
+    app = make_app(engine, monkeypatch, FIRST_AND_LAST)
+    red, blue = png(), png((0, 0, 250))
+    url = "data:image/png;base64," + base64.b64encode(blue).decode()
+    with_client(app, lambda client, http: client.videos.create_and_poll(prompt="a", input_reference=[red, blue]))
+    pair = [("input_reference", ("a.png", red)), ("input_reference", ("b.png", blue))]
+    assert post(app, files=pair, data={"prompt": "a"}).status_code == 200
+    both = [{"image_url": url.replace(url, "data:image/png;base64," + base64.b64encode(red).decode())}]
+    assert post(app, {**GOOD, "input_reference": [*both, {"image_url": url}]}).status_code == 200
+    for request in engine.requests.values():
+        assert [image.pixels[:3] for image in request.images] == [bytes((200, 30, 30)), bytes((0, 0, 250))]
+    assert len(engine.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("files", "param", "says"),
+    [
+        ([], "input_reference", "2 images, the first frame and the last"),
+        ([png()], "input_reference", "'1 image' is not valid: it must be 2 images"),
+        ([png()] * 3, "input_reference", "'3 images' is not valid: it must be 2 images"),
+        ([png(), b"no image"], "input_reference[1]", "decoded"),
+    ],
+)
+def test_wrong_first_and_last_images(engine, monkeypatch, files, param, says):
+    app = make_app(engine, monkeypatch, FIRST_AND_LAST)
+    parts = [("prompt", (None, "a cat")), *(("input_reference[]", ("a.png", data)) for data in files)]
+    if len(files) == 1:
+        parts[-1] = ("input_reference", parts[-1][1])
+    response = post(app, files=parts)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert says in response.json()["error"]["message"]
+
+
+def test_one_frame_for_two_images(engine, monkeypatch):
+    app = make_app(engine, monkeypatch, FIRST_AND_LAST)
+    pair = [("input_reference[]", ("a.png", png()))] * 2
+    response = post(app, files=pair, data={"prompt": "a cat", "num_frames": "1"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "num_frames")
+    assert "at least 2" in response.json()["error"]["message"]

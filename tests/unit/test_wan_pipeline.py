@@ -296,7 +296,8 @@ def test_frames_and_images_that_do_not_fit_are_refused(get_model):
         get_model("2.1").request(images=[picture(0)])
     with pytest.raises(InvalidRequestError, match="1 image for this model"):
         get_model("2.1-image").request(images=[])
-    with pytest.raises(InvalidRequestError, match="num_frames=1 is not valid: it must be more than 1"):
-        get_model("2.2-image").ours.encode_images(get_model("2.2-image").request(num_frames=1))
+    with pytest.raises(InvalidRequestError, match="num_frames=1 is not valid: it must be at least 2"):
+        get_model("2.2-image").request(num_frames=1)
+    assert get_model("2.2-image").request(images=[picture(0)], num_frames=1).num_frames == 1
     with pytest.raises(InvalidRequestError, match="guidance_scale_2"):
         get_model("2.1").request(guidance_scale_2=3.0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.exceptions import RetryableRequestError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _SHUTDOWN_POLL_S = 0.5
 
+Work = asyncio.Task[list[GeneratedImage]]
+
 
 class EngineCalls:
     """One engine, as the services of an API server call it.
@@ -34,24 +36,44 @@ class EngineCalls:
     def __init__(self, engine: EngineClient, is_stopping: Callable[[], bool]) -> None:
         self._engine = engine
         self._is_stopping = is_stopping
+        self._starting = 0  # requests that the engine has been given and does not count yet
 
-    async def run(self, requests: list[DiffusionRequest], request_id: str) -> list[GeneratedImage]:
-        """The results of all requests, in their order.
+    def start(self, requests: list[DiffusionRequest], request_id: str) -> Work:
+        """Hand all requests to the engine, or none where its queue has no room for all of them.
+
+        Raises:
+            vllm's GracefulHTTPError: there is no room, as `--max-num-queued-reqs` says.
+        """
+        count = len(requests)
+        self._engine.check_admission(self._starting + count, request_id)
+        tasks = [
+            asyncio.create_task(self._run_one(request, f"{request_id}-{index}"))
+            for index, request in enumerate(requests)
+        ]
+        # Until then the engine doesn't count them itself: the loop runs their first steps before this.
+        self._starting += count
+        asyncio.get_running_loop().call_soon(self._have_started, count)
+        work = asyncio.create_task(_all_results(tasks))
+        work.add_done_callback(lambda _: [task.cancel() for task in tasks])
+        return work
+
+    def _have_started(self, count: int) -> None:
+        self._starting -= count
+
+    async def finish(self, work: Work, request_id: str) -> list[GeneratedImage]:
+        """The results of `start`, in the order of their requests.
 
         Raises:
             RequestFailedError: one of them failed.
             RequestAbortedError: the server or the engine stopped first.
             vllm's EngineDeadError: the engine died.
         """
-        work = asyncio.ensure_future(self._run_all(requests, request_id))
         try:
             return await self._unless_stopping(work, request_id)
         finally:
             work.cancel()
 
-    async def _unless_stopping(
-        self, work: asyncio.Future[list[GeneratedImage]], request_id: str
-    ) -> list[GeneratedImage]:
+    async def _unless_stopping(self, work: Work, request_id: str) -> list[GeneratedImage]:
         """Without this a server that shuts down would wait for images that a stopped engine never makes."""
         while not work.done():
             await asyncio.wait({work}, timeout=_SHUTDOWN_POLL_S)
@@ -64,17 +86,6 @@ class EngineCalls:
                 raise _shutting_down(request_id)
         return work.result()
 
-    async def _run_all(self, requests: list[DiffusionRequest], request_id: str) -> list[GeneratedImage]:
-        try:
-            async with asyncio.TaskGroup() as group:  # a failure or a cancellation cancels, and so aborts, the others
-                tasks = [
-                    group.create_task(self._run_one(request, f"{request_id}-{index}"))
-                    for index, request in enumerate(requests)
-                ]
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
-
     async def _run_one(self, request: DiffusionRequest, request_id: str) -> GeneratedImage:
         started = time.perf_counter()
         answer = None
@@ -86,6 +97,18 @@ class EngineCalls:
         if answer is None:
             raise RequestAbortedError(f"request {request_id} was aborted: the engine gave no answer")
         return read_output(answer, 1000 * (time.perf_counter() - started))
+
+
+async def _all_results(tasks: Sequence[asyncio.Task[GeneratedImage]]) -> list[GeneratedImage]:
+    """Those of all tasks; a failure or a cancellation cancels, and so aborts, the others."""
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        failures = [task for task in tasks if task in done and task.exception()]
+        return [task.result() for task in failures or tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _shutting_down(request_id: str) -> RequestAbortedError:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 
 from vllm_cfg_plugin.entrypoints.fields import schema_error
 from vllm_cfg_plugin.entrypoints.forms import limit_body
@@ -65,5 +65,7 @@ def error_response(error: CfgPluginError) -> JSONResponse:
         status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
     else:
         status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"
-    content = create_error_response(str(error), kind, status, param)
-    return JSONResponse(content.model_dump(), status_code=status)
+    # vLLM cuts paths out of messages. What a client or the operator wrote, the served model's name too, stays whole.
+    message = str(error) if status < HTTPStatus.INTERNAL_SERVER_ERROR else sanitize_message(str(error))
+    content = {"message": message, "type": kind, "param": param, "code": status.value}
+    return JSONResponse({"error": content}, status_code=status)

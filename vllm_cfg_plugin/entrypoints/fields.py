@@ -6,16 +6,17 @@ ignored: what can't be honoured is refused, naming the field. Must not import vL
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_cfg_plugin.checkpoint import PipelineInfo
+from vllm_cfg_plugin.entrypoints import hints
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import COMBINE_RULES, DiffusionParams
+from vllm_cfg_plugin.params import COMBINE_RULES, DiffusionParams, DiffusionRequest
 
 MAX_PROMPT_CHARACTERS = 32_000  # OpenAI's limit
 
@@ -61,6 +62,9 @@ class DiffusionFields(BaseModel):
     user: str | None = None
     safety_identifier: str | None = None
 
+    IMAGES: ClassVar[str] = ""  # the field of the images that come along; it is read before the others
+    _SERVED: ClassVar[Served] = {}
+
     @model_validator(mode="before")
     @classmethod
     def _lift(cls, data: Any) -> Any:
@@ -84,31 +88,42 @@ class DiffusionFields(BaseModel):
         except ValidationError as errors:
             raise schema_error(errors.errors()[0]) from None
 
-    def check_fields(self, served: Served) -> None:
-        """Refuse fields that there are not, and values of the others that can't be honoured.
+    def check(self, info: PipelineInfo) -> None:
+        """Reject unknown fields, and values that the endpoint can't honour for this model.
 
         Raises:
             InvalidRequestError: naming the field.
         """
         for name, value in (self.model_extra or {}).items():
             if value is not None:  # a null asks for nothing
-                allowed = f"absent: this endpoint has no field of that name{self.hint(name)}"
+                hint = self.hint(name, info)
+                allowed = f"absent: this endpoint has no field of that name{hint and f'; {hint}'}"
                 raise InvalidRequestError(name, value, allowed)
-        for name, (values, allowed) in served.items():
+        for name, (values, allowed) in self.served(info).items():
             if getattr(self, name) not in values:
                 raise InvalidRequestError(name, getattr(self, name), allowed)
 
-    @classmethod
-    def hint(cls, name: str) -> str:
-        """For the user of a field that there is not."""
-        close = difflib.get_close_matches(name, cls.model_fields, n=1)
-        return f"; did you mean {close[0]}?" if close else ""
+    def served(self, info: PipelineInfo) -> Served:
+        """The fields of which only some values can be honoured for this model."""
+        return self._SERVED
 
-    def to_params(self) -> DiffusionParams:
-        """The parameters; `prompt` is passed beside them.
+    @classmethod
+    def hint(cls, name: str, info: PipelineInfo) -> str:
+        """What the user of an unknown field meant; '' where nobody knows."""
+        return hints.hint(name, cls.model_fields, info, cls.IMAGES)
+
+    def check_result(self, request: DiffusionRequest) -> None:
+        """Reject a result that no file can hold.
 
         Raises:
-            InvalidRequestError: `size` is not WIDTHxHEIGHT.
+            InvalidRequestError: naming the field.
+        """
+
+    def to_params(self, info: PipelineInfo) -> DiffusionParams:
+        """The parameters; `prompt` and the images are passed beside them.
+
+        Raises:
+            InvalidRequestError: of `size`.
         """
         width, height = self._sides()
         given = {name: value for name in _PASSED_ON if (value := getattr(self, name, None)) is not None}
@@ -125,10 +140,13 @@ class DiffusionFields(BaseModel):
         return int(match[1]), int(match[2])
 
     def in_request_terms(self, error: InvalidRequestError) -> InvalidRequestError:
-        """The parameters have a width and a height where this request has one `size`."""
+        """The parameters have names of their own for the images and for the sides of `size`."""
+        if error.param == "image" and self.IMAGES:
+            return error.renamed(self.IMAGES)
         if error.param not in ("width", "height"):
             return error
-        return InvalidRequestError("size", self.size, f'WIDTHxHEIGHT or "auto"; {error}')
+        allowed = f'WIDTHxHEIGHT or "auto": {error.param}={error.value} must be {error.allowed}'
+        return InvalidRequestError("size", self.size, allowed)
 
 
 def _lift_extra_body(data: Any) -> Any:

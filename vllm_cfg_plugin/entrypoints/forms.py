@@ -6,8 +6,8 @@ The clients write `a[b]` for a field in a field and `a[]` for an item of a list;
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
@@ -28,8 +28,10 @@ class UploadedFile:
     """A file of a form. Its content type is not kept, clients rarely know it."""
 
     filename: str
-    size: int
-    data: bytes = field(repr=False)
+    data: bytes
+
+    def __str__(self) -> str:
+        return f"file {self.filename or 'without a name'}, {len(self.data)} bytes"
 
 
 def limit_body(request: Request, limit: int) -> Request:
@@ -81,8 +83,29 @@ async def read_form(request: Request) -> dict[str, Any]:
 async def _content(part: UploadFile | str) -> UploadedFile | str:
     if isinstance(part, str):
         return part
-    data = await part.read()
-    return UploadedFile(part.filename or "", len(data), data)
+    return UploadedFile(part.filename or "", await part.read())
+
+
+def files_in(value: Any, param: str, read: Callable[[Any, str], bytes]) -> list[bytes] | bytes | None:
+    """The file or the files in a field of a form, which came once or several times; None of a field that did not come.
+
+    Args:
+        read: (value, name of the field) -> file.
+    """
+    if isinstance(value, list):
+        return [read(item, f"{param}[{index}]") for index, item in enumerate(value)]
+    return None if value in (None, "") else read(value, param)
+
+
+def uploaded_file(value: object, param: str) -> bytes:
+    """The bytes of an uploaded file.
+
+    Raises:
+        InvalidRequestError: it is something else.
+    """
+    if not isinstance(value, UploadedFile):
+        raise InvalidRequestError(param, value, "an uploaded file: a part of the form that has a filename")
+    return value.data
 
 
 def nest_fields(parts: Iterable[tuple[str, Any]]) -> dict[str, Any]:

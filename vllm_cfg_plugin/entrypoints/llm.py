@@ -209,7 +209,9 @@ def _unpack(prompt: Any, params: DiffusionParams) -> tuple[Any, DiffusionParams]
     if not isinstance(prompt, Mapping):
         return prompt, params
     if "prompt" not in prompt or not set(prompt) <= set(_PROMPT_KEYS):
-        raise InvalidRequestError("prompt", dict(prompt), f"a text, or a mapping with keys of {_PROMPT_KEYS}")
+        raise InvalidRequestError(
+            "prompt", dict(prompt), f"a text, or a mapping with keys of {', '.join(_PROMPT_KEYS)}"
+        )
     if "negative_prompt" in prompt:
         params = msgspec.structs.replace(params, negative_prompt=prompt["negative_prompt"])
     return prompt["prompt"], params

@@ -10,12 +10,13 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from vllm_cfg_plugin.entrypoints.images.png import without_metadata
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import ImageInput
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))
 
 # 16 bits a pixel, which PIL's own conversion would cut off at 255, and 32 bits, of which nobody says what is white.
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -42,18 +43,48 @@ def read_image(image: object, param: str, max_pixels: int) -> ImageInput:
     source = image if isinstance(image, Image.Image) else _file_bytes(image, param)
     given = f"{len(source)} bytes" if isinstance(source, bytes) else "an image"
     try:
-        opened = Image.open(io.BytesIO(source), formats=FORMATS) if isinstance(source, bytes) else source
-        if opened.width * opened.height > max_pixels:
-            raise InvalidRequestError(param, f"{opened.width}x{opened.height}", f"of at most {max_pixels} pixels")
-        return _decoded(opened)
+        return _read(source, param, max_pixels)
     except InvalidRequestError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidRequestError(param, given, f"of at most {max_pixels} pixels ({error})") from None
     except Exception as error:  # decoders raise nearly anything where the bytes lie
-        reason = "its first bytes are of none of them" if isinstance(error, UnidentifiedImageError) else error
-        allowed = f"an image file that can be decoded ({', '.join(FORMATS)}): {reason}"
+        allowed = f"an image file that can be decoded ({', '.join(FORMATS)}): {_reason(error)}"
         raise InvalidRequestError(param, given, allowed) from None
+
+
+def _read(source: Image.Image | bytes, param: str, max_pixels: int) -> ImageInput:
+    if isinstance(source, Image.Image):
+        return _checked(source, param, max_pixels)
+    try:
+        return _checked(_open(source), param, max_pixels)
+    except ValueError:  # among others what Pillow raises for metadata
+        lean = without_metadata(source)
+        if len(lean) == len(source):
+            raise
+        return _checked(_open(lean), param, max_pixels)
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _checked(image: Image.Image, param: str, max_pixels: int) -> ImageInput:
+    if image.width * image.height > max_pixels:
+        raise InvalidRequestError(param, f"{image.width}x{image.height}", f"of at most {max_pixels} pixels")
+    return _decoded(image)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "its first bytes are of none of them"
+    if isinstance(error, _UnscaledError) or "truncated" in str(error):
+        return str(error)
+    return "it is damaged"  # the decoders' own words are about their insides
+
+
+class _UnscaledError(ValueError):
+    """Nobody says which value of a pixel is white."""
 
 
 def _file_bytes(image: object, param: str) -> bytes:
@@ -64,13 +95,14 @@ def _file_bytes(image: object, param: str) -> bytes:
     try:
         return Path(image).expanduser().read_bytes()
     except (OSError, ValueError, RuntimeError) as error:  # no file, a NUL in its name, nobody's home folder
-        raise InvalidRequestError(param, str(image), f"a file that can be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidRequestError(param, str(image), f"a file that can be read ({reason})") from None
 
 
 def _decoded(image: Image.Image) -> ImageInput:
     upright = ImageOps.exif_transpose(image)
     if upright.mode in _UNSCALED_MODES:
-        raise ValueError(f"its pixels are {upright.mode}, not 8 or 16 bits a channel")
+        raise _UnscaledError(f"its pixels are {upright.mode}, not 8 or 16 bits a channel")
     if upright.mode in _DEEP_MODES:
         upright = upright.point(lambda value: value * (1 / 256)).convert("L")
     mode = "RGBA" if upright.has_transparency_data else "RGB"

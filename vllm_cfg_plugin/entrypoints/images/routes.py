@@ -16,9 +16,9 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancell
 from vllm.utils import random_uuid
 
 from vllm_cfg_plugin.entrypoints.error_route import OpenAIErrorRoute
-from vllm_cfg_plugin.entrypoints.forms import UploadedFile, read_form
+from vllm_cfg_plugin.entrypoints.forms import files_in, read_form, uploaded_file
 from vllm_cfg_plugin.entrypoints.images.schema import EditsRequest, ImagesRequest, ImagesResponse, edits_form_schema
-from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.entrypoints.service import Files
 
 router = APIRouter(route_class=OpenAIErrorRoute)
 
@@ -36,7 +36,7 @@ class EditForm:
     """What a form for /v1/images/edits holds: its fields, and its images as `read_images` takes them."""
 
     body: EditsRequest
-    images: bytes | list[bytes]
+    files: Files
 
 
 async def read_edit_form(raw_request: Request) -> EditForm:
@@ -46,12 +46,7 @@ async def read_edit_form(raw_request: Request) -> EditForm:
         InvalidRequestError: it is no form, or one of its fields has the wrong type.
     """
     fields = await read_form(raw_request)
-    images = fields.pop("image", None) or []  # one, or a list of those that came as `image[]`
-    for index, image in enumerate(images if isinstance(images, list) else [images]):
-        if not isinstance(image, UploadedFile):
-            param = f"image[{index}]" if isinstance(images, list) else "image"
-            raise InvalidRequestError(param, image, "an uploaded file: a part of the form that has a filename")
-    files = [image.data for image in images] if isinstance(images, list) else images.data
+    files = files_in(fields.pop(EditsRequest.IMAGES, None), EditsRequest.IMAGES, uploaded_file)
     return EditForm(EditsRequest.from_form(fields), files)
 
 
@@ -62,12 +57,10 @@ async def read_edit_form(raw_request: Request) -> EditForm:
 @load_aware_call
 async def edit_images(form: Annotated[EditForm, Depends(read_edit_form)], raw_request: Request) -> JSONResponse:
     """Images and text to image: `image` once or `image[]` several times, and the fields of /v1/images/generations."""
-    return await _respond(raw_request, form.body, form.images)
+    return await _respond(raw_request, form.body, form.files)
 
 
-async def _respond(
-    raw_request: Request, body: ImagesRequest, images: bytes | list[bytes] | None = None
-) -> JSONResponse:
+async def _respond(raw_request: Request, body: ImagesRequest, files: Files = None) -> JSONResponse:
     request_id = raw_request.headers.get("X-Request-Id") or random_uuid()
-    response = await raw_request.app.state.images_service.generate(body, f"img-{request_id}", images)
+    response = await raw_request.app.state.images_service.generate(body, f"img-{request_id}", files)
     return JSONResponse(response.model_dump())

@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
+from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.entrypoints.fields import DiffusionFields, Served
 from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.params import DiffusionRequest
 
 FULL_QUALITY = "high"  # what a response calls the one quality that a model has
 
@@ -57,27 +59,17 @@ class ImagesRequest(DiffusionFields):
         "partial_images": ((None, 0), "0: this server does not stream"),
     }
 
-    def check(self, is_transparent: bool = False) -> None:
-        """Refuse what this server can't honour.
+    def served(self, info: PipelineInfo) -> Served:
+        return self._SERVED | (_SERVED_TRANSPARENT if info.is_transparent else {})
 
-        Args:
-            is_transparent: the model's results have an alpha channel.
-
-        Raises:
-            InvalidRequestError: naming the field.
-        """
-        self.check_fields(self._SERVED | (_SERVED_TRANSPARENT if is_transparent else {}))
+    def check(self, info: PipelineInfo) -> None:
+        super().check(info)
         if self.format == "png" and self.output_compression not in (None, 100):
             raise InvalidRequestError("output_compression", self.output_compression, "100 for PNG, which loses nothing")
 
-    def check_size(self, height: int, width: int) -> None:
-        """Refuse a result that a file of this format can't hold.
-
-        Raises:
-            InvalidRequestError: of "output_format".
-        """
+    def check_result(self, request: DiffusionRequest) -> None:
         largest = _LARGEST_SIDES.get(self.format)
-        if largest is not None and max(height, width) > largest:
+        if largest is not None and max(request.height, request.width) > largest:
             raise InvalidRequestError("output_format", self.output_format, f'"png" for sides above {largest} pixels')
 
     @property
@@ -90,14 +82,16 @@ class ImagesRequest(DiffusionFields):
         return 100 if self.output_compression is None else self.output_compression
 
     @classmethod
-    def hint(cls, name: str) -> str:
-        if name == "image" or name in EditsRequest.model_fields:
-            return "; POST /v1/images/edits has it"
-        return super().hint(name)
+    def hint(cls, name: str, info: PipelineInfo) -> str:
+        if name == EditsRequest.IMAGES or name in EditsRequest.model_fields:
+            return "POST /v1/images/edits has it"
+        return super().hint(name, info)
 
 
 class EditsRequest(ImagesRequest):
     """The fields of POST /v1/images/edits, without `image`."""
+
+    IMAGES: ClassVar[str] = "image"
 
     input_fidelity: str | None = None
     mask: Any = None
@@ -113,8 +107,8 @@ def edits_form_schema() -> dict[str, Any]:
     """What OpenAPI says of the body of /v1/images/edits."""
     schema = EditsRequest.model_json_schema()
     file = {"type": "string", "format": "binary"}
-    schema["properties"]["image"] = {"anyOf": [file, {"type": "array", "items": file}]}
-    schema["required"] = [*schema["required"], "image"]
+    schema["properties"][EditsRequest.IMAGES] = {"anyOf": [file, {"type": "array", "items": file}]}
+    schema["required"] = [*schema["required"], EditsRequest.IMAGES]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 

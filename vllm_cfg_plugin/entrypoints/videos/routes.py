@@ -18,22 +18,21 @@ from pydantic import BaseModel, ValidationError
 
 from vllm_cfg_plugin.entrypoints.error_route import OpenAIErrorRoute
 from vllm_cfg_plugin.entrypoints.fields import schema_error
-from vllm_cfg_plugin.entrypoints.forms import UploadedFile, read_form
+from vllm_cfg_plugin.entrypoints.forms import UploadedFile, files_in, read_form
+from vllm_cfg_plugin.entrypoints.service import Files
 from vllm_cfg_plugin.entrypoints.videos.schema import DeletedVideo, Video, VideoList, VideosRequest
 from vllm_cfg_plugin.entrypoints.videos.service import VideosService
 from vllm_cfg_plugin.errors import InvalidRequestError
-
-_REFERENCE = "input_reference"
 
 router = APIRouter(route_class=OpenAIErrorRoute)
 
 
 @dataclass(frozen=True)
 class VideoForm:
-    """What a request for a video holds: its fields, and the file of the image to start from."""
+    """What a request for a video holds: its fields, and the files of its first frame and of its last."""
 
     body: VideosRequest
-    reference: bytes | None
+    files: Files
 
 
 async def read_video_form(raw_request: Request) -> VideoForm:
@@ -44,11 +43,11 @@ async def read_video_form(raw_request: Request) -> VideoForm:
     """
     is_json = "json" in raw_request.headers.get("content-type", "").partition(";")[0].lower()
     fields = await _read_json(raw_request) if is_json else await read_form(raw_request)
-    reference = _reference_file(fields.pop(_REFERENCE, None))
+    files = files_in(fields.pop(VideosRequest.IMAGES, None), VideosRequest.IMAGES, _reference_file)
     if not is_json:
-        return VideoForm(VideosRequest.from_form(fields), reference)
+        return VideoForm(VideosRequest.from_form(fields), files)
     try:
-        return VideoForm(VideosRequest.model_validate(fields), reference)
+        return VideoForm(VideosRequest.model_validate(fields), files)
     except ValidationError as errors:
         raise schema_error(errors.errors()[0]) from None
 
@@ -64,18 +63,18 @@ async def _read_json(raw_request: Request) -> dict[str, Any]:
     return fields
 
 
-def _reference_file(reference: object) -> bytes | None:
+def _reference_file(reference: object, param: str) -> bytes:
     """An uploaded file, or OpenAI's reference object with a data URL."""
-    if reference is None or isinstance(reference, UploadedFile):
-        return None if reference is None else reference.data
+    if isinstance(reference, UploadedFile):
+        return reference.data
     url = reference.get("image_url") if isinstance(reference, dict) else None
     if isinstance(url, str) and url.startswith("data:") and ";base64," in url:
         try:
             return base64.b64decode(url.partition(";base64,")[2], validate=True)
         except binascii.Error as error:
-            raise InvalidRequestError(_REFERENCE, url, f"base64 that can be decoded: {error}") from None
+            raise InvalidRequestError(param, url, f"base64 that can be decoded: {error}") from None
     allowed = 'an uploaded file, or {"image_url": "data:image/png;base64,..."}: this server fetches nothing'
-    raise InvalidRequestError(_REFERENCE, reference, allowed)
+    raise InvalidRequestError(param, reference, allowed)
 
 
 def _service(raw_request: Request) -> VideosService:
@@ -93,7 +92,7 @@ def _answer(model: BaseModel) -> JSONResponse:
 @router.post("/v1/videos", responses={HTTPStatus.OK.value: {"model": Video}})
 async def create_video(form: Annotated[VideoForm, Depends(read_video_form)], service: Service) -> JSONResponse:
     """Start a video; its state is at /v1/videos/{id} and, once completed, its file at /v1/videos/{id}/content."""
-    return _answer(await service.create(form.body, form.reference))
+    return _answer(await service.create(form.body, form.files))
 
 
 @router.get("/v1/videos", responses={HTTPStatus.OK.value: {"model": VideoList}})

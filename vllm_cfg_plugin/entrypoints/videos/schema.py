@@ -7,16 +7,16 @@ import vLLM or torch.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from pydantic import BaseModel, BeforeValidator, Field
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.entrypoints.fields import DiffusionFields
-from vllm_cfg_plugin.entrypoints.videos.file import LARGEST_RATE, SMALLEST_RATE
+from vllm_cfg_plugin.entrypoints.videos.file import LARGEST_RATE, LARGEST_SIDE, SMALLEST_RATE
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import DiffusionParams
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
 
 VideoStatus = Literal["queued", "in_progress", "completed", "failed"]
 
@@ -32,25 +32,27 @@ class VideosRequest(DiffusionFields):
     `num_frames` decides the length; without it `seconds` does, as closely as the model can; else the model does.
     """
 
+    IMAGES: ClassVar[str] = "input_reference"
+
     seconds: Annotated[str, BeforeValidator(_as_text)] | None = Field(None, description='length of the video, e.g. "4"')
     num_frames: int | None = None
     fps: float | None = Field(
         None, ge=SMALLEST_RATE, le=LARGEST_RATE, description="of the file; the model's own if absent"
     )
 
-    def params_for(self, info: PipelineInfo) -> DiffusionParams:
-        """The parameters; `prompt` and the image are passed beside them.
-
-        Raises:
-            InvalidRequestError: of `size` or `seconds`.
-        """
-        params = self.to_params()
+    def to_params(self, info: PipelineInfo) -> DiffusionParams:
+        params = super().to_params(info)
         if self.num_frames is not None:
             return msgspec.structs.replace(params, num_frames=self.num_frames)
         if self.seconds is None:
             return params
         intervals = (self._seconds() * self.rate(info) - 1) / info.frames_per_latent
         return msgspec.structs.replace(params, num_frames=max(round(intervals), 0) * info.frames_per_latent + 1)
+
+    def check_result(self, request: DiffusionRequest) -> None:
+        if max(request.height, request.width) > LARGEST_SIDE:
+            size = f"{request.width}x{request.height}"
+            raise InvalidRequestError("size", size, f"of sides of at most {LARGEST_SIDE} pixels, to fit in a file")
 
     def rate(self, info: PipelineInfo) -> float:
         """Frames a second of the file."""
@@ -73,9 +75,8 @@ class VideosRequest(DiffusionFields):
 
     def in_request_terms(self, error: InvalidRequestError) -> InvalidRequestError:
         if error.param == "num_frames" and self.num_frames is None and self.seconds is not None:
-            return InvalidRequestError("seconds", self.seconds, f"less; {error}")
-        if error.param == "image":
-            return InvalidRequestError("input_reference", None, f"an image that the model takes; {error}")
+            allowed = f"another length: it stands for num_frames={error.value}, which must be {error.allowed}"
+            return InvalidRequestError("seconds", self.seconds, allowed)
         return super().in_request_terms(error)
 
 

@@ -10,40 +10,38 @@ from contextlib import suppress
 import msgspec
 import numpy as np
 import zmq
+from vllm.exceptions import GracefulHTTPError, VLLMError
 from vllm.logger import init_logger
 from vllm.utils import random_uuid
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_cfg_plugin.engine.progress import ProgressListener
-from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
-from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, check_model_name
-from vllm_cfg_plugin.entrypoints.images.inputs import read_images
+from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls, Work
+from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.entrypoints.images.service import encode_image
-from vllm_cfg_plugin.entrypoints.videos.file import LARGEST_SIDE, write_video
+from vllm_cfg_plugin.entrypoints.service import DiffusionService, Files
+from vllm_cfg_plugin.entrypoints.videos.file import write_video
 from vllm_cfg_plugin.entrypoints.videos.jobs import VideoJob, VideoJobs
 from vllm_cfg_plugin.entrypoints.videos.schema import Video, VideosRequest
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, RequestAbortedError
-from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
+from vllm_cfg_plugin.params import DiffusionRequest
 
 logger = init_logger(f"vllm.{__name__}")
 
 _THUMBNAIL_QUALITY = 80
 
 
-class VideosService:
-    """Serves one engine's model under one or more names; its calls are made on one event loop.
-
-    Args:
-        calls: to that engine.
+class VideosService(DiffusionService):
+    """Starts videos as jobs; its calls are made on one event loop.
 
     Attributes:
         jobs: of this server.
     """
 
+    produces = "video"
+
     def __init__(self, calls: EngineCalls, front_end: FrontEnd, model_names: Sequence[str]) -> None:
-        self._calls = calls
-        self._front_end = front_end
-        self._model_names = model_names
+        super().__init__(calls, front_end, model_names)
         self._hears_progress = False
         self.jobs = VideoJobs()
 
@@ -66,20 +64,32 @@ class VideosService:
         else:
             self._hears_progress = True
 
-    async def create(self, body: VideosRequest, reference: bytes | None) -> Video:
+    async def create(self, body: VideosRequest, files: Files = None) -> Video:
         """Start a job.
 
         Args:
-            reference: file of the image to start from.
+            files: images that came with it, the first frame and, for some models, the last.
 
         Raises:
             InvalidRequestError, ModelNotFoundError: the request is wrong; nothing was started.
+            vllm's GracefulHTTPError: the engine's queue has no room; nothing was started.
         """
-        request = await self._resolve(body, reference)
+        (request,) = await self._resolve(body, files)
+        video = self._describe(body, request)
+        if self._hears_progress:
+            request = msgspec.structs.replace(request, progress_key=video.id)
+        work = self._calls.start([request], video.id)
+        job = self.jobs.add(video)
+        task = asyncio.create_task(self._run(job, work))
+        task.add_done_callback(lambda _: work.cancel())  # also where it was cancelled before it began
+        job.cancel = task.cancel
+        return video
+
+    def _describe(self, body: VideosRequest, request: DiffusionRequest) -> Video:
         info = self._front_end.info
-        video = Video(
+        return Video(
             id=f"video_{random_uuid()}",
-            model=body.model or self._model_names[0],
+            model=self._model_name(body),
             status="queued" if self._hears_progress else "in_progress",
             created_at=int(time.time()),
             prompt=body.prompt,
@@ -89,12 +99,6 @@ class VideosService:
             num_frames=request.num_frames,
             fps=body.rate(info),
         )
-        job = self.jobs.add(video)
-        if self._hears_progress:
-            request = msgspec.structs.replace(request, progress_key=video.id)
-        task = asyncio.create_task(self._run(job, request))
-        job.cancel = task.cancel
-        return video
 
     def finished(self, video_id: str) -> VideoJob:
         """A job whose files are there.
@@ -109,52 +113,24 @@ class VideosService:
             raise InvalidRequestError("video_id", video_id, f"that of a completed video, and this one {state}")
         return job
 
-    async def _resolve(self, body: VideosRequest, reference: bytes | None) -> DiffusionRequest:
-        check_model_name(body.model, self._model_names)
-        body.check_fields({})
-        self._check_task(body.model or self._model_names[0], reference)
-        images: list[ImageInput] = []
-        if reference is not None:
-            limit = self._front_end.limits.max_input_pixels
-            images = await asyncio.to_thread(read_images, reference, "input_reference", limit)
-        try:
-            (request,) = self._front_end.resolve(body.prompt, body.params_for(self._front_end.info), images)
-        except InvalidRequestError as error:
-            raise body.in_request_terms(error) from None
-        if max(request.height, request.width) > LARGEST_SIDE:
-            size = f"{request.width}x{request.height}"
-            raise InvalidRequestError("size", size, f"of sides of at most {LARGEST_SIDE} pixels, to fit in a file")
-        return request
-
-    def _check_task(self, model: str, reference: bytes | None) -> None:
-        info = self._front_end.info
-        if info.produces != "video":
-            endpoint = "/v1/images/edits" if info.min_images else "/v1/images/generations"
-            raise InvalidRequestError(
-                "model", model, f"one that makes videos: this one does {info.task}, at {endpoint}"
-            )
-        if reference is None and info.min_images:
-            raise InvalidRequestError("input_reference", None, f"given, an image file: this model does {info.task}")
-        if reference is not None and not info.max_images:
-            raise InvalidRequestError(
-                "input_reference", f"{len(reference)} bytes", f"absent: this model does {info.task}"
-            )
-
-    async def _run(self, job: VideoJob, request: DiffusionRequest) -> None:
+    async def _run(self, job: VideoJob, work: Work) -> None:
         """To its end, whatever that is: nobody waits for this, so the job's state says it."""
         try:
-            (result,) = await self._calls.run([request], job.video.id)
+            (result,) = await self._calls.finish(work, job.video.id)
             await asyncio.to_thread(_write_files, job, result.pixels)
             self.jobs.complete(job, msgspec.structs.asdict(result.metrics))
         except asyncio.CancelledError:
             self.jobs.fail(job, "cancelled", "it was deleted, or the server stopped, before it was done")
             raise
-        except RequestAbortedError as error:
+        except (RequestAbortedError, GracefulHTTPError) as error:
             self.jobs.fail(job, "aborted", str(error))
         except CfgPluginError as error:
             self.jobs.fail(job, "failed", str(error))
         except EngineDeadError:
             self.jobs.fail(job, "aborted", "the engine has died, see the server's log")
+        except VLLMError as error:
+            logger.exception("Video %s can't be made", job.video.id)
+            self.jobs.fail(job, "failed", f"the video can't be made: {error}")
         except Exception as error:
             logger.exception("Video %s can't be written", job.video.id)
             self.jobs.fail(job, "failed", f"the video can't be written: {error}")

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import Qwen2VLProcessor
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
+from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, from_pil, to_pil
 from vllm_cfg_plugin.pipelines.common import vision_processor
@@ -33,6 +34,7 @@ from vllm_cfg_plugin.pipelines.longcat_image.pipeline import (
     image_ids,
 )
 
+_MAX_ASPECT_RATIO = 200  # what the image processor of the text encoder takes
 EDIT_PIXELS = 1024 * 1024  # area that diffusers' `__call__` brings an image to
 
 
@@ -139,6 +141,9 @@ def _edit_size(sizes: Sequence[ImageSize]) -> ImageSize:
     """(height, width) that an image to be edited is brought to, from its (width, height)."""
     [(width, height)] = sizes
     new_width, new_height = calculate_dimensions(EDIT_PIXELS, width / height)
+    if max(new_width, new_height) > _MAX_ASPECT_RATIO * min(new_width, new_height):
+        allowed = f"at most about {_MAX_ASPECT_RATIO} times as long as wide"
+        raise InvalidRequestError("image", f"{width}x{height}", allowed)
     return new_height, new_width
 
 

@@ -1,0 +1,85 @@
+"""What other clients call a field: a table that names ours, where spelling alone would name a wrong one.
+
+Names are those of Automatic1111, ComfyUI, Stability, Replicate, Invoke, diffusers and of OpenAI's older APIs. Must not
+import vLLM or torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection
+
+from vllm_cfg_plugin.checkpoint import PipelineInfo
+
+_STEPS = ("steps", "num_steps", "n_steps", "sample_steps", "sampling_steps", "inference_steps", "ddim_steps")
+_SCALES = ("cfg_scale", "cfg", "scale", "guidance", "unconditional_guidance_scale", "text_guidance_scale")
+_SIDES = ("height", "width", "aspect_ratio", "resolution", "image_size", "dimensions")
+_NEGATIVES = ("negative", "neg_prompt", "negative_text", "uncond_prompt", "text_negative")
+_COUNTS = (
+    "batch_size",
+    "num_images",
+    "num_images_per_prompt",
+    "num_outputs",
+    "num_samples",
+    "number_results",
+    "num_videos_per_prompt",
+)
+_SEEDS = ("random_seed", "noise_seed", "manual_seed", "generator")
+_SAMPLERS = ("sampler", "sampler_name", "sampler_index", "scheduler", "scheduler_name", "sample_method")
+_IMAGES = (
+    "image",
+    "images",
+    "image_url",
+    "init_image",
+    "init_images",
+    "input_image",
+    "input_images",
+    "reference_image",
+)
+_LAST_IMAGES = ("last_image", "end_image", "tail_image", "last_frame")
+_FRAMES = ("frames", "length", "video_length", "n_frames", "frame_count")
+_RATES = ("frame_rate", "frames_per_second", "framerate", "rate")
+_LIMITS = ("max_tokens", "max_length", "tokenizer_max_length")
+_FORMATS = ("format", "image_format", "file_format", "response_extension")
+
+_FIELDS = {
+    **dict.fromkeys(_STEPS, "num_inference_steps"),
+    **dict.fromkeys(_SIDES, "size"),
+    **dict.fromkeys(_NEGATIVES, "negative_prompt"),
+    **dict.fromkeys(_COUNTS, "n"),
+    **dict.fromkeys(_SEEDS, "seed"),
+    **dict.fromkeys(_FRAMES, "num_frames"),
+    **dict.fromkeys(_RATES, "fps"),
+    **dict.fromkeys(("duration", "video_seconds"), "seconds"),
+    **dict.fromkeys(_LIMITS, "max_sequence_length"),
+    **dict.fromkeys(_FORMATS, "output_format"),
+}
+_REMEDIES = {
+    "size": 'size is the field, as "WIDTHxHEIGHT"',
+    "n": "n is the number of results",
+}
+
+
+def hint(name: str, fields: Collection[str], info: PipelineInfo, images: str) -> str:
+    """For the user of a field that there is not: the field that was meant, or '' where none is like it.
+
+    Args:
+        fields: those that there are.
+        info: of the served model, whose scale of guidance has one of two names.
+        images: the field that takes images.
+    """
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    if snake in _SAMPLERS:
+        return "the noise scheduler is the checkpoint's own: scheduler/scheduler_config.json says which"
+    if snake in _LAST_IMAGES:
+        return f"a last image is the second {images}" if images and info.max_images > 1 else ""
+    ours = snake if snake in fields else _FIELDS.get(snake)
+    ours = info.cfg_scale if snake in _SCALES else ours
+    if snake in _IMAGES:
+        return f"did you mean {images}?" if images else "POST /v1/images/edits takes images"
+    if ours in _REMEDIES and ours in fields:
+        return _REMEDIES[ours]
+    if ours is None:
+        ours = next(iter(difflib.get_close_matches(snake, fields, n=1)), "")
+    return f"did you mean {ours}?" if ours in fields else ""
