@@ -6,6 +6,7 @@ made in a short-lived thread of a live program would be killed.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -15,8 +16,11 @@ _POLL_SECONDS = 0.25
 
 
 def die_with_parent() -> None:
-    """Kill this process within a moment of its parent's end."""
-    parent = os.getppid()
+    """Kill this process within a moment of its parent's end; for processes that `multiprocessing` made."""
+    process = multiprocessing.parent_process()
+    if process is None:
+        raise RuntimeError("this process was not made by multiprocessing: it has no parent to watch")
+    parent = process.pid  # and not os.getppid(), which is somebody else once the parent is gone
 
     def watch() -> None:
         while os.getppid() == parent:
