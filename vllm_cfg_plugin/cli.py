@@ -1,7 +1,8 @@
 """Our flags on vLLM's own command line, and the other flags' defaults when MODEL is a diffusers checkpoint.
 
 vLLM copies only its declared fields from the parsed namespace, so our flags are written into `additional_config`, which
-it declares. All checks here end in argparse's one-line error and exit code 2, before any process is started.
+it declares. What depends on several arguments happens once all are parsed, so their order means nothing. All checks
+here end in argparse's one-line error and exit code 2, before any process is started.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.config import ENGINE_DEFAULTS, EngineSettings, default_dtype, new_progress_address
+from vllm_cfg_plugin.config import EngineSettings, check_options, new_address, with_our_defaults
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
 
@@ -38,10 +39,9 @@ def add_flags(parser: argparse.ArgumentParser, on_cpu: bool) -> None:
     actions = {action.dest: action for action in parser._actions}
     if "cfg_parallel_size" in actions:
         return
-    _rebase(actions["additional_config"], _MergeConfig)
-    for dest in ("model_tag", "model"):
-        if dest in actions:
-            _rebase(actions[dest], _ModelAction).on_cpu = on_cpu  # type: ignore[attr-defined]
+    # Keeps its flags, type, default and help.
+    actions["additional_config"].__class__ = _MergeConfig
+    parser.parse_known_args = _DiffusionParsing(parser, on_cpu)  # type: ignore[method-assign, assignment]
     group = parser.add_argument_group("CFG-Parallel", "Diffusion pipelines with classifier-free guidance.")
     for name, text in _FLAGS.items():
         default = getattr(EngineSettings(), name)
@@ -62,12 +62,6 @@ def all_plugin_names() -> str:
     groups = [group for group in entry_points().groups if group.startswith("vllm.")]
     names = {point.name for group in groups for point in entry_points(group=group)}
     return ",".join(sorted(names - _OPT_IN_ONLY))
-
-
-def _rebase(action: argparse.Action, cls: type[argparse.Action]) -> argparse.Action:
-    """Give an existing argument our behaviour, keeping its flags, type, default and help."""
-    action.__class__ = cls
-    return action
 
 
 def _positive_int(text: str) -> int:
@@ -92,11 +86,6 @@ class _MergeConfig(argparse.Action):
     ) -> None:
         settings = self._settings(values, option_string)
         namespace.additional_config = {**(namespace.additional_config or {}), **settings}
-        try:
-            EngineSettings.from_dict(namespace.additional_config)
-        except ConfigurationError as error:
-            parser.error(str(error))
-        _check_model(parser, namespace)
 
     def _settings(self, values: Any, option_string: str | None) -> dict[str, Any]:
         return values
@@ -116,48 +105,62 @@ class _SwitchAction(_MergeConfig, argparse.BooleanOptionalAction):
         return {self.dest: not str(option_string).startswith("--no-")}
 
 
-class _ModelAction(argparse.Action):
-    """Stores MODEL; a diffusers checkpoint brings our defaults for the flags that the user left alone."""
+class _DiffusionParsing:
+    """A parser's `parse_known_args`, and after it what a diffusers checkpoint as MODEL brings.
 
-    on_cpu: bool
+    Args:
+        parser: whose method this replaces.
+        on_cpu: whether the model will run on a CPU.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, on_cpu: bool) -> None:
+        self._parser = parser
+        self._parse = parser.parse_known_args
+        self._on_cpu = on_cpu
 
     def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, values)
-        if isinstance(values, str) and _checkpoint(namespace, values).is_diffusers():
-            defaults = {**ENGINE_DEFAULTS, "dtype": default_dtype(self.on_cpu)}
-            for dest, value in defaults.items():
-                if getattr(namespace, dest, None) == parser.get_default(dest):
-                    setattr(namespace, dest, value)
-            given = getattr(namespace, "additional_config", None) or {}
-            namespace.additional_config = {"progress_address": new_progress_address(), **given}
-            # vLLM loads routes of plugins only if they are named there; nothing was imported through it yet.
-            os.environ.setdefault("VLLM_PLUGINS", all_plugin_names())
-            _check_servable(parser, _checkpoint(namespace, values))
-        _check_model(parser, namespace)
+        self, args: Sequence[str] | None = None, namespace: Any = None, **options: Any
+    ) -> tuple[argparse.Namespace, list[str]]:
+        namespace = argparse.Namespace() if namespace is None else namespace
+        # argparse fills in a default only where there is nothing yet, so what is still `_NOT_GIVEN` at the end was not
+        # given, and what was given is told from its default even where the two are equal.
+        watched = ("model", *with_our_defaults({}, self._on_cpu))
+        for dest in watched:
+            if not hasattr(namespace, dest):
+                setattr(namespace, dest, _NOT_GIVEN)
+        namespace, rest = self._parse(args, namespace, **options)
+        given = {dest: value for dest in watched if (value := getattr(namespace, dest)) is not _NOT_GIVEN}
+        vars(namespace).update({dest: self._parser.get_default(dest) for dest in watched if dest not in given})
+        try:
+            if _has_diffusion_model(namespace, given.get("model")):
+                check_options(vars(namespace), self._parser.get_default)
+                vars(namespace).update(with_our_defaults(given, self._on_cpu))
+        except ConfigurationError as error:
+            # Not `error()`, which prints vLLM's 300 lines of usage first.
+            self._parser.exit(2, f"{self._parser.prog}: error: {error}\n")
+        return namespace, rest
 
 
-def _check_model(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> None:
-    """A model with a CFG-Parallel setting must be one that we serve; whichever of the two is parsed last finds out."""
-    model = getattr(namespace, "model_tag", None)
-    settings = (set(_FLAGS) | set(_SWITCHES)) & set(getattr(namespace, "additional_config", None) or {})
-    if isinstance(model, str) and settings:
-        checkpoint = _checkpoint(namespace, model)
-        if not checkpoint.is_diffusers():
-            _check_servable(parser, checkpoint)
+_NOT_GIVEN = object()
 
 
-def _checkpoint(namespace: argparse.Namespace, model: str) -> Checkpoint:
-    return Checkpoint(model, getattr(namespace, "revision", None))
+def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bool:
+    """Whether MODEL is a diffusion pipeline, which is then made ready.
 
-
-def _check_servable(parser: argparse.ArgumentParser, checkpoint: Checkpoint) -> None:
-    try:
+    Raises:
+        ConfigurationError: it is one that we don't serve, or none and has a setting of ours.
+    """
+    settings = getattr(namespace, "additional_config", None) or {}
+    EngineSettings.from_dict(settings)
+    model = getattr(namespace, "model_tag", None) or model_option
+    if not isinstance(model, str):
+        return False
+    checkpoint = Checkpoint(model, getattr(namespace, "revision", None))
+    is_diffusion = checkpoint.is_diffusers()
+    if is_diffusion or set(settings) & {*_FLAGS, *_SWITCHES}:
         check_servable(checkpoint)
-    except ConfigurationError as error:
-        parser.error(str(error))
+    if is_diffusion:
+        namespace.additional_config = {"progress_address": new_address("progress"), **settings}
+        # vLLM loads routes of plugins only if they are named there; nothing was imported through it yet.
+        os.environ.setdefault("VLLM_PLUGINS", all_plugin_names())
+    return is_diffusion

@@ -16,8 +16,16 @@ import signal
 import socket
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import zmq
+from pydantic import ValidationError
+
+from vllm_cfg_plugin.errors import ConfigurationError, one_line
+
+_CAUSE_MS = 2000  # the engine's process has ended by then, so what it sent is here or never was
 _OUTPUT_THREAD_END_S = 10  # it has nothing left to do; should it hang, closing must not
 
 
@@ -100,6 +108,50 @@ def end_output_thread(client: Any) -> None:
     thread.join(_OUTPUT_THREAD_END_S)
     while not client.outputs_queue.empty():  # unread images must not be freed by a daemon thread that shares the queue
         client.outputs_queue.get_nowait()
+
+
+def report_failed_start(address: str) -> None:
+    """Tell whoever holds `failed_start_has_cause(address)` why the engine of this process could not start.
+
+    Symptom: the program that starts an engine gets "Engine core initialization failed. See root cause above". Cause:
+    the engine's process writes the cause into the log alone. Exit condition: vLLM's error carries it.
+    """
+    logging.getLogger("vllm.v1.engine.core").addHandler(_FailedStartHandler(address))
+
+
+class _FailedStartHandler(logging.Handler):
+    def __init__(self, address: str) -> None:
+        super().__init__(logging.ERROR)
+        self._address = address
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] and "failed to start" in record.getMessage():
+            with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+                socket.setsockopt(zmq.LINGER, _CAUSE_MS)
+                socket.connect(self._address)
+                socket.send(one_line(record.exc_info[1]).encode())
+
+
+@contextmanager
+def failed_start_has_cause(address: str) -> Iterator[None]:
+    """Start an engine inside; see `report_failed_start`.
+
+    Raises:
+        ConfigurationError: the engine could not start; says why.
+    """
+    with zmq.Context() as context, context.socket(zmq.PULL) as socket:
+        socket.bind(address)
+        try:
+            yield
+        except RuntimeError as error:
+            if not socket.poll(_CAUSE_MS):
+                raise
+            raise ConfigurationError(f"the engine could not start: {socket.recv().decode()}") from error
+        except ValidationError as error:  # vLLM's configurations are pydantic's, which wraps what their checks raise
+            first = error.errors()[0]
+            cause = first.get("ctx", {}).get("error")
+            name = ".".join(map(str, first["loc"])) or error.title
+            raise ConfigurationError(str(cause) if cause else f"{name}: {first['msg']}") from error
 
 
 def silence_chat_warmup() -> None:

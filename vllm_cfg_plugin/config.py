@@ -6,6 +6,7 @@ Settings travel in `VllmConfig.additional_config`, which vLLM hands to every pro
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -30,7 +31,7 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "generation_config": "vllm",
     "enable_prefix_caching": False,
-    # Requests that may share a step.
+    # Requests at work: in the steps, or in encodes and decodes beside them.
     "max_num_seqs": 32,
     # Image and text tokens per rank and step: sharing a step gains nothing once it is compute-bound and makes everybody
     # wait for everybody, so past this budget first come is first served.
@@ -38,6 +39,44 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     # Seconds for running requests to finish after SIGTERM; vLLM's own default aborts them at once.
     "shutdown_timeout": 5,
 }
+
+
+# Options of vLLM that would do nothing for a diffusion pipeline, or break it: name -> what to do instead.
+_ONE_MACHINE = "cfg_parallel_size sets the number of ranks, data_parallel_size the number of replicas"
+_WEIGHTS_AS_THEY_ARE = "weights are loaded as they are in the checkpoint, in the type that dtype says"
+_NO_LANGUAGE = "it is about generating text"
+UNUSABLE_OPTIONS: dict[str, str] = {
+    "tensor_parallel_size": _ONE_MACHINE,
+    "pipeline_parallel_size": _ONE_MACHINE,
+    "prefill_context_parallel_size": _ONE_MACHINE,
+    "decode_context_parallel_size": _ONE_MACHINE,
+    "enable_expert_parallel": _ONE_MACHINE,
+    "nnodes": _ONE_MACHINE,
+    "distributed_executor_backend": "this plugin starts the ranks itself",
+    "worker_cls": "this plugin has its own",
+    "scheduler_cls": "this plugin has its own",
+    "scheduling_policy": "requests are served in the order in which they come",
+    "quantization": _WEIGHTS_AS_THEY_ARE,
+    "quantization_config": _WEIGHTS_AS_THEY_ARE,
+    "load_format": _WEIGHTS_AS_THEY_ARE,
+    "cpu_offload_gb": "weights stay on the device that computes",
+    "enable_lora": "adapters are not supported; merge them into the checkpoint",
+    "hf_overrides": "the checkpoint's own files say what the model is",
+    "tokenizer": "the checkpoint has its own",
+    "seed": "every request has a seed of its own",
+    "limit_mm_per_prompt": "max_input_images limits a request's images",
+    "max_model_len": "the checkpoint says how long a prompt may be, max_image_pixels how large an image",
+    "enable_prompt_embeds": "requests bring texts and images",
+    "speculative_config": _NO_LANGUAGE,
+    "spec_method": _NO_LANGUAGE,
+    "spec_model": _NO_LANGUAGE,
+    "reasoning_parser": _NO_LANGUAGE,
+    "kv_transfer_config": "there is no KV cache",
+    "ec_transfer_config": "there is no cache of encoder outputs outside the ranks",
+    "kv_offloading_size": "there is no KV cache",
+}
+# Of these options "auto" leaves the choice to us.
+_AUTO_OPTIONS = ("dtype", "config_format")
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +88,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         max_image_pixels, max_video_pixels, max_inference_steps, max_input_images, max_input_pixels, max_upload_bytes:
             what an operator allows a request.
         progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
+        failed_start_address: likewise, for why the engine could not start.
     """
 
     cfg_parallel_size: int = 1
@@ -60,6 +100,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_input_pixels: int = RequestLimits().max_input_pixels
     max_upload_bytes: int = RequestLimits().max_upload_bytes
     progress_address: str = ""
+    failed_start_address: str = ""
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings:
@@ -102,6 +143,27 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         return RequestLimits(**{name: getattr(self, name) for name in RequestLimits.__struct_fields__})
 
 
+def with_our_defaults(given: Mapping[str, Any], on_cpu: bool) -> dict[str, Any]:
+    """Options of vLLM for a diffusion model: those that the user gave, and our defaults of others."""
+    defaults = {**ENGINE_DEFAULTS, "dtype": default_dtype(on_cpu)}
+    chosen = {name: value for name, value in given.items() if not (name in _AUTO_OPTIONS and value == "auto")}
+    return defaults | chosen
+
+
+def check_options(options: Mapping[str, Any], vllms_default: Callable[[str], Any]) -> None:
+    """Check options of vLLM for a diffusion model.
+
+    Raises:
+        ConfigurationError: one asks for something that there is not.
+    """
+    for name, remedy in UNUSABLE_OPTIONS.items():
+        value = options.get(name)
+        if value and value != vllms_default(name):
+            raise ConfigurationError(
+                f"{name}={value!r} is not valid with a diffusion pipeline: leave it out ({remedy})"
+            )
+
+
 def additional_config(vllm_config: VllmConfig) -> dict[str, Any]:
     """vLLM's dictionary for settings of plugins; empty where somebody put something else there."""
     additional = vllm_config.additional_config
@@ -113,6 +175,6 @@ def default_dtype(on_cpu: bool) -> str:
     return "float32" if on_cpu else "bfloat16"
 
 
-def new_progress_address() -> str:
-    """Where an engine on this machine may publish progress: in Linux's abstract namespace, not a file."""
-    return f"ipc://@vllm-cfg-progress-{uuid.uuid4().hex}"
+def new_address(purpose: str) -> str:
+    """Where an engine may reach its caller on this machine: in Linux's abstract namespace, not a file."""
+    return f"ipc://@vllm-cfg-{purpose}-{uuid.uuid4().hex}"

@@ -23,6 +23,7 @@ __all__ = [
     "RequestAbortedError",
     "RequestFailedError",
     "VideoNotFoundError",
+    "one_line",
 ]
 
 
@@ -105,3 +106,9 @@ class RequestAbortedError(CfgPluginError):
 
 class RankDiedError(CfgPluginError, RuntimeError):
     """The process of a cfg rank ended without being asked to."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error for a message that crosses processes: ours by its text alone, others with their class."""
+    text = str(error) if isinstance(error, CfgPluginError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())

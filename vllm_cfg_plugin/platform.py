@@ -15,7 +15,7 @@ from vllm.platforms import builtin_platform_plugins
 from vllm.platforms.interface import Platform, PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_cfg_plugin.config import EngineSettings
+from vllm_cfg_plugin.config import EngineSettings, check_options
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import FAMILIES
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 # The user's choice: this module is imported before the `vllm` command sets the variable to spawn for everybody.
 _users_start_method = os.environ.get(_START_METHOD)
+
+
+_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
 
 
 class HostPlatform(Platform):
@@ -130,12 +133,7 @@ def _turn_compilation_off(vllm_config: VllmConfig) -> None:
 def _wire_parallelism(vllm_config: VllmConfig, settings: EngineSettings) -> None:
     """Assigns, never multiplies: vLLM calls this in the front end and again in the engine."""
     parallel = vllm_config.parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, name) != 1:
-            raise ConfigurationError(
-                f"{name}={getattr(parallel, name)} is not valid with a diffusion pipeline: it must be 1 "
-                "(cfg_parallel_size sets the number of ranks, data_parallel_size the number of replicas)"
-            )
+    check_options({name: getattr(parallel, name) for name in _SIZES}, lambda name: 1)
     parallel.world_size = settings.cfg_parallel_size * parallel.tensor_parallel_size
     parallel.worker_cls = "vllm_cfg_plugin.worker.worker.DiffusionWorker"
     parallel.distributed_executor_backend = "vllm_cfg_plugin.executor.executor.CfgExecutor"

@@ -5,9 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from examples.vllm_server import VllmServer
 from tests.e2e.server import Footprint
+from vllm_cfg_plugin import DiffusionLLM
+from vllm_cfg_plugin.errors import ConfigurationError
 
 pytestmark = pytest.mark.e2e
 
@@ -58,6 +61,16 @@ def test_broken_weights(copied, tmp_path):
 
 def test_a_cfg_parallel_size_of_zero(model, tmp_path):
     the_line(failed_start(model, ["--cfg-parallel-size", "0"], tmp_path), "cfg", "0", "from 1")
+
+
+@pytest.mark.parametrize(("size", "shared", "who"), [(1, True, ""), (2, True, ""), (2, False, "cfg rank [01] .*: ")])
+def test_offline_the_exception_says_why(copied, size, shared, who):
+    """The first two fail in the engine's process, which loads for its ranks, the last one in a rank."""
+    weights = next((copied / "text_encoder").glob("*.safetensors"))
+    tensors = {name: tensor.new_zeros(1) for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})  # whole, so that it takes loading to find out
+    with pytest.raises(ConfigurationError, match=f"^the engine could not start: {who}RuntimeError: .*size"):
+        DiffusionLLM(str(copied), cfg_parallel_size=size, cfg_shared_weights=shared)
 
 
 def test_plugins_chosen_without_us(model, tmp_path):

@@ -8,6 +8,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.cli import all_plugin_names
 from vllm_cfg_plugin.config import ENGINE_DEFAULTS, FIND_TOKEN_BUDGET, EngineSettings
 from vllm_cfg_plugin.errors import ConfigurationError
@@ -109,6 +110,62 @@ def test_what_the_user_gives_wins_over_our_defaults(parse, model, model_first):
     args = parse(*([model, *flags] if model_first else [*flags, model]))
     assert (args.max_num_seqs, args.max_num_batched_tokens, args.dtype) == (3, 777, "bfloat16")
     assert args.shutdown_timeout == 60
+
+
+VLLMS_OWN_DEFAULTS = [
+    (["--shutdown-timeout", "0"], "shutdown_timeout", 0),
+    (["--dtype", "auto"], "dtype", "float32"),
+    (["--generation-config", "auto"], "generation_config", "auto"),
+    (["--config-format", "auto"], "config_format", "diffusers"),
+    (["--no-skip-tokenizer-init"], "skip_tokenizer_init", False),
+    (["--no-enable-prefix-caching"], "enable_prefix_caching", False),
+]
+
+
+@pytest.mark.parametrize(("flags", "dest", "value"), VLLMS_OWN_DEFAULTS)
+def test_a_flag_that_says_vllms_own_default_wins_wherever_it_stands(parse, model, flags, dest, value):
+    assert getattr(parse(*flags, model), dest) == value
+    assert getattr(parse(model, *flags), dest) == value
+
+
+UNUSABLE = [
+    ["--tensor-parallel-size", "2"],
+    ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
+    ["--quantization", "fp8"],
+    ["--enable-lora"],
+    ["--max-model-len", "4096"],
+]
+
+
+@pytest.mark.parametrize("flags", UNUSABLE)
+def test_an_option_without_a_use_is_one_clear_line(parse, capsys, model, flags):
+    name = flags[0][2:].replace("-", "_")
+    line = rejected(parse, capsys, model, *flags)
+    assert f"error: {name}=" in line
+    assert "leave it out (" in line
+    assert line == rejected(parse, capsys, *flags, model)
+
+
+def test_vllms_own_default_of_an_option_without_a_use_is_no_wish(parse, model):
+    parse(model, "--tensor-parallel-size", "1", "--no-enable-lora", "--load-format", "auto")
+
+
+@pytest.mark.parametrize("revision_first", [True, False])
+def test_the_revision_is_asked_wherever_it_stands(parse, monkeypatch, revision_first):
+    seen = set()
+    monkeypatch.setattr(Checkpoint, "is_diffusers", lambda checkpoint: seen.add(checkpoint.revision))
+    flags = ["--revision", "old"]
+    parse(*(flags if revision_first else []), "some/model", *([] if revision_first else flags))
+    assert seen == {"old"}
+
+
+def test_what_another_model_leaves_open_is_vllms_default(parse, model, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    stock = FlexibleArgumentParser()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_cfg_plugin.cli.add_flags", lambda *args, **kwargs: None)
+        make_arg_parser(stock)
+    assert vars(parse(tmp_path)) == vars(stock.parse_args([str(tmp_path)]))
 
 
 @pytest.mark.parametrize("asked", [None, 777])

@@ -1,16 +1,18 @@
 """Engine arguments for offline use, and the token budget that they leave open or set."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 from vllm.config import scheduler
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_cfg_plugin.config import FIND_TOKEN_BUDGET
+from vllm_cfg_plugin.config import FIND_TOKEN_BUDGET, UNUSABLE_OPTIONS, EngineSettings
 from vllm_cfg_plugin.engine import calibration
 from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration, token_budget
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.entrypoints.engine_args import diffusion_engine_args
+from vllm_cfg_plugin.entrypoints.llm import DiffusionLLM
 from vllm_cfg_plugin.errors import ConfigurationError
 
 
@@ -30,10 +32,32 @@ def test_our_settings_may_be_given_beside_vllms_arguments(qwen_image_folders):
         diffusion_engine_args(str(qwen_image_folders["tiny"]), 2, cfg_shared_weights="yes")
 
 
+def test_an_option_without_a_use_is_refused(qwen_image_folders):
+    model = str(qwen_image_folders["tiny"])
+    diffusion_engine_args(model, 1, tensor_parallel_size=1, hf_overrides={}, quantization=None)
+    for name, value in {"quantization": "fp8", "speculative_config": {"method": "ngram"}, "seed": 3}.items():
+        with pytest.raises(ConfigurationError, match=f"{name}=.* leave it out"):
+            diffusion_engine_args(model, 1, **{name: value})
+
+
+@pytest.mark.parametrize("name", UNUSABLE_OPTIONS)
+def test_every_option_without_a_use_is_one_of_vllms(name):
+    assert name in EngineArgs.__dataclass_fields__
+
+
+def test_auto_leaves_the_dtype_to_us(qwen_image_folders):
+    assert diffusion_engine_args(str(qwen_image_folders["tiny"]), 1, dtype="auto")["dtype"] == "float32"
+
+
 def test_running_requests_may_finish_at_shutdown_unless_the_caller_says_otherwise(qwen_image_folders):
     model = str(qwen_image_folders["tiny"])
     assert diffusion_engine_args(model, 1)["shutdown_timeout"] == 5
     assert diffusion_engine_args(model, 1, shutdown_timeout=0)["shutdown_timeout"] == 0
+
+
+def test_the_default_cfg_size_is_the_same_offline_and_on_the_command_line():
+    offline = inspect.signature(DiffusionLLM).parameters["cfg_parallel_size"].default
+    assert offline == EngineSettings().cfg_parallel_size == 1
 
 
 @pytest.mark.parametrize("size", [0, -1, "2"])

@@ -24,6 +24,8 @@ from vllm_cfg_plugin.entrypoints.output import DiffusionOutput
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
 
+NO_ARGS = {"additional_config": {"failed_start_address": "inproc://nobody"}}
+
 
 class FakeEngine:
     """`LLMEngine` as far as DiffusionLLM uses it; finishes the newest request first, one a step."""
@@ -56,7 +58,7 @@ class FakeEngine:
 @pytest.fixture
 def engine(monkeypatch):
     engine = FakeEngine()
-    monkeypatch.setattr(llm_module, "diffusion_engine_args", lambda model, size, **kwargs: {})
+    monkeypatch.setattr(llm_module, "diffusion_engine_args", lambda *args, **kwargs: NO_ARGS)
     monkeypatch.setattr(llm_module, "EngineArgs", lambda **kwargs: None)
     monkeypatch.setattr(llm_module.LLMEngine, "from_engine_args", lambda args: engine)
     monkeypatch.setattr(FrontEnd, "from_vllm_config", lambda config: FrontEnd(INFO, LIMITS, len))

@@ -19,7 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.unit.fakes import IMAGE_TO_VIDEO_INFO, INFO, LIMITS, VIDEO_INFO, answer
 from tests.unit.http_app import FakeEngine, make_app
-from vllm_cfg_plugin.config import new_progress_address
+from vllm_cfg_plugin.config import new_address
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.progress import ProgressPublisher
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
@@ -435,7 +435,7 @@ def test_a_stopping_server_aborts_its_videos(app, engine):
 
 
 def test_progress_of_the_engine(engine, monkeypatch):
-    address = new_progress_address()
+    address = new_address("progress")
     app = make_app(engine, monkeypatch, VIDEO_INFO)
     front_end = FrontEnd(VIDEO_INFO, LIMITS, len, address)
     monkeypatch.setattr(FrontEnd, "from_vllm_config", lambda config: front_end)
@@ -469,7 +469,7 @@ def test_progress_of_the_engine(engine, monkeypatch):
 
 
 def test_a_second_listener_shows_states_only(app, engine):
-    address = new_progress_address()
+    address = new_address("progress")
     with zmq.Context() as context, context.socket(zmq.SUB) as other:
         other.bind(address)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import MISSING
 from typing import Any
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.config import ENGINE_DEFAULTS, PLUGIN_NAME, EngineSettings, default_dtype, new_progress_address
+from vllm_cfg_plugin.config import PLUGIN_NAME, EngineSettings, check_options, new_address, with_our_defaults
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
 
@@ -18,7 +19,8 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
         engine_args: fields of `EngineSettings`, or anything that `EngineArgs` takes.
 
     Raises:
-        ConfigurationError: a model that we don't serve, a setting out of range, or a VLLM_PLUGINS without us.
+        ConfigurationError: a model that we don't serve, a setting out of range, an option without a use, or a
+            VLLM_PLUGINS without us.
     """
     _check_plugin_is_allowed()
     from vllm.platforms import current_platform
@@ -29,11 +31,20 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
         **engine_args.pop("additional_config", {}),
         **settings,
         "cfg_parallel_size": cfg_parallel_size,
-        "progress_address": new_progress_address(),
+        "progress_address": new_address("progress"),
+        "failed_start_address": new_address("failed-start"),
     }
     EngineSettings.from_dict(additional)
-    dtype = {"dtype": default_dtype(current_platform.is_cpu())}
-    return {**ENGINE_DEFAULTS, **dtype, **engine_args, "model": model, "additional_config": additional}
+    check_options(engine_args, _vllms_default)
+    options = with_our_defaults(engine_args, current_platform.is_cpu())
+    return {**options, "model": model, "additional_config": additional}
+
+
+def _vllms_default(name: str) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    field = EngineArgs.__dataclass_fields__[name]
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _check_plugin_is_allowed() -> None:

@@ -19,7 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
-from vllm_cfg_plugin.compat import end_output_thread, wake_on_engine_death
+from vllm_cfg_plugin.compat import end_output_thread, failed_start_has_cause, wake_on_engine_death
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.entrypoints.engine_args import diffusion_engine_args
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output
@@ -61,13 +61,14 @@ class DiffusionLLM:
         ConfigurationError: the model can't be served, or not with these arguments.
     """
 
-    def __init__(self, model: str, cfg_parallel_size: int = 2, **engine_args: Any) -> None:
+    def __init__(self, model: str, cfg_parallel_size: int = 1, **engine_args: Any) -> None:
         self._engine: LLMEngine | None = None
         self._died = False
         self._ids = itertools.count()
-        args = EngineArgs(**diffusion_engine_args(model, cfg_parallel_size, **engine_args))
-        with _children_ignore_ctrl_c():
-            self._engine = LLMEngine.from_engine_args(args)
+        args = diffusion_engine_args(model, cfg_parallel_size, **engine_args)
+        address = args["additional_config"]["failed_start_address"]
+        with _children_ignore_ctrl_c(), failed_start_has_cause(address):
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
         # Newer than vLLM's own finalizers, so at exit it runs before them.
         self._finalizer = weakref.finalize(self, _stop, self._engine)
         try:

@@ -17,7 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.abstract import Executor, FailureCallback
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.compat import release_inherited_wakeup
+from vllm_cfg_plugin.compat import release_inherited_wakeup, report_failed_start
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.calibration import keep_calibration, slowest
@@ -42,6 +42,8 @@ class CfgExecutor(Executor):
             # The API server started this process. Without this, killing it with -9 would leave the engine behind.
             die_with_parent()
             release_inherited_wakeup()
+            if address := EngineSettings.from_vllm_config(self.vllm_config).failed_start_address:
+                report_failed_start(address)
         with self._weights_for_ranks():
             self._pool = RankPool(
                 self.vllm_config, self.parallel_config.world_size, self._process_context(), _read_answer

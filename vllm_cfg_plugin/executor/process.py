@@ -18,6 +18,7 @@ import zmq
 
 from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.plan import SideReport
+from vllm_cfg_plugin.errors import one_line
 from vllm_cfg_plugin.executor import channel
 from vllm_cfg_plugin.executor.lifeline import die_with_parent
 from vllm_cfg_plugin.logs import get_logger
@@ -50,7 +51,7 @@ def run_worker(vllm_config: VllmConfig, rank: int, address: str, init_method: st
         worker = _start(vllm_config, rank, init_method)
     except Exception as error:
         traceback.print_exc()
-        socket.send_multipart([channel.FAILED, _one_line(error).encode()])
+        socket.send_multipart([channel.FAILED, one_line(error).encode()])
         context.destroy(linger=1000)
         return
     worker.runner.side.deliver = SideReportSender(context, rank, address)
@@ -132,9 +133,5 @@ def _call(worker: WorkerWrapperBase, payload: bytes) -> tuple[int, bool, Any]:
         value = function(*args, **kwargs) if isinstance(method, str) else function(worker.worker, *args, **kwargs)
     except Exception as error:
         traceback.print_exc()
-        return number, False, _one_line(error)
+        return number, False, one_line(error)
     return number, True, value
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")
