@@ -153,11 +153,14 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
     settings = getattr(namespace, "additional_config", None) or {}
     EngineSettings.from_dict(settings)
     model = getattr(namespace, "model_tag", None) or model_option
+    ours = set(settings) & {*_FLAGS, *_SWITCHES}
     if not isinstance(model, str):
+        if ours:
+            raise ConfigurationError(f"{min(ours)} needs a MODEL: a diffusers folder or the id of a repository")
         return False
     checkpoint = Checkpoint(model, getattr(namespace, "revision", None))
     is_diffusion = checkpoint.is_diffusers()
-    if is_diffusion or set(settings) & {*_FLAGS, *_SWITCHES}:
+    if is_diffusion or ours:
         check_servable(checkpoint)
     if is_diffusion:
         namespace.additional_config = {"progress_address": new_address("progress"), **settings}

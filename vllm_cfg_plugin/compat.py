@@ -30,7 +30,7 @@ _OUTPUT_THREAD_END_S = 10  # it has nothing left to do; should it hang, closing 
 
 
 def release_inherited_listeners() -> None:
-    """Let go of TCP listening sockets that a forked worker inherited from the API server.
+    """Let go of TCP sockets that a forked worker inherited from the API server, which listens on them or soon will.
 
     Symptom: after the server is killed, its port stays "in use" for as long as a worker lives, and clients connect to a
     socket that nobody serves. Cause: vLLM binds the port before it forks the engine, and the engine forks us. The
@@ -40,20 +40,25 @@ def release_inherited_listeners() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
         fd = int(name)
-        if fd != null and _is_listening_tcp(fd):
+        if fd != null and _is_tcp_server(fd):
             os.dup2(null, fd)
     os.close(null)
 
 
-def _is_listening_tcp(fd: int) -> bool:
+def _is_tcp_server(fd: int) -> bool:
+    """Whether it listens, or is bound and connected to nobody: vLLM listens only once its engine is ready."""
     try:
         duplicate = socket.socket(fileno=os.dup(fd))
     except OSError:
         return False
     with duplicate:
-        if duplicate.family not in (socket.AF_INET, socket.AF_INET6):
+        if duplicate.family not in (socket.AF_INET, socket.AF_INET6) or duplicate.type != socket.SOCK_STREAM:
             return False
-        return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        try:
+            duplicate.getpeername()
+        except OSError:
+            return duplicate.getsockname()[1] != 0
+        return False
 
 
 def release_inherited_wakeup() -> None:

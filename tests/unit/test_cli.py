@@ -212,6 +212,10 @@ def test_a_model_that_is_no_diffusers_folder_is_one_clear_line(parse, capsys, tm
     assert line == rejected(parse, capsys, "--cfg-parallel-size", "2", tmp_path)
 
 
+def test_a_setting_of_ours_without_a_model_is_one_clear_line(parse, capsys):
+    assert "cfg_parallel_size needs a MODEL" in rejected(parse, capsys, "--cfg-parallel-size", "2")
+
+
 def test_an_unknown_pipeline_class_is_one_clear_line_that_lists_the_known(parse, capsys, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SlidePipeline"}))
     line = rejected(parse, capsys, tmp_path)

@@ -197,11 +197,12 @@ class PendingAnswer(Future[Any]):
 
 
 def _watch(processes: list[BaseProcess], closing: threading.Event, on_death: Callable[[], None]) -> None:
-    multiprocessing.connection.wait([process.sentinel for process in processes])
+    ended = multiprocessing.connection.wait([process.sentinel for process in processes])
     if closing.is_set():
         return
     for rank, process in enumerate(processes):
-        if process.exitcode is not None:
+        if process.sentinel in ended:
+            process.join()  # its exit code comes a moment after its sentinel
             logger.error("The process of cfg rank %d (pid %s) ended with code %s", rank, process.pid, process.exitcode)
     on_death()
 
