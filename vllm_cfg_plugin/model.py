@@ -17,7 +17,7 @@ from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.config import CONFIG_FORMAT, FIND_TOKEN_BUDGET
-from vllm_cfg_plugin.pipelines.registry import FAMILIES, implementation_of
+from vllm_cfg_plugin.pipelines.registry import class_names, implementation_of
 
 # vLLM's own prompt of a request is one placeholder token; the text travels in the request's parameters.
 PLACEHOLDER_PROMPT: Any = {"type": "token", "prompt_token_ids": [0]}
@@ -69,6 +69,6 @@ def register_models() -> None:
     if CONFIG_FORMAT in _CONFIG_FORMAT_TO_CONFIG_PARSER:
         return
     register_config_parser(CONFIG_FORMAT)(DiffusersConfigParser)
-    for class_name in FAMILIES:
+    for class_name in class_names():
         # The class object, not a "module:Class" string: vLLM inspects lazy names in a subprocess, which costs seconds.
         ModelRegistry.register_model(class_name, DiffusionModel)

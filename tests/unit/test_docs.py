@@ -13,7 +13,6 @@ import torch
 from tests.contract import make_request
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
 from vllm_cfg_plugin.distributed.parallel_state import destroy_model_parallel
-from vllm_cfg_plugin.pipelines import registry
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
 
 ROOT = Path(__file__).parents[2]
@@ -38,14 +37,12 @@ def test_a_quoted_block_is_the_files_text(path, code):
 @pytest.fixture(scope="module")
 def namespace():
     """What the other blocks define, executed in order as one script."""
-    defined, families = {}, dict(registry.FAMILIES)
+    defined = {}
     for block in blocks("python"):
         if not block.startswith("# examples"):
             exec(compile(block, "adding_a_pipeline.md", "exec"), defined)
     yield SimpleNamespace(**defined)
     destroy_model_parallel()
-    registry.FAMILIES.clear()
-    registry.FAMILIES.update(families)
 
 
 def test_there_are_blocks_of_both_kinds(namespace):
@@ -113,6 +110,11 @@ def test_the_edit_loop_keeps_the_image_of_the_latents(namespace):
     pipeline = make(namespace.EditMixin, lambda hidden_states, timestep, shift: (hidden_states + shift,))
     latents = pipeline.diffuse(torch.ones(1, 3, 4), torch.ones(1, 5, 4), {"shift": 1.0}, {"shift": 0.5}, [0, 1], 2.0)
     assert latents.shape == (1, 3, 4)
+
+
+def test_the_entry_point_is_the_samples():
+    (block,) = blocks("toml")
+    assert block in (ROOT / "examples" / "custom_pipeline" / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_the_size_of_the_group_is_1_without_torchrun():

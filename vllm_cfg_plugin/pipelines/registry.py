@@ -1,25 +1,31 @@
-"""The pipelines this plugin serves: diffusers class name -> our class, and what that says of a checkpoint.
+"""The pipelines this plugin serves: diffusers class name -> the class that serves it, and what that says of a model.
 
-A new pipeline is one file and one line here. Must not import torch, diffusers or vLLM by itself: describing a
-checkpoint imports its family's module, and nothing else does.
+A pipeline of this package has a line in `FAMILIES`; one of another package is an entry point of that package in the
+group `ENTRY_POINTS`. Must not import torch, diffusers or vLLM by itself: describing a checkpoint imports its family's
+module, and nothing else does.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from importlib import import_module
-from typing import TYPE_CHECKING
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, MODEL_INDEX, Checkpoint, PipelineInfo
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionParams
 
 if TYPE_CHECKING:
     from vllm_cfg_plugin.pipelines.base import EnginePipeline
 
+logger = get_logger(__name__)
+
 _PIPELINES = "vllm_cfg_plugin.pipelines"
+ENTRY_POINTS = _PIPELINES  # the group; an entry point there is `ClassName = "package.module:Class"`
 
 FAMILIES: dict[str, str] = {
     "FluxPipeline": f"{_PIPELINES}.flux:FluxPipeline",
@@ -36,31 +42,99 @@ FAMILIES: dict[str, str] = {
 }
 
 
+def class_names() -> set[str]:
+    """The diffusers classes that are served, by this package or by another one."""
+    return {*FAMILIES, *_of_other_packages()}
+
+
+@cache
+def _of_other_packages() -> dict[str, list[EntryPoint]]:
+    """The entry points of each class name."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
 def implementation_of(checkpoint: Checkpoint) -> str:
     """ "module:Class" of the pipeline that serves a checkpoint.
 
     Raises:
-        ConfigurationError: not a diffusers checkpoint, or of a class that we don't know; names those we do.
+        ConfigurationError: not a diffusers checkpoint, of a class that nobody serves (names those that are served), or
+            of one that several packages serve.
     """
+    return _entry_point_of(checkpoint).value
+
+
+def _entry_point_of(checkpoint: Checkpoint) -> EntryPoint:
     class_name = checkpoint.class_name()
     if class_name is None:
         raise ConfigurationError(
             f"model {checkpoint.model!r} is not a diffusers checkpoint: it has no {MODEL_INDEX} that names a pipeline "
             "class"
         )
-    if class_name not in FAMILIES:
-        raise ConfigurationError(
-            f"model {checkpoint.model!r} is a {class_name}, which this plugin does not serve; it serves: "
-            f"{', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[class_name]
+    if class_name in FAMILIES:
+        return EntryPoint(class_name, FAMILIES[class_name], ENTRY_POINTS)
+    match _of_other_packages().get(class_name, []):
+        case [point]:
+            return point
+        case []:
+            raise ConfigurationError(
+                f"model {checkpoint.model!r} is a {class_name}, which this plugin does not serve; it serves: "
+                f"{', '.join(sorted(class_names()))}"
+            )
+        case points:
+            packages = " and ".join(_package(point) for point in points)
+            raise ConfigurationError(
+                f"model {checkpoint.model!r} is a {class_name}, which {packages} serve: uninstall all but one"
+            )
 
 
 def pipeline_class(checkpoint: Checkpoint) -> type[EnginePipeline]:
-    """Our class for a checkpoint; importing it also imports diffusers and transformers."""
-    module, _, name = implementation_of(checkpoint).partition(":")
-    cls: type[EnginePipeline] = getattr(import_module(module), name)
-    return cls
+    """The class that serves a checkpoint; importing it also imports diffusers and transformers.
+
+    Raises:
+        ConfigurationError: see `implementation_of`; the class of another package can't be used.
+    """
+    point = _entry_point_of(checkpoint)
+    if point.dist is None:  # ours
+        ours: type[EnginePipeline] = point.load()
+        return ours
+    try:
+        cls = point.load()
+    except Exception as error:  # of somebody else's code: anything
+        problem = f"it can't be imported: {type(error).__name__}: {error}"
+    else:
+        problem = _why_no_pipeline(cls)
+        if not problem:
+            return cls
+    raise ConfigurationError(
+        f"model {checkpoint.model!r} is a {point.name}, which {_package(point)} serves by {point.value!r}, but "
+        f"{problem}"
+    )
+
+
+def _why_no_pipeline(cls: Any) -> str:
+    """Why an object is no class that the engine can run; '' if it is one."""
+    from vllm_cfg_plugin.pipelines.base import EnginePipeline
+
+    if not (isinstance(cls, type) and issubclass(cls, EnginePipeline)):
+        return f"that is not a class derived from {EnginePipeline.__module__}.{EnginePipeline.__name__}"
+    if missing := sorted(cls.__abstractmethods__):
+        return f"that class lacks {', '.join(missing)}"
+    return ""
+
+
+def _package(point: EntryPoint) -> str:
+    return f"the package {point.dist.name}" if point.dist else "this plugin"
+
+
+def _warn_of_claims(class_name: str) -> None:
+    """A class of ours stays ours."""
+    for point in _of_other_packages().get(class_name, []) if class_name in FAMILIES else []:
+        logger.warning(
+            "%s is served by this plugin itself: %r of %s is not used", class_name, point.value, _package(point)
+        )
 
 
 def check_servable(checkpoint: Checkpoint) -> None:
@@ -70,7 +144,7 @@ def check_servable(checkpoint: Checkpoint) -> None:
         ConfigurationError: unknown class, missing components, missing or unreadable component configs, missing or
             truncated weight files.
     """
-    implementation_of(checkpoint)
+    _warn_of_claims(_entry_point_of(checkpoint).name)
     checkpoint.check_components()
     describe(checkpoint)
     checkpoint.check_weights()
