@@ -80,7 +80,8 @@ def test_a_class_of_ours_stays_ours_and_the_log_says_so(qwen_image_folders, site
     checkpoint = Checkpoint(str(qwen_image_folders["tiny"]))
     check_servable(checkpoint)
     assert pipeline_class(checkpoint).__module__.startswith("vllm_cfg_plugin.pipelines.qwen_image")
-    assert [record.getMessage() for record in caplog.records if record.name.startswith("vllm.")] == [
+    messages = {record.getMessage() for record in caplog.records if record.name.endswith("pipelines.registry")}
+    assert messages == {
         "QwenImagePipeline is served by this plugin itself: 'broken_family:Pipeline' of the package some-families is "
         "not used"
-    ]
+    }
