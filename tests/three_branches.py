@@ -21,6 +21,8 @@ from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
 class ThreeBranchPipeline(QwenImagePipeline):
     """An image that comes along is more tokens after the latents' own, for the branches that see it."""
 
+    guidance_fields = frozenset({"cfg_normalize"})
+
     @classmethod
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
         info = super().describe(checkpoint)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.params import GUIDANCE_FIELDS
 
 if TYPE_CHECKING:
     from vllm_cfg_plugin.params import DiffusionParams
@@ -21,9 +22,7 @@ MODEL_INDEX = "model_index.json"
 DEFAULTS_FILE = "generation_config.json"
 
 # Components that no family does without where model_index.json names them, by how their names begin.
-_MODELS = ("transformer", "vae", "text_encoder", "image_encoder")
-_NEEDED = (*_MODELS, "tokenizer", "scheduler", "processor")
-_WEIGHTS = (".safetensors", ".bin")  # or an index of such files
+_NEEDED = ("transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "scheduler", "processor")
 
 ImageSize = tuple[int, int]
 
@@ -85,6 +84,7 @@ class PipelineInfo:
         distilled_scale: the field that is an input of a distilled model; "" where there is none.
         needs_negative_prompt: without a negative prompt there is no guidance; if not, a missing one is an empty one.
         options: fields of `DiffusionParams` that this model reads beyond those that every model reads.
+        guidance_fields: those of `GUIDANCE_FIELDS` that its `combine_branches` reads; set by the registry.
         min_images, max_images: images that a request must and may bring along.
         produces: "image" or "video".
         frames_per_latent: frames of a video that one latent frame stands for; frames must be a multiple plus 1.
@@ -109,6 +109,7 @@ class PipelineInfo:
     options: frozenset[str] = frozenset()
     min_images: int = 0
     max_images: int = 0
+    guidance_fields: frozenset[str] = GUIDANCE_FIELDS
     produces: str = "image"
     frames_per_latent: int = 1
     fps: int = 0
@@ -207,7 +208,7 @@ class Checkpoint:
             return False
 
     def check_components(self) -> None:
-        """Check that a local checkpoint has what its model_index.json names: each component, and a model's weights.
+        """Check that a local checkpoint has the folder of each component that its model_index.json names.
 
         Raises:
             ConfigurationError: something is missing.
@@ -221,28 +222,6 @@ class Checkpoint:
                 continue
             if not (folder / component).is_dir():
                 raise ConfigurationError(f"model {self.model!r} is incomplete: {component}/ is missing")
-            files = [path.name for path in (folder / component).iterdir()]
-            if component.startswith(_MODELS) and not any(kind in name for name in files for kind in _WEIGHTS):
-                raise ConfigurationError(f"model {self.model!r} is incomplete: {component}/ has no file of weights")
-
-    def check_weights(self) -> None:
-        """Check the weight files of a local checkpoint by their headers; reads a few kilobytes of each.
-
-        Raises:
-            ConfigurationError: a file is missing, truncated or not a safetensors file.
-        """
-        folder = Path(self.model).expanduser()
-        if not folder.is_dir():
-            return
-        for path in sorted(folder.glob("*/*.safetensors.index.json")):
-            shards = set((self.read_json(f"{path.parent.name}/{path.name}") or {}).get("weight_map", {}).values())
-            if missing := sorted(shard for shard in shards if not (path.parent / shard).is_file()):
-                raise ConfigurationError(
-                    f"model {self.model!r} is incomplete: {path.parent.name}/{missing[0]} is missing"
-                )
-        for path in sorted(folder.glob("*/*.safetensors")):
-            if problem := _safetensors_problem(path):
-                raise ConfigurationError(f"model {self.model!r}: {path.parent.name}/{path.name} is broken: {problem}")
 
     def _local_path(self, name: str) -> Path | None:
         folder = Path(self.model).expanduser()
@@ -272,7 +251,7 @@ class Checkpoint:
             raise ConfigurationError(f"model {self.model!r} is neither a folder nor a repository: {error}") from error
 
 
-def _safetensors_problem(path: Path) -> str:
+def safetensors_problem(path: Path) -> str:
     """Why the file can't be whole; '' if it can (safetensors: 8 bytes of header length, a JSON header, tensors)."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -53,6 +53,13 @@ def add_flags(parser: argparse.ArgumentParser, on_cpu: bool) -> None:
             metavar="N",
             help=f"{text} Default: {default}.",
         )
+    group.add_argument(
+        "--variant",
+        action=_SettingAction,
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="Of the names of the model's weight files, as in model.fp16.safetensors. Default: those without one.",
+    )
     for name, text in _SWITCHES.items():
         group.add_argument(f"--{name.replace('_', '-')}", action=_SwitchAction, default=argparse.SUPPRESS, help=text)
 
@@ -151,9 +158,9 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
         ConfigurationError: it is one that we don't serve, or none and has a setting of ours.
     """
     settings = getattr(namespace, "additional_config", None) or {}
-    EngineSettings.from_dict(settings)
+    variant = EngineSettings.from_dict(settings).variant
     model = getattr(namespace, "model_tag", None) or model_option
-    ours = set(settings) & {*_FLAGS, *_SWITCHES}
+    ours = set(settings) & {*_FLAGS, *_SWITCHES, "variant"}
     if not isinstance(model, str):
         if ours:
             raise ConfigurationError(f"{min(ours)} needs a MODEL: a diffusers folder or the id of a repository")
@@ -161,7 +168,7 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
     checkpoint = Checkpoint(model, getattr(namespace, "revision", None))
     is_diffusion = checkpoint.is_diffusers()
     if is_diffusion or ours:
-        check_servable(checkpoint)
+        check_servable(checkpoint, variant)
     if is_diffusion:
         namespace.additional_config = {"progress_address": new_address("progress"), **settings}
         # vLLM loads routes of plugins only if they are named there; nothing was imported through it yet.

@@ -87,6 +87,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         cfg_shared_weights: one copy of the weights for all ranks of an engine; None: wherever that is possible.
         max_image_pixels, max_video_pixels, max_inference_steps, max_input_images, max_input_pixels, max_upload_bytes:
             what an operator allows a request.
+        variant: of the names of the model's weight files, as in `model.fp16.safetensors`; "" for those without one.
         progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
         failed_start_address: likewise, for why the engine could not start.
     """
@@ -99,6 +100,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_input_images: int = RequestLimits().max_input_images
     max_input_pixels: int = RequestLimits().max_input_pixels
     max_upload_bytes: int = RequestLimits().max_upload_bytes
+    variant: str = ""
     progress_address: str = ""
     failed_start_address: str = ""
 

@@ -16,6 +16,8 @@ MIN_SEED = -(2**63)
 
 # How the predictions of two branches may be combined; the formulas are in guidance.py.
 COMBINE_RULES = ("cfg", "cfg_zero_star", "apg")
+# Fields that `EnginePipeline.combine_branches` reads, unless a family has one of its own that reads fewer.
+GUIDANCE_FIELDS = frozenset({"cfg_normalize", "guidance_rescale", "combine_rule"})
 
 
 class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

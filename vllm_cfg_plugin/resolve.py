@@ -15,6 +15,7 @@ from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import (
     COMBINE_RULES,
+    GUIDANCE_FIELDS,
     MAX_IMAGES_PER_REQUEST,
     MAX_SEED,
     MIN_SEED,
@@ -104,6 +105,9 @@ def _check_known_fields(asked: DiffusionParams, info: PipelineInfo) -> None:
             continue
         remedy = f": this model's guidance scale is {info.cfg_scale}" if name in _SCALES else ": this model has none"
         raise InvalidRequestError(name, value, f"absent{remedy}")
+    for name in sorted(GUIDANCE_FIELDS - info.guidance_fields):
+        if (value := getattr(asked, name)) is not UNSET:
+            raise InvalidRequestError(name, value, "absent: this model's guidance does not read it")
 
 
 def check_image_count(count: int, info: PipelineInfo, limits: RequestLimits) -> None:
@@ -315,11 +319,25 @@ def _why_guidance_is_off(asked: DiffusionParams, info: PipelineInfo, guidance: G
     if asked.guidance_interval is not UNSET and not guidance.guided_steps(steps):
         return f"none of {steps} steps is in the guidance interval {list(guidance.interval)}"
     given, off = guidance.scale - info.cfg_scale_offset, 1 - info.cfg_scale_offset
-    if isinstance(asked.negative_prompt, str) and guidance.scale <= 1:
-        return f"a negative prompt was given, but {info.cfg_scale} is {given:g}, not above {off:g}"
-    if guidance.scale > 1 and getattr(asked, info.cfg_scale) is not UNSET:
+    parts = _asked_parts(asked, guidance)
+    if parts and guidance.scale <= 1:
+        return f"{parts[0]} was given, but {info.cfg_scale} is {given:g}, not above {off:g}"
+    if guidance.scale > 1 and (parts or getattr(asked, info.cfg_scale) is not UNSET):
         return f"{info.cfg_scale} is {given:g}, but there is no negative prompt (an empty one is enough)"
     return ""
+
+
+def _asked_parts(asked: DiffusionParams, guidance: Guidance) -> list[str]:
+    """What was given that only guidance reads, but for its scale."""
+    parts = ["a negative prompt"] if isinstance(asked.negative_prompt, str) else []
+    if asked.guidance_scale_2 is not UNSET and (guidance.scale_2 or 0) > 1:
+        parts.append("guidance_scale_2")
+    fields = {"guidance_interval": (0, 1), "combine_rule": "cfg", "cfg_normalize": False, "guidance_rescale": 0}
+    for name, neutral in fields.items():
+        value = getattr(asked, name)
+        if value is not UNSET and value != neutral:
+            parts.append(name)
+    return parts
 
 
 def _checked_seed(value: object, count: int) -> int:

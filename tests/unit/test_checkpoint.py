@@ -75,7 +75,7 @@ def test_a_model_without_weights_is_named(model, tmp_path, component):
     (copy / component / "config.json").symlink_to(model / component / "config.json")
     with pytest.raises(ConfigurationError, match=f"incomplete: {component}/ has no file of weights"):
         check_servable(Checkpoint(str(copy)))
-    (copy / component / "pytorch_model.bin").touch()
+    (copy / component / ("pytorch_model.bin" if component == "text_encoder" else "diffusion_pytorch_model.bin")).touch()
     check_servable(Checkpoint(str(copy)))
 
 

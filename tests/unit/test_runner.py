@@ -239,6 +239,8 @@ def test_steps_outside_the_guidance_interval_take_the_positive_branch_alone(runn
 
 def test_a_pipeline_may_combine_more_than_two_branches():
     class ThreeBranches(ToyPipeline):
+        guidance_fields = frozenset()
+
         def combine_branches(self, predictions, request, timestep, step):
             positive, negative, empty = predictions
             return empty + 2 * (negative - empty) + 3 * (positive - negative)

@@ -25,7 +25,6 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
     _check_plugin_is_allowed()
     from vllm.platforms import current_platform
 
-    check_servable(Checkpoint(model, engine_args.get("revision")))
     settings = {name: engine_args.pop(name) for name in EngineSettings.__struct_fields__ if name in engine_args}
     additional = {
         **engine_args.pop("additional_config", {}),
@@ -34,7 +33,8 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
         "progress_address": new_address("progress"),
         "failed_start_address": new_address("failed-start"),
     }
-    EngineSettings.from_dict(additional)
+    variant = EngineSettings.from_dict(additional).variant
+    check_servable(Checkpoint(model, engine_args.get("revision")), variant)
     check_options(engine_args, _vllms_default)
     options = with_our_defaults(engine_args, current_platform.is_cpu())
     return {**options, "model": model, "additional_config": additional}

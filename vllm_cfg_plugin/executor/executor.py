@@ -63,7 +63,7 @@ class CfgExecutor(Executor):
     def _weights_for_ranks(self) -> AbstractContextManager[None]:
         settings = EngineSettings.from_vllm_config(self.vllm_config)
         if settings.shares_weights(self.device_config.device_type):
-            return pipeline_for_forks(self.model_config)
+            return pipeline_for_forks(self.vllm_config)
         return nullcontext()
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:

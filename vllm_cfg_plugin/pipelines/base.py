@@ -21,7 +21,7 @@ from vllm_cfg_plugin import guidance
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
+from vllm_cfg_plugin.params import GUIDANCE_FIELDS, DiffusionRequest, ImageInput
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,13 @@ class EnginePipeline(CFGParallelMixin, ABC):
         scheduler: the checkpoint's noise scheduler: what those of requests are made from.
         decode_sees_images: `decode` needs what `encode_images` made.
         float32_components: what is loaded in float32 whatever the dtype.
+        guidance_fields: those of `GUIDANCE_FIELDS` that `combine_branches` reads; requests with others are refused. A
+            class with a `combine_branches` of its own says which.
     """
 
     decode_sees_images: ClassVar[bool] = False
     float32_components: ClassVar[tuple[str, ...]] = ()
+    guidance_fields: ClassVar[frozenset[str]] = GUIDANCE_FIELDS
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,6 +90,11 @@ class EnginePipeline(CFGParallelMixin, ABC):
             raise TypeError(
                 f"{cls.__name__} overrides scheduler_step, which a loop of its own calls, and not step_latents, which "
                 "the engine calls: override that one too"
+            )
+        if not issubclass(_definer(cls, "guidance_fields"), _definer(cls, "combine_branches")):
+            raise TypeError(
+                f"{cls.__name__} overrides combine_branches: set guidance_fields to those of "
+                f"{', '.join(sorted(GUIDANCE_FIELDS))} that it reads"
             )
 
     @classmethod
@@ -100,13 +108,21 @@ class EnginePipeline(CFGParallelMixin, ABC):
 
     @classmethod
     def load(
-        cls, model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, **components: Any
+        cls,
+        model: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        revision: str | None = None,
+        variant: str | None = None,
+        **components: Any,
     ) -> Self:
         """Load a checkpoint for inference.
 
         Args:
             model: folder or hub repository id.
             dtype: of weights and computation.
+            variant: of the names of weight files, as in `model.fp16.safetensors`.
             components: to be used in place of the checkpoint's own; None for those to do without.
 
         Raises:
@@ -115,7 +131,9 @@ class EnginePipeline(CFGParallelMixin, ABC):
         diffusers_class: Any = cls
         try:
             dtypes = {"default": dtype} | dict.fromkeys(cls.float32_components, torch.float32)
-            pipeline = diffusers_class.from_pretrained(model, dtype=dtypes, revision=revision, **components)
+            pipeline = diffusers_class.from_pretrained(
+                model, dtype=dtypes, revision=revision, variant=variant, **components
+            )
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"model {model!r} can't be loaded: {error}") from error
         return pipeline.to(device)

@@ -17,7 +17,8 @@ import msgspec
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, MODEL_INDEX, Checkpoint, PipelineInfo
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.logs import get_logger
-from vllm_cfg_plugin.params import DiffusionParams
+from vllm_cfg_plugin.params import GUIDANCE_FIELDS, DiffusionParams
+from vllm_cfg_plugin.pipelines.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     from vllm_cfg_plugin.pipelines.base import EnginePipeline
@@ -137,8 +138,11 @@ def _warn_of_claims(class_name: str) -> None:
         )
 
 
-def check_servable(checkpoint: Checkpoint) -> None:
+def check_servable(checkpoint: Checkpoint, variant: str = "") -> None:
     """Everything that can be known to be wrong with a checkpoint before a process is started.
+
+    Args:
+        variant: of the names of its weight files.
 
     Raises:
         ConfigurationError: unknown class, missing components, missing or unreadable component configs, missing or
@@ -147,7 +151,7 @@ def check_servable(checkpoint: Checkpoint) -> None:
     _warn_of_claims(_entry_point_of(checkpoint).name)
     checkpoint.check_components()
     describe(checkpoint)
-    checkpoint.check_weights()
+    check_weight_files(checkpoint, pipeline_class(checkpoint), variant)
 
 
 def describe(checkpoint: Checkpoint) -> PipelineInfo:
@@ -171,7 +175,15 @@ def describe(checkpoint: Checkpoint) -> PipelineInfo:
         defaults = msgspec.convert(raw, DiffusionParams)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"model {checkpoint.model!r}: {DEFAULTS_FILE}: {error}") from error
+    if ignored := sorted(set(raw) & (GUIDANCE_FIELDS - family.guidance_fields)):
+        raise ConfigurationError(
+            f"model {checkpoint.model!r}: {DEFAULTS_FILE} sets {ignored[0]}, which a {family.__name__} does not read"
+        )
     given = {
         name: value for name in defaults.__struct_fields__ if (value := getattr(defaults, name)) is not msgspec.UNSET
     }
-    return dataclasses.replace(info, default_params=msgspec.structs.replace(info.default_params, **given))
+    return dataclasses.replace(
+        info,
+        default_params=msgspec.structs.replace(info.default_params, **given),
+        guidance_fields=family.guidance_fields,
+    )

@@ -18,36 +18,39 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import VllmConfig
 
 logger = get_logger(__name__)
 
 _inherited: EnginePipeline | None = None
 
 
-def load_pipeline(model_config: ModelConfig, device: torch.device) -> EnginePipeline:
+def load_pipeline(vllm_config: VllmConfig, device: torch.device) -> EnginePipeline:
     """The pipeline that this process was forked with, or else a copy of its own."""
     if _inherited is not None:
         return _inherited
+    model_config, variant = vllm_config.model_config, EngineSettings.from_vllm_config(vllm_config).variant
+    options = {"variant": variant} if variant else {}
     load = pipeline_class(Checkpoint(model_config.model, model_config.revision)).load
     dtype = cast(torch.dtype, model_config.dtype)  # vLLM resolved the name that it may have been
     started = time.perf_counter()
-    pipeline = load(model_config.model, dtype=dtype, device=device, revision=model_config.revision)
+    pipeline = load(model_config.model, dtype=dtype, device=device, revision=model_config.revision, **options)
     logger.info("Loaded %s in %.2f s", model_config.model, time.perf_counter() - started)
     return pipeline
 
 
 @contextmanager
-def pipeline_for_forks(model_config: ModelConfig) -> Iterator[None]:
+def pipeline_for_forks(vllm_config: VllmConfig) -> Iterator[None]:
     """Processes forked inside share one copy of the weights; this process lets go of it at the end."""
     global _inherited
     with _one_thread():
-        _inherited = load_pipeline(model_config, torch.device("cpu"))
+        _inherited = load_pipeline(vllm_config, torch.device("cpu"))
     # The collector writes into the header of every object that it looks at, and so would copy their pages: 160 MB in
     # the engine alone.
     gc.freeze()

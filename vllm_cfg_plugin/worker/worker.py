@@ -62,7 +62,7 @@ class DiffusionWorker(WorkerBase):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint's pipeline; every rank holds all of it, because any rank may own any branch."""
-        pipeline = load_pipeline(self.model_config, self.device)
+        pipeline = load_pipeline(self.vllm_config, self.device)
         check_noise_scheduler(pipeline, describe(self._checkpoint))
         self.runner = StepRunner(
             pipeline,

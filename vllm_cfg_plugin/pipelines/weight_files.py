@@ -1,0 +1,180 @@
+"""Which files of a checkpoint diffusers and transformers would load, asked of their own resolution.
+
+What else lies in a folder is none of our business: another variant's index, a sidecar of the file system. Must not
+import torch, diffusers or transformers by itself; it is called when the family's module has done that.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, safetensors_problem
+from vllm_cfg_plugin.errors import ConfigurationError
+
+_VARIANT = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)\.(\w+?)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+)
+
+
+def check_weight_files(checkpoint: Checkpoint, family: type, variant: str = "") -> None:
+    """Check the components that a pipeline class loads: all files of a folder, the configurations of a repository.
+
+    Args:
+        variant: of the files' names, as in `model.fp16.safetensors`; "" for those without one.
+
+    Raises:
+        ConfigurationError: a file is missing or broken, or needs what is not installed here.
+    """
+    folder = Path(checkpoint.model).expanduser()
+    components = _components(checkpoint, family)
+    for component in components:
+        _check_quantization(checkpoint, component, *components[component])
+    if not folder.is_dir():
+        return
+    variants = _variants(checkpoint, folder, variant)
+    for component, (library, class_name) in components.items():
+        if _model_library(library, class_name):
+            files = _files_of(checkpoint, component, library, class_name, variants.get(component, ""))
+            for path in files:
+                if path.suffix == ".safetensors" and (problem := safetensors_problem(path)):
+                    raise ConfigurationError(
+                        f"model {checkpoint.model!r}: {component}/{path.name} is broken: {problem}"
+                    )
+
+
+def _components(checkpoint: Checkpoint, family: type) -> dict[str, tuple[str, str]]:
+    """{component: (library, class)} of what the class is made of, as model_index.json names it."""
+    index = checkpoint.read_json(MODEL_INDEX) or {}
+    taken = inspect.signature(family.__init__).parameters  # type: ignore[misc]
+    named = {name: value for name, value in index.items() if name in taken and isinstance(value, list)}
+    return {name: (value[0], value[1]) for name, value in named.items() if len(value) == 2 and value[0]}
+
+
+def _model_library(library: str, class_name: str) -> str:
+    """ "diffusers" or "transformers", whose loader a model has; "" for what has no weights."""
+    import diffusers
+    import transformers
+
+    module: Any = diffusers if library == "diffusers" else getattr(diffusers.pipelines, library, transformers)
+    cls = getattr(module, class_name, None) or getattr(transformers, class_name, None)
+    if isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin):
+        return "diffusers"
+    return "transformers" if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else ""
+
+
+def _variants(checkpoint: Checkpoint, folder: Path, variant: str) -> dict[str, str]:
+    """{component: variant} of those that have files of the variant; the others load their ordinary ones."""
+    from diffusers.pipelines.pipeline_loading_utils import _identify_model_variants
+
+    if not variant:
+        return {}
+    try:
+        found: dict[str, str] = _identify_model_variants(str(folder), variant, checkpoint.read_json(MODEL_INDEX) or {})
+    except IndexError:
+        raise ConfigurationError(
+            f"variant={variant!r} is not valid for model {checkpoint.model!r}: diffusers can't read a variant where a "
+            "component has a file whose name has no dot: remove that file"
+        ) from None
+    if not found:
+        raise ConfigurationError(
+            f"variant={variant!r} is not valid for model {checkpoint.model!r}: no component has weights of that name"
+        )
+    return found
+
+
+def _files_of(checkpoint: Checkpoint, component: str, library: str, class_name: str, variant: str) -> list[Path]:
+    folder = Path(checkpoint.model).expanduser() / component
+    resolve = _diffusers_file if _model_library(library, class_name) == "diffusers" else _transformers_file
+    try:
+        path = resolve(folder, variant or None)
+    except OSError:
+        raise ConfigurationError(_why_not_found(checkpoint, component, folder)) from None
+    return _shards(checkpoint, component, path) if path.suffix == ".json" else [path]
+
+
+def _diffusers_file(folder: Path, variant: str | None) -> Path:
+    """The file, or the index of shards, that `ModelMixin.from_pretrained` loads."""
+    from diffusers.models.model_loading_utils import _fetch_index_file, _fetch_index_file_legacy
+    from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+    from diffusers.utils.hub_utils import _add_variant, _get_model_file
+
+    unused = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "user_agent")
+    options: dict[str, Any] = dict.fromkeys((*unused, "commit_hash"))
+    options |= {"is_local": True, "subfolder": "", "use_safetensors": True, "variant": variant}
+    options["pretrained_model_name_or_path"] = str(folder)
+    index = _fetch_index_file(**options)
+    if variant is not None and not index.is_file():
+        index = _fetch_index_file_legacy(**options)
+    if index is not None and index.is_file():
+        return Path(index)
+    try:
+        return Path(_get_model_file(str(folder), weights_name=_add_variant(SAFETENSORS_WEIGHTS_NAME, variant)))
+    except OSError:
+        return Path(_get_model_file(str(folder), weights_name=_add_variant(WEIGHTS_NAME, variant)))
+
+
+def _transformers_file(folder: Path, variant: str | None) -> Path:
+    """The file, or the index of shards, that `PreTrainedModel.from_pretrained` loads."""
+    from transformers.modeling_utils import _add_variant
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+    # In the order of `transformers.modeling_utils._get_resolved_checkpoint_files`, which hides the index.
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        if (path := folder / _add_variant(name, variant)).is_file():
+            return path
+    raise FileNotFoundError(folder)
+
+
+def _shards(checkpoint: Checkpoint, component: str, index: Path) -> list[Path]:
+    content = checkpoint.read_json(f"{component}/{index.name}") or {}
+    shards = sorted(set(content.get("weight_map", {}).values()))
+    if not shards:
+        raise ConfigurationError(f"model {checkpoint.model!r}: {component}/{index.name} names no files")
+    for shard in shards:
+        if not (index.parent / shard).is_file():
+            raise ConfigurationError(f"model {checkpoint.model!r} is incomplete: {component}/{shard} is missing")
+    return [index.parent / shard for shard in shards]
+
+
+def _why_not_found(checkpoint: Checkpoint, component: str, folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if variants := sorted({match[1] for name in names if (match := _VARIANT.fullmatch(name))}):
+        return (
+            f"model {checkpoint.model!r}: {component}/ has its weights under names of the variant {variants[0]} only: "
+            f"ask for it by --variant {variants[0]} (variant={variants[0]!r} offline)"
+        )
+    if pickled := [name for name in names if name.endswith(".bin.index.json") and not name.startswith(".")]:
+        return (
+            f"model {checkpoint.model!r}: {component}/ has its weights in pickled shards ({pickled[0]}), which "
+            "diffusers does not load: save it as safetensors"
+        )
+    return f"model {checkpoint.model!r} is incomplete: {component}/ has no file of weights"
+
+
+def _check_quantization(checkpoint: Checkpoint, component: str, library: str, class_name: str) -> None:
+    """What its library can run here may run; each library's own quantizer knows."""
+    config = (checkpoint.read_json(f"{component}/config.json") or {}).get("quantization_config")
+    of = _model_library(library, class_name) if config else ""
+    if not of:
+        return
+    method = config.get("quant_method") or "an unnamed method" if isinstance(config, dict) else repr(config)
+    try:
+        _quantizers(of).from_config(dict(config), pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:  # of any quantizer: a missing package, no GPU, an unknown method
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(
+            f"model {checkpoint.model!r}: {component}/ is quantized by {method}, which can't run here: {reason}"
+        ) from error
+
+
+def _quantizers(library: str) -> Any:
+    if library == "diffusers":
+        from diffusers.quantizers import DiffusersAutoQuantizer
+
+        return DiffusersAutoQuantizer
+    from transformers.quantizers import AutoHfQuantizer
+
+    return AutoHfQuantizer
