@@ -313,6 +313,31 @@ def test_images_are_encoded_once_for_all_branches_and_reach_the_forward():
     assert pipeline.seen == [["red"]]
 
 
+def test_images_are_encoded_anew_for_another_size_or_number_of_frames(runner, pipeline):
+    """Some families bring the images to the size of the result, or fill them up to its frames."""
+    seen = []
+    pipeline.encode_images = lambda request: seen.append((request.height, request.width, request.num_frames)) or []
+    image = ImageInput("red", "RGB", 1, 1, b"\x03\x00\x00")
+    sizes = [(2, 2, 1), (4, 2, 1), (2, 4, 1), (2, 2, 5), (2, 2, 1)]
+    requests = [
+        msgspec.structs.replace(toy_request(), images=[image], height=height, width=width, num_frames=frames)
+        for height, width, frames in sizes
+    ]
+    runner.run(join(requests))
+    assert seen == sizes[:4]
+
+
+def test_a_request_whose_last_step_fails_is_not_decoded(runner, pipeline):
+    def fail(*args):
+        raise ArithmeticError("no last step")
+
+    runner.run(join([toy_request(steps=2)]))
+    pipeline.scheduler_step = fail
+    report = runner.run(plan(1, decodes=[Decode(0, 0)]))
+    assert [id for id, _ in report.failed] == [0]
+    assert [side for side in runner.side.take() if side.branch == DECODED] == []
+
+
 def test_the_cache_forgets_the_least_recently_used_embedding():
     encoded = []
 

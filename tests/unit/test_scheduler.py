@@ -77,6 +77,19 @@ def test_a_request_is_planned_to_its_last_step_before_any_report_of_a_step_comes
     assert not scheduler.schedule().awaits_side_work
 
 
+def test_progress_is_published_step_by_step_for_who_asked_for_it():
+    scheduler, published = make_scheduler(), []
+    scheduler._progress = SimpleNamespace(publish=lambda *message: published.append(message))
+    scheduler.add_request(vllm_request("a", msgspec.structs.replace(toy_request(steps=3), progress_key="bar")))
+    scheduler.add_request(vllm_request("b", toy_request(steps=3)))
+    encoded(scheduler)
+    outputs = [scheduler.schedule() for _ in range(3)]  # all planned before the first is reported
+    assert published == []
+    for output in outputs:
+        finish(scheduler, output)
+    assert published == [("bar", 1, 3), ("bar", 2, 3), ("bar", 3, 3)]
+
+
 def test_a_request_takes_no_step_before_all_its_texts_are_encoded():
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("a", toy_request()))
