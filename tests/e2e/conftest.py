@@ -1,15 +1,14 @@
-"""One real `vllm serve --cfg-parallel-size 2` for all tests that leave it as they found it."""
+"""Small checkpoints, and the time that a server may take to start."""
 
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
 
-from examples.vllm_server import VllmServer
+from tests.model_builders.longcat_image import build_longcat_image_edit
 from tests.model_builders.qwen_image import build_qwen_image
+from tests.model_builders.wan import build_wan
 
 START_TIMEOUT_S = 180
-SERVED_NAMES = ("tiny", "alias")
 
 
 @pytest.fixture(scope="session")
@@ -19,14 +18,10 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(model, tmp_path_factory):
-    options = ["--cfg-parallel-size", "2", "--served-model-name", *SERVED_NAMES]
-    with VllmServer(model, options, tmp_path_factory.mktemp("server") / "server.log") as server:
-        server.wait_ready(START_TIMEOUT_S)
-        yield server
+def edit_model(tmp_path_factory) -> Path:
+    return build_longcat_image_edit(tmp_path_factory.mktemp("edit") / "model")
 
 
 @pytest.fixture(scope="session")
-def client(server):
-    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=120) as client:
-        yield client
+def video_model(tmp_path_factory) -> Path:
+    return build_wan(tmp_path_factory.mktemp("wan") / "model", "2.1")

@@ -1,8 +1,10 @@
-"""A program that ends while the thread that receives the engine's answers frees the last image's message.
+"""Programs that end while the thread that receives the engine's answers frees the last image's message.
 
-    python exit_race.py MODEL close|leave
+    python exit_race.py MODEL OUT [OUT ...]
 
-The delays make certain what is otherwise a race of microseconds; see `vllm_cfg_plugin.compat.end_output_thread`.
+One for each OUT, which it prints to; the one whose name is `close` closes its engine. They are forked, so that the
+imports are done once, and each ends as an interpreter does. The delays make certain what is otherwise a race of
+microseconds; see `vllm_cfg_plugin.compat.end_output_thread`.
 """
 
 from __future__ import annotations
@@ -47,12 +49,26 @@ class SlowEnd:
             pass
 
 
-if __name__ == "__main__":
+def run(model: str, out: str) -> None:
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
     sys.slow_end = SlowEnd()
     MsgpackDecoder.decode = watching_decode
-    llm = DiffusionLLM(sys.argv[1], cfg_parallel_size=1)
+    llm = DiffusionLLM(model, cfg_parallel_size=1)
     params = DiffusionParams(num_inference_steps=2, height=64, width=64)
     print("error:", llm.generate("a", params, use_tqdm=False)[0].error)
     print("<done>", flush=True)
-    if sys.argv[2] == "close":
+    if os.path.basename(out) == "close":
         llm.close()
+
+
+if __name__ == "__main__":
+    pids = []
+    for out in sys.argv[2:]:
+        pids.append(os.fork())
+        if not pids[-1]:
+            run(sys.argv[1], out)
+            sys.exit()
+    for pid in pids:
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

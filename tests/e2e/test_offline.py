@@ -87,10 +87,12 @@ def test_engine_death_is_said_and_close_still_works(model):
     assert alive == []
 
 
-@pytest.mark.parametrize("ending", ["close", "leave"])
-def test_a_program_ends_well_while_the_last_message_is_being_freed(model, ending):
-    command = [sys.executable, str(Path(__file__).with_name("exit_race.py")), str(model), ending]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "error: None" in done.stdout
-    assert done.stdout.index("<done>") < done.stdout.index("<freed>")  # there was something to survive
+def test_programs_end_well_while_the_last_message_is_being_freed(model, tmp_path):
+    outs = [tmp_path / ending for ending in ("close", "leave")]
+    command = [sys.executable, str(Path(__file__).with_name("exit_race.py")), str(model), *map(str, outs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    for out, code in zip(outs, done.stdout.split(), strict=True):
+        printed = out.read_text()
+        assert code == "0", printed[-3000:]
+        assert "error: None" in printed
+        assert printed.index("<done>") < printed.index("<freed>")  # there was something to survive

@@ -14,9 +14,15 @@ import pytest
 import requests
 from PIL import Image
 
+from examples.vllm_server import VllmServer
+from tests.e2e.conftest import START_TIMEOUT_S
+from tests.e2e.endings import end_amid_a_request
+from tests.e2e.scripts import flags, run
 from tests.e2e.server import gauge, wait_for_running
 
 pytestmark = pytest.mark.e2e
+
+SERVED_NAMES = ("tiny", "alias")
 
 # Long enough to be found running by a client that then does something else.
 SLOW = {"size": "512x512", "num_inference_steps": 200, "true_cfg_scale": 4.0, "negative_prompt": "", "n": 2}
@@ -36,6 +42,20 @@ MIXED = [
     },
     {"prompt": "snow", "size": "64x64", "num_inference_steps": 9, "true_cfg_scale": 1.5, "negative_prompt": "", "n": 2},
 ]
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    options = ["--cfg-parallel-size", "2", "--served-model-name", *SERVED_NAMES]
+    with VllmServer(model, options, tmp_path_factory.mktemp("server") / "server.log") as server:
+        server.wait_ready(START_TIMEOUT_S)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=120) as client:
+        yield client
 
 
 def generate(client, prompt="a house", size="64x64", n=1, output_format="png", **extra):
@@ -203,3 +223,23 @@ def test_a_storm_of_requests_and_disconnects(server):
         assert all(other == images[0] for other in images), bodies[index]
     wait_for_running(server, 0, timeout_s=5)
     assert gauge(server, "vllm:num_requests_waiting") == 0
+
+
+def test_the_examples_client_draws_an_image(server, tmp_path):
+    arguments = flags(
+        url=f"{server.url}/v1",
+        prompt="a rocket",
+        negative_prompt="ugly",
+        true_cfg_scale=4.0,
+        num_inference_steps=4,
+        size="64x32",
+        seed=1,
+        output="rocket.png",
+    )
+    assert "saved rocket.png" in run("openai_client.py", *arguments, cwd=tmp_path)
+    assert Image.open(tmp_path / "rocket.png").size == (64, 32)
+
+
+def test_nothing_is_left_behind(server):
+    """The last test here: it ends the server."""
+    end_amid_a_request(server, "SIGTERM", json={"prompt": "a", **SLOW, "n": 1})

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,52 +17,54 @@ from vllm_cfg_plugin.errors import ConfigurationError
 pytestmark = pytest.mark.e2e
 
 EXIT_TIMEOUT_S = 120
+TWO_RANKS = ["--cfg-parallel-size", "2"]
 
 
-def failed_start(model: Path, options: list[str], folder: Path, env: dict[str, str] | None = None) -> str:
-    """Everything that the server printed before it gave up."""
-    with VllmServer(model, options, folder / "server.log", env) as server:
-        code = server.process.wait(EXIT_TIMEOUT_S)
-        footprint = Footprint(session_id=server.process.pid)
-    assert code != 0
-    assert footprint.leftovers() == []
-    return server.log_tail(lines=10_000)
-
-
-def the_line(log: str, *needles: str) -> str:
-    """The one line that says it all."""
-    lines = [line for line in log.splitlines() if all(needle in line for needle in needles)]
-    assert lines, log[-3000:]
-    assert "Traceback" not in log
-    return lines[-1]
-
-
-@pytest.fixture
-def copied(model, tmp_path) -> Path:
-    return Path(shutil.copytree(model, tmp_path / "copied"))
-
-
-def test_an_unknown_pipeline_class_names_the_known_ones(copied, tmp_path):
-    index = copied / "model_index.json"
+def with_an_unknown_class(folder: Path) -> None:
+    index = folder / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "NoSuchPipeline"}))
-    log = failed_start(copied, ["--cfg-parallel-size", "2"], tmp_path)
-    the_line(log, "NoSuchPipeline", "QwenImagePipeline")
 
 
-def test_a_folder_that_is_no_diffusers_checkpoint(tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    the_line(failed_start(empty, ["--cfg-parallel-size", "2"], tmp_path), str(empty), "not a diffusers checkpoint")
-
-
-def test_broken_weights(copied, tmp_path):
-    weights = next((copied / "transformer").glob("*.safetensors"))
+def with_broken_weights(folder: Path) -> None:
+    weights = next((folder / "transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    the_line(failed_start(copied, ["--cfg-parallel-size", "2"], tmp_path), weights.name, "broken")
 
 
-def test_a_cfg_parallel_size_of_zero(model, tmp_path):
-    the_line(failed_start(model, ["--cfg-parallel-size", "0"], tmp_path), "cfg", "0", "from 1")
+def with_nothing(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+# What is done to a copy of the checkpoint, the options, and what the one line names.
+STARTS = {
+    "an unknown pipeline class": (with_an_unknown_class, TWO_RANKS, ("NoSuchPipeline", "QwenImagePipeline")),
+    "no diffusers checkpoint": (with_nothing, TWO_RANKS, ("/no diffusers checkpoint", "not a diffusers checkpoint")),
+    "broken weights": (with_broken_weights, TWO_RANKS, (".safetensors", "broken")),
+    "a cfg_parallel_size of 0": (lambda folder: None, ["--cfg-parallel-size", "0"], ("cfg", "0", "from 1")),
+}
+
+
+@pytest.fixture(scope="module")
+def failed_starts(model, tmp_path_factory) -> dict[str, tuple[int, int, str]]:
+    """Name -> (process id, exit code, all that it printed)."""
+    root = tmp_path_factory.mktemp("starts")
+    command = [sys.executable, str(Path(__file__).with_name("forked_serve.py"))]
+    for name, (spoil, options, _) in STARTS.items():
+        spoil(Path(shutil.copytree(model, root / name)))
+        command += [str(root / f"{name}.log"), str(root / name), *options, "--"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=EXIT_TIMEOUT_S, check=True)
+    codes = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    logs = [(root / f"{name}.log").read_text(errors="replace") for name in STARTS]
+    return {name: (*code, log) for name, code, log in zip(STARTS, codes, logs, strict=True)}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_one_line_says_why_and_nothing_is_left(failed_starts, name):
+    pid, code, log = failed_starts[name]
+    assert code > 0
+    assert Footprint(session_id=pid).leftovers() == []
+    assert any(all(needle in line for needle in STARTS[name][2]) for line in log.splitlines()), log[-3000:]
+    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize(("size", "shared", "who"), [(1, True, ""), (2, True, ""), (2, False, "cfg rank [01] .*: ")])
@@ -75,5 +79,7 @@ def test_offline_the_exception_says_why(copied, size, shared, who):
 
 def test_plugins_chosen_without_us(model, tmp_path):
     """None of our code runs then, so the words are vLLM's own; offline we can say more (tests/unit/test_config.py)."""
-    log = failed_start(model, ["--cfg-parallel-size", "2"], tmp_path, {"VLLM_PLUGINS": "another_plugin"})
-    assert log.splitlines()[-1].startswith("RuntimeError: Failed to infer device type")
+    with VllmServer(model, TWO_RANKS, tmp_path / "server.log", {"VLLM_PLUGINS": "another_plugin"}) as server:
+        assert server.process.wait(EXIT_TIMEOUT_S) != 0
+    assert Footprint(session_id=server.process.pid).leftovers() == []
+    assert server.log_tail(1).startswith("RuntimeError: Failed to infer device type")

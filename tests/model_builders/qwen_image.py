@@ -107,7 +107,7 @@ def qwen_image_vae(
 ) -> AutoencoderKLQwenImage:
     """A VAE of images with so many channels; one latent pixel is 2**levels pixels wide and high."""
     vae = AutoencoderKLQwenImage(
-        base_dim=8,
+        base_dim=4 if levels > 3 else 8,  # many levels are for images of a million pixels
         z_dim=latent_channels,
         dim_mult=[1] * (levels + 1),
         num_res_blocks=1,

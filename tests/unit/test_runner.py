@@ -332,7 +332,7 @@ def test_a_request_whose_last_step_fails_is_not_decoded(runner, pipeline):
         raise ArithmeticError("no last step")
 
     runner.run(join([toy_request(steps=2)]))
-    pipeline.scheduler_step = fail
+    pipeline.step_latents = fail
     report = runner.run(plan(1, decodes=[Decode(0, 0)]))
     assert [id for id, _ in report.failed] == [0]
     assert [side for side in runner.side.take() if side.branch == DECODED] == []
