@@ -48,9 +48,9 @@ endif
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-# The unit tests share two cores; the others start processes of their own.
+# Tests share two cores, each file on one of them.
 test: unit
-	$(PYTEST) tests/distributed tests/e2e
+	$(PYTEST) tests/distributed tests/e2e -n 2 --dist loadfile
 
 unit: $(STAMP) $(OTHER_VLLM)
 	$(PYTEST) tests/unit -n 2 --dist loadfile

@@ -280,15 +280,6 @@ def test_torchrun(qwen_image_folders, tmp_path):
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
 
 
-def test_the_world_size_is_1_before_initialisation():
-    one_liner = (
-        "from vllm_cfg_plugin.distributed.parallel_state import get_classifier_free_guidance_world_size; "
-        "print(get_classifier_free_guidance_world_size())"
-    )
-    done = subprocess.run([sys.executable, "-c", one_liner], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "1\n"
-
-
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [

@@ -73,8 +73,25 @@ def test_side_work_computes_without_autograd_and_with_one_thread(side):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux alone")
-def test_side_threads_give_way_to_the_steps(side):
+@pytest.mark.parametrize("started_with", [0, 7])
+def test_side_threads_give_way_to_the_steps(side, started_with):
+    """Also in a process that was started with `nice`."""
+
+    def priority():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def step():
+        os.nice(started_with)
+        side.encode(1, 0, lambda: niceness.append(priority()))
+        side.decode(2, lambda: niceness.append(priority()))
+        niceness.append(priority())
+
     niceness = []
-    side.encode(1, 0, lambda: niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
-    side.reports.get(timeout=10)
-    assert niceness[0] > os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    thread = threading.Thread(target=step)  # whose niceness is its own
+    thread.start()
+    thread.join()
+    for _ in range(2):
+        side.reports.get(timeout=10)
+    steps, encodes, decodes = sorted(niceness)
+    assert steps < encodes < decodes
+    assert steps >= started_with

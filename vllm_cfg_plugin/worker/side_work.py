@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -111,7 +110,7 @@ class SideThread:
             # As in the stepping thread: with more, a result depends on how the work was split.
             torch.set_num_threads(1)
         if sys.platform == "linux":  # elsewhere a priority belongs to the process
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
+            os.nice(self._niceness)  # from where the stepping thread is: a process may have been started with `nice`
 
     def synchronize(self) -> None:
         """Wait, on this thread, until what it queued on its stream is done."""
