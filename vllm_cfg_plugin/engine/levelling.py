@@ -11,10 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
-_SWAP_ITEMS = 64  # more items than this level well without swaps, and trying all pairs of them would take too long
-_SEARCH_ITEMS = 16  # at most so many items that have a choice are searched exactly
-_SEARCH_NODES = 500  # of one search, at about 2 us each; 7 items on 4 ranks were never seen to need 330
-
 
 def rank_loads(costs: Iterable[int], owners: Iterable[int], ranks: int, base: Sequence[int] | None = None) -> list[int]:
     """Microseconds of work that each rank has in one step; `base` is what it has besides the items."""
@@ -97,18 +93,15 @@ class Levelling:
         return owners
 
     def _improve(self, owners: list[int], bound: int) -> list[int]:
-        """Better owners, or the same if none are found: few changes first, then afresh, then by search."""
+        """Better owners, or the same if none are found: few changes first, then all items afresh."""
         best = owners
         for target in (bound, 0):
             candidate = self._spread(best, target)
-            if self.makespan(candidate) >= self.makespan(best):
-                candidate = list(best)
-            self._refine(candidate, bound)
             if self.makespan(candidate) < self.makespan(best):
                 best = candidate
             if is_near(self.makespan(best), bound):
-                return best
-        return self._search(best, bound)
+                break
+        return best
 
     def _bound(self, owners: Sequence[int], loads: Sequence[int]) -> int:
         """No assignment has a lighter heaviest rank than this.
@@ -157,93 +150,3 @@ class Levelling:
             owners[i] = rank = key % ranks
             keys[rank] += costs[i] * ranks
         return owners
-
-    def _refine(self, owners: list[int], bound: int) -> None:
-        """Move an item from the heaviest rank to a lighter one, or swap two, as long as that helps both."""
-        loads = self.loads(owners)
-        for _ in range(len(owners)):
-            if is_near(max(loads), bound):
-                return
-            heavy = loads.index(max(loads))
-            change = self._best_change(owners, loads, heavy)
-            if change is None:
-                return
-            i, rank, back = change
-            owners[i] = rank
-            if back >= 0:
-                owners[back] = heavy
-            difference = self._costs[i] - (self._costs[back] if back >= 0 else 0)
-            loads[heavy] -= difference
-            loads[rank] += difference
-
-    def _best_change(self, owners: Sequence[int], loads: Sequence[int], heavy: int) -> tuple[int, int, int] | None:
-        """The item to move off `heavy`, its new rank and the item that comes back for it (-1: none)."""
-        costs, allowed = self._costs, self._allowed
-        back: list[list[int]] = [[-1] for _ in range(self._ranks)]
-        if len(owners) <= _SWAP_ITEMS:
-            for j, owner in enumerate(owners):
-                if heavy in allowed[j]:
-                    back[owner].append(j)
-        best, change = loads[heavy], None
-        for i, owner in enumerate(owners):
-            if owner != heavy:
-                continue
-            for rank in sorted(allowed[i] - {heavy}):
-                for j in back[rank]:
-                    difference = costs[i] - (costs[j] if j >= 0 else 0)
-                    heavier = max(loads[heavy] - difference, loads[rank] + difference)
-                    if heavier < best:
-                        best, change = heavier, (i, rank, j)
-        return change
-
-    def _search(self, owners: list[int], bound: int) -> list[int]:
-        """Owners within 5 % of the best, unless there are too many items or the search runs out of nodes."""
-        order = [i for i in self._order if len(self._allowed[i]) > 1]
-        if len(order) > _SEARCH_ITEMS:
-            return owners
-        nodes = _SEARCH_NODES
-        makespan = self.makespan(owners)
-        while not is_near(makespan, bound):
-            # If nothing fits under this limit the best is above it, and the present makespan within 5 % of the best.
-            found, nodes = self._fit(owners, order, (20 * makespan - 1) // 21, nodes)
-            if found is None:
-                break
-            owners, makespan = found, self.makespan(found)
-        return owners
-
-    def _fit(self, owners: Sequence[int], order: list[int], limit: int, nodes: int) -> tuple[list[int] | None, int]:
-        """Owners whose loads are all at most `limit`, by branch and bound, and the nodes that are left of `nodes`."""
-        placed = list(owners)
-        free = [limit - load for load in self.loads(owners)]
-        for i in order:
-            free[owners[i]] += self._costs[i]
-        if min(free) < 0:
-            return None, nodes
-        costs = [self._costs[i] for i in order]
-        # Where an item stays is tried before other ranks with the same room.
-        options = [[owners[i], *sorted(self._allowed[i] - {owners[i]})] for i in order]
-        # Ranks with the same room are alike for the search if the same items may go there.
-        kinds = [tuple(rank in self._allowed[i] for i in order) for rank in range(self._ranks)]
-        kind = [kinds.index(kinds[rank]) for rank in range(self._ranks)]
-
-        def place(depth: int, work: int) -> bool:
-            nonlocal nodes
-            if depth == len(order):
-                return True
-            nodes -= 1
-            if nodes < 0 or sum([room for room in free if room >= costs[-1]]) < work:
-                return False
-            cost, tried = costs[depth], set()
-            for rank in sorted(options[depth], key=free.__getitem__):
-                room = free[rank]
-                if room < cost or (room, kind[rank]) in tried:
-                    continue
-                tried.add((room, kind[rank]))
-                placed[order[depth]] = rank
-                free[rank] = room - cost
-                if place(depth + 1, work - cost):
-                    return True
-                free[rank] = room
-            return False
-
-        return (placed if place(0, sum(costs)) else None), max(nodes, 0)
