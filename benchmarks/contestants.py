@@ -70,11 +70,11 @@ class StrictLine(WaitingLine):
         self._batch = batch
         self._may_join = may_join
 
-    def take(self, fits: Callable[[ScheduledRequest], bool]) -> Iterator[ScheduledRequest]:
+    def take(self, try_to_join: Callable[[ScheduledRequest], bool]) -> Iterator[ScheduledRequest]:
         before = [*self._batch.preparing.values(), *self._batch.running.values()]
         joining: list[ScheduledRequest] = []
         for request in list(self._requests.values()):
-            if not self._may_join(request, before, joining) or not fits(request):
+            if not self._may_join(request, before, joining) or not try_to_join(request):
                 return
             self.remove(request)
             joining.append(request)

@@ -235,6 +235,48 @@ def test_a_request_that_is_none_of_ours_is_answered_and_stops_nothing():
     assert "not a diffusion request" in unpack_result(answer.pooling_output)[0].error
 
 
+BAD = {
+    "text_tokens": {"text_tokens": [3]},
+    "prompts": {"prompts": [], "text_tokens": []},
+    "num_inference_steps": {"num_inference_steps": 0},
+    "image_tokens": {"image_tokens": -1},
+    "guidance_interval": {"guidance": {"scale": 4.0, "interval": [float("nan"), 1.0]}},
+}
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_a_request_that_can_t_be_planned_is_answered_and_stops_nothing(field):
+    scheduler = make_scheduler()
+    scheduler.add_request(vllm_request("bad", msgspec.to_builtins(toy_request()) | BAD[field]))
+    scheduler.add_request(vllm_request("good", toy_request(steps=1)))
+    outputs = finish(scheduler, scheduler.schedule()) + finish(scheduler, scheduler.schedule())
+    errors = {output.request_id: unpack_result(output.pooling_output)[0].error for output in outputs}
+    assert field in errors["bad"]
+    assert errors["good"] is None
+
+
+def test_a_name_that_is_taken_is_refused_and_stops_nothing():
+    scheduler = make_scheduler()
+    for seed in (1, 2):
+        scheduler.add_request(vllm_request("twin", toy_request(seed=seed, steps=1)))
+    outputs = finish(scheduler, scheduler.schedule()) + finish(scheduler, scheduler.schedule())
+    errors = [unpack_result(output.pooling_output)[0].error for output in outputs]
+    assert "another request" in errors[0]
+    assert errors[1:] == [None]
+    assert not scheduler.has_requests()
+
+
+def test_a_request_whose_image_is_still_decoded_counts_against_max_num_seqs():
+    scheduler = make_scheduler(max_num_seqs=1)
+    for name in "ab":
+        scheduler.add_request(vllm_request(name, toy_request(steps=1)))
+    encoded(scheduler)
+    last = scheduler.schedule()
+    assert not scheduler.schedule().planned.admitted
+    finish(scheduler, last)
+    assert [request.request_id for request in scheduler.schedule().planned.admitted] == ["b"]
+
+
 @pytest.mark.parametrize(("state", "running"), [(PauseState.PAUSED_NEW, [0]), (PauseState.PAUSED_ALL, [])])
 def test_pausing_admits_nobody_and_steps_whom_it_should(state, running):
     scheduler = make_scheduler()

@@ -1,4 +1,4 @@
-"""Who may join the running batch: first come first served under two budgets, with bounded bypass. Pure.
+"""Who may join the running batch: first come first served under two limits; a bounded number may overtake. Pure.
 
 A request that does not fit yet may be overtaken by later ones that do, so that a large one at the head blocks nobody
 behind it; but by at most `MAX_OVERTAKEN` of them, so that it does not starve: from then on nobody behind it joins until
@@ -32,11 +32,15 @@ class WaitingLine:
     def remove(self, request: ScheduledRequest) -> None:
         del self._requests[request.id]
 
-    def take(self, fits: Callable[[ScheduledRequest], bool]) -> Iterator[ScheduledRequest]:
-        """Take out, one by one, the requests that may join now; `fits` is asked with all before it joined already."""
+    def take(self, try_to_join: Callable[[ScheduledRequest], bool]) -> Iterator[ScheduledRequest]:
+        """Take out, one by one, the requests that join now.
+
+        Args:
+            try_to_join: lets a request join if it fits beside those that have joined, and says whether it did.
+        """
         passed: list[ScheduledRequest] = []
         for request in list(islice(self._requests.values(), LOOK_AHEAD)):
-            if fits(request):
+            if try_to_join(request):
                 self.remove(request)
                 for earlier in passed:
                     earlier.overtaken += 1

@@ -17,7 +17,7 @@ from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.placement import Placement
 from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, SideReport, StepPlan
 from vllm_cfg_plugin.engine.planner import rank_loads
-from vllm_cfg_plugin.engine.request import ScheduledRequest
+from vllm_cfg_plugin.engine.request import ScheduledRequest, check_plannable
 from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -43,7 +43,7 @@ class StepBatch:
 
     Args:
         ranks: cfg ranks that share the work.
-        max_requests: most requests in one step.
+        max_requests: most requests that the ranks hold at a time, whether they are being encoded, stepped or decoded.
         max_tokens: most image and text tokens that one rank forwards in one step.
         cost: predicts what work costs.
         clock: seconds.
@@ -81,6 +81,14 @@ class StepBatch:
     # ---- requests come and go ----
 
     def add(self, request_id: str, client_index: int, spec: DiffusionRequest) -> ScheduledRequest:
+        """Queue a request.
+
+        Raises:
+            ValueError: no steps can be planned for it, or its name is taken.
+        """
+        if request_id in self._by_name:
+            raise ValueError(f"request_id={request_id!r} is the name of another request: give each its own")
+        check_plannable(spec)
         request = ScheduledRequest(request_id, client_index, next(self._ids), spec, self._cost, self._clock())
         self.waiting.append(request)
         self._by_name[request_id] = request
@@ -176,8 +184,8 @@ class StepBatch:
     def _admit(self) -> list[ScheduledRequest]:
         """Requests that join now.
 
-        One that is larger than the token budget by itself does not count against it, but no rank has two of them:
-        it neither has to wait for an empty batch nor keeps smaller ones out of its own.
+        One that is larger than the token budget by itself does not count against it, but no rank has two of them.
+        So it need not wait until nobody runs, and it keeps no smaller ones out.
         """
         if not self._may_admit or not self.waiting:
             return []
@@ -187,7 +195,7 @@ class StepBatch:
         tokens = _loads(counted, self._ranks, lambda request: request.branch_tokens)
         with_oversized = {owner for request in members if request.is_oversized for owner in request.owners}
 
-        def fits(request: ScheduledRequest) -> bool:
+        def try_to_join(request: ScheduledRequest) -> bool:
             if len(self._known) >= self._max_requests:
                 return False
             owners = self._placement.owners_of_newcomer(request, loads)
@@ -206,7 +214,7 @@ class StepBatch:
             self._start_preparing(request)
             return True
 
-        admitted = list(self.waiting.take(fits))
+        admitted = list(self.waiting.take(try_to_join))
         self._may_admit = bool(admitted)  # one look at the line may not have reached its end
         return admitted
 

@@ -90,3 +90,27 @@ class ScheduledRequest:
             guided=self.spec.guided,
             guidance_off=self.spec.guidance_off,
         )
+
+
+def check_plannable(spec: DiffusionRequest) -> None:
+    """Check all that planning computes with: what goes wrong in a plan would stop the engine for everybody.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if not spec.prompts or len(spec.text_tokens) != len(spec.prompts):
+        raise ValueError(
+            f"text_tokens={spec.text_tokens} is not valid for {len(spec.prompts)} prompts: give one number for each "
+            "of at least one prompt"
+        )
+    if spec.num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={spec.num_inference_steps} is not valid: it must be at least 1")
+    for name, tokens in (
+        ("image_tokens", spec.image_tokens),
+        ("condition_tokens", spec.condition_tokens),
+        ("text_tokens", min(spec.text_tokens)),
+    ):
+        if tokens < 0:
+            raise ValueError(f"{name}={tokens} is not valid: it must be at least 0")
+    if not all(0 <= edge <= 1 for edge in spec.guidance.interval):
+        raise ValueError(f"guidance_interval={spec.guidance.interval} is not valid: give two fractions from 0 to 1")

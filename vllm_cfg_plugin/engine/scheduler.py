@@ -80,15 +80,15 @@ class StepScheduler(SchedulerInterface):
     # ---- requests come and go ----
 
     def add_request(self, request: Request) -> None:
-        """Queue a request. Never raises for a bad one: that would stop the engine for everybody."""
+        """Queue a request. A bad one is answered with its error: raising would stop the engine for everybody."""
         try:
             params = request.pooling_params
             spec = msgspec.convert((params and params.extra_kwargs) or {}, DiffusionRequest)
-        except msgspec.ValidationError as error:
+            scheduled = self.batch.add(request.request_id, request.client_index, spec)
+        except ValueError as error:  # msgspec's validation errors are some too
             header = ResultHeader(metrics=RequestMetrics(), error=f"not a diffusion request: {error}")
             self._ready.append((request.client_index, _output(request.request_id, FinishReason.ERROR, header)))
             return
-        scheduled = self.batch.add(request.request_id, request.client_index, spec)
         if self._log_stats:
             scheduled.events.append(EngineCoreEvent.new_event(EngineCoreEventType.QUEUED))
 

@@ -1,4 +1,4 @@
-"""What a rank remembers of one request, and the cache of what texts and images became.
+"""What a rank remembers of one request, and the LRU cache of what texts and images became.
 
 All ranks hold the same latents and noise-scheduler state of every request; a rank holds the embeddings only of the
 branches that it was told to encode, and what the images became only with them. Must not import vLLM or
@@ -55,10 +55,10 @@ class RequestState:
 
 
 class TensorCache(Generic[Value]):
-    """Least recently used values made of tensors, bounded by their bytes: the empty negative prompt is encoded once.
+    """LRU cache of values made of tensors, limited by total bytes. The newest value is kept whatever its size.
 
     Args:
-        tensors: of a value.
+        tensors: returns the tensors of a value.
     """
 
     def __init__(self, tensors: Callable[[Value], Sequence[torch.Tensor]], capacity_bytes: int) -> None:
