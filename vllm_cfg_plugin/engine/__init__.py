@@ -1,1 +1,1 @@
-"""The engine: step plans, the planner that makes them, and vLLM's scheduler and executor interfaces on top."""
+"""The engine: step plans, the planner that makes them, and vLLM's scheduler interface on top."""

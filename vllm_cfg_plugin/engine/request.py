@@ -23,14 +23,15 @@ class ScheduledRequest:
         id: our integer name for it, used in plans.
         costs: predicted microseconds of each branch's forward.
         arrived, admitted, began, denoised: seconds of the engine's clock.
-        encode_ms: of the text that took longest.
+        encode_ms: milliseconds of the text that took longest.
         overtaken: requests that came later and were admitted earlier.
         is_oversized: it alone gives some rank more tokens than the budget.
-        owners: cfg rank that forwards each branch; while it prepares, that will.
+        owners: cfg rank that forwards each branch, or will once it steps.
         assigned: the owners that the ranks were told last.
         is_prepared: every rank has reported that it has drawn its noise.
         asked, holders: for each branch the ranks that were told to encode its text, and those that have.
-        first_tick, done_steps: the engine's count of steps at its first step; its steps in reports received.
+        first_tick: number of the engine's step that is its first.
+        done_steps: its steps that all ranks have reported.
     """
 
     request_id: str
