@@ -1,5 +1,7 @@
 """Flux's packed transformer, with and without a guidance embedding."""
 
+import copy
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ class TestPackedFlux(PackedIdsChecks):
     def models(cls, request):
         torch.manual_seed(0)
         reference = flux_transformer(SIZES[request.param])
-        return reference, PackedFluxTransformer.adopt(reference)
+        return reference, PackedFluxTransformer.adopt(copy.deepcopy(reference))
 
     def make_sequence(self, grid, text_length):
         return {
@@ -51,7 +53,7 @@ class TestPackedFluxWithGuidance(TestPackedFlux):
     def models(cls, request):
         torch.manual_seed(0)
         reference = flux_transformer(SIZES[request.param], guidance_embeds=True)
-        return reference, PackedFluxTransformer.adopt(reference)
+        return reference, PackedFluxTransformer.adopt(copy.deepcopy(reference))
 
     def make_sequence(self, grid, text_length):
         return super().make_sequence(grid, text_length) | {"guidance": 4 * torch.rand(1)}

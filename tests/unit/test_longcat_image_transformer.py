@@ -1,5 +1,7 @@
 """LongCat-Image's packed transformer."""
 
+import copy
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from vllm_cfg_plugin.pipelines.longcat_image.transformer import PackedLongCatIma
 def models(request):
     torch.manual_seed(0)
     reference = longcat_image_transformer(SIZES[request.param])
-    return reference, PackedLongCatImageTransformer.adopt(reference)
+    return reference, PackedLongCatImageTransformer.adopt(copy.deepcopy(reference))
 
 
 class TestPackedLongCatImage(PackedIdsChecks):

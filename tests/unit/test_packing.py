@@ -43,10 +43,11 @@ def test_pad_rows_of_a_vector():
     assert pad_rows(torch.ones(3)).tolist() == [1] * 3 + [0] * 13
 
 
-def test_boundaries_and_runs():
+def test_cu_seqlens_and_runs():
     packed = PackedRows((4, 7, 7, 2), CPU)
-    assert packed.boundaries.tolist() == [0, 4, 11, 18, 20]
-    assert packed.boundaries.dtype == torch.int32
+    assert packed.cu_seqlens.tolist() == [0, 4, 11, 18, 20]
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert packed.max_seqlen == 7
     runs = [run for (run,) in common_runs(packed)]
     assert [(run.count, run.length) for run in runs] == [(1, 4), (2, 7), (1, 2)]
     assert [(run.rows.start, run.rows.stop) for run in runs] == [(0, 4), (4, 18), (18, 20)]

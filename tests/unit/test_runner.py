@@ -1,7 +1,5 @@
 """The step loop on one rank: requests join and leave, and one request's failure is its own."""
 
-from functools import partial
-
 import msgspec
 import pytest
 import torch
@@ -18,7 +16,6 @@ from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Enco
 from vllm_cfg_plugin.params import COMBINE_RULES, ImageInput
 from vllm_cfg_plugin.pipelines.base import generator_of
 from vllm_cfg_plugin.worker.runner import StepRunner
-from vllm_cfg_plugin.worker.state import TensorCache
 
 
 def make_runner(pipeline, rank=0, ranks=1, all_gather=lambda row: row.unsqueeze(0)):
@@ -336,16 +333,3 @@ def test_a_request_whose_last_step_fails_is_not_decoded(runner, pipeline):
     report = runner.run(plan(1, decodes=[Decode(0, 0)]))
     assert [id for id, _ in report.failed] == [0]
     assert [side for side in runner.side.take() if side.branch == DECODED] == []
-
-
-def test_the_cache_forgets_the_least_recently_used_embedding():
-    encoded = []
-
-    def encode(prompt):
-        encoded.append(prompt)
-        return torch.zeros(4)  # 16 bytes
-
-    cache = TensorCache(lambda tensor: [tensor], capacity_bytes=32)
-    for prompt in ("a", "b", "a", "c", "a", "b"):
-        cache.get(prompt, partial(encode, prompt))
-    assert encoded == ["a", "b", "c", "b"]

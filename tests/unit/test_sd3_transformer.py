@@ -1,5 +1,7 @@
 """Stable Diffusion 3's packed transformer: 3.0, and 3.5 with its second attention and normalised queries and keys."""
 
+import copy
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ class TestPackedSD3(PackedChecks):
         torch.manual_seed(0)
         size, version = request.param
         reference = sd3_transformer(SIZES[size], **VERSIONS[version])
-        return reference, PackedSD3Transformer.adopt(reference)
+        return reference, PackedSD3Transformer.adopt(copy.deepcopy(reference))
 
     def make_sequence(self, grid, text_length):
         return {
@@ -81,4 +83,4 @@ def test_patches_are_put_back():
 def test_an_unknown_normalisation_is_refused():
     reference = sd3_transformer(SIZES["tiny"], qk_norm="layer_norm")
     with pytest.raises(ConfigurationError, match="qk_norm='layer_norm' is not supported"):
-        PackedSD3Transformer.adopt(reference)
+        PackedSD3Transformer.adopt(copy.deepcopy(reference))

@@ -19,9 +19,10 @@ from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, StepP
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of
+from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
 from vllm_cfg_plugin.worker.exchange import AllGather, ExchangeLayout, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.side_work import SideWork
-from vllm_cfg_plugin.worker.state import RequestState, TensorCache
+from vllm_cfg_plugin.worker.state import RequestState
 
 logger = get_logger(__name__)
 
@@ -58,8 +59,8 @@ class StepRunner:
         self.ranks = ranks
         self.side = side
         self.states: dict[int, RequestState] = {}
-        self.embeddings: TensorCache[PromptEmbeds] = TensorCache(lambda embeds: embeds.tensors, EMBEDDING_CACHE_BYTES)
-        self.conditions: TensorCache[list[torch.Tensor]] = TensorCache(lambda tensors: tensors, CONDITION_CACHE_BYTES)
+        self.embeddings: TensorCache[PromptEmbeds] = TensorCache(EMBEDDING_CACHE_BYTES)
+        self.conditions: TensorCache[list[torch.Tensor]] = TensorCache(CONDITION_CACHE_BYTES)
         self._running: dict[int, RequestState] = {}
         self._lineup: Lineup | None = None  # of `_running`; None when that or an owner has changed
         self._failures: list[tuple[int, str]] = []  # to be reported

@@ -1,4 +1,4 @@
-"""What a rank remembers of one request, and the LRU cache of what texts and images became.
+"""What a rank remembers of one request.
 
 All ranks hold the same latents and noise-scheduler state of every request; a rank holds the embeddings only of the
 branches that it was told to encode, and what the images became only with them. Must not import vLLM or
@@ -7,18 +7,14 @@ torch.distributed.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import PromptEmbeds
-
-Value = TypeVar("Value")
 
 
 @dataclass
@@ -52,39 +48,3 @@ class RequestState:
     @property
     def is_denoised(self) -> bool:
         return self.index == self.request.num_inference_steps
-
-
-class TensorCache(Generic[Value]):
-    """LRU cache of values made of tensors, limited by total bytes. The newest value is kept whatever its size.
-
-    Args:
-        tensors: returns the tensors of a value.
-    """
-
-    def __init__(self, tensors: Callable[[Value], Sequence[torch.Tensor]], capacity_bytes: int) -> None:
-        self._tensors = tensors
-        self._capacity_bytes = capacity_bytes
-        self._bytes = 0
-        self._entries: OrderedDict[Hashable, Value] = OrderedDict()
-        self._lock = Lock()  # values are made on a thread beside the one that clears
-
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of a key, made if it is not here."""
-        with self._lock:
-            if (value := self._entries.get(key)) is not None:
-                self._entries.move_to_end(key)
-                return value
-            value = self._entries[key] = make()
-            self._bytes += self._size(value)
-            while self._bytes > self._capacity_bytes and len(self._entries) > 1:
-                _, evicted = self._entries.popitem(last=False)
-                self._bytes -= self._size(evicted)
-            return value
-
-    def clear(self) -> None:
-        with self._lock:
-            self._entries.clear()
-            self._bytes = 0
-
-    def _size(self, value: Value) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors(value))

@@ -27,7 +27,7 @@ _SCORES = 1 << 18
 
 @dataclass(frozen=True)
 class JointLayout:
-    """Where the sequences of one packed batch lie, and what follows from it alone.
+    """Where the packed sequences lie, and what follows from it alone.
 
     Attributes:
         text, image: the two streams.
@@ -146,8 +146,8 @@ def attend_sequences(
         from torch.nn.attention.varlen import varlen_attn
 
         query, key, value = query[: rows.total], key[: key_rows.total], value[: key_rows.total]
-        longest, longest_key = max(rows.lengths), max(key_rows.lengths)
-        out: Any = varlen_attn(query, key, value, rows.boundaries, key_rows.boundaries, longest, longest_key)
+        cu_seqlens, max_seqlens = (rows.cu_seqlens, key_rows.cu_seqlens), (rows.max_seqlen, key_rows.max_seqlen)
+        out: Any = varlen_attn(query, key, value, *cu_seqlens, *max_seqlens)
         return rows.split(out.flatten(1))
     attended: list[torch.Tensor] = []
     is_float_cpu = query.is_cpu and query.dtype == torch.float32 and _is_native(processor)

@@ -74,7 +74,7 @@ class PositionIdsPipeline(LatentTokensPipeline):
 
     def _kept_ids(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The same tensor of position ids every time: by that the transformer finds its layout again."""
-        ids: torch.Tensor = self._ids.get_or_make(key, lambda: make().to(self._weight.device))
+        ids: torch.Tensor = self._ids.get(key, lambda: make().to(self._weight.device))
         return ids
 
     def _decode_latents(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Stable Diffusion 3 (https://arxiv.org/abs/2403.03206), Flux, LongCat-Image and Qwen-Image keep text and image in two
 streams that attend to each other; Flux and LongCat-Image then lay them into one. See `packing.py` for why a
-sequence's result is bitwise the same in any company.
+sequence's result is bitwise independent of the others.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def layout_of_ids(
         # The ids stay with their layout: while they live, no other tensor has their identity.
         return make_joint_layout(text_lengths, image_lengths, rotations, device), (texts, images)
 
-    layout: JointLayout = layouts.get_or_make((device, *map(id, texts), *map(id, images)), make)[0]
+    layout: JointLayout = layouts.get((device, *map(id, texts), *map(id, images)), make)[0]
     return layout
 
 

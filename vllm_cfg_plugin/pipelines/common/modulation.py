@@ -51,11 +51,11 @@ class TimestepModulated(Protocol):
     modulations: ModulationCache
 
     def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
-        """The modulation of each timestep, as the model's forward is given it; the same bits in any company."""
+        """The modulation of each timestep, as the model's forward is given it, bitwise independent of the others."""
 
 
 class ModulationCache:
-    """Least recently used modulations of one model whose weights do not change."""
+    """LRU cache of the modulations of one model whose weights do not change."""
 
     def __init__(self) -> None:
         self._entries: OrderedDict[tuple[float, torch.dtype], Modulation] = OrderedDict()
@@ -67,9 +67,9 @@ class ModulationCache:
         missing = [t for t in dict.fromkeys(timesteps) if (t, dtype) not in self._entries]
         if missing:
             later = (t for t in dict.fromkeys(ahead.tolist()) if (t, dtype) not in self._entries and t not in missing)
-            batch = [*missing, *islice(later, -len(missing) % ROW_MULTIPLE)]
+            rows = [*missing, *islice(later, -len(missing) % ROW_MULTIPLE)]
             # Those needed now go in last, so that they stay.
-            for t, modulation in reversed([*zip(batch, model.compute_modulations(batch, dtype), strict=True)]):
+            for t, modulation in reversed([*zip(rows, model.compute_modulations(rows, dtype), strict=True)]):
                 self._entries[t, dtype] = modulation
         found = []
         for t in timesteps:

@@ -1,4 +1,4 @@
-"""Sequences laid end to end: lengths, padding and runs; must import nothing but torch.
+"""Sequences laid end to end: lengths, padding and runs; must import nothing else but torch.
 
 A packed stream holds the rows of n sequences one after the other, then padding rows that belong to none, up to some
 multiple of `ROW_MULTIPLE`. On a CPU with one thread per rank, this is what makes a sequence's numbers independent of
@@ -9,7 +9,7 @@ float32, MKL and oneDNN), and an elementwise loop over whole vectors never falls
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
@@ -18,10 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
+
 ROW_MULTIPLE = 16
 
-# Layouts kept per model: a layout serves every step of the requests that run together.
-_MAX_LAYOUTS = 32
+# Layouts of a model that are kept: they serve every step of the requests that run together. 131,072 rows of a head of
+# 128 channels, so many requests of any lengths; and a layout that is too large for it costs little beside its forward.
+_LAYOUT_CACHE_BYTES = 64 * 2**20
 
 
 def padding_rows(rows: int) -> int:
@@ -89,9 +92,14 @@ class PackedRows:
         return [0, *accumulate(self.lengths)]
 
     @cached_property
-    def boundaries(self) -> torch.Tensor:
+    def cu_seqlens(self) -> torch.Tensor:
         """First row of each sequence and the end of the last: int32 [n + 1], as varlen attention kernels take it."""
         return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Rows of the longest sequence."""
+        return max(self.lengths)
 
     def split(self, stream: torch.Tensor) -> list[torch.Tensor]:
         """Views of the sequences in a stream [rows, ...], without the padding."""
@@ -110,16 +118,11 @@ class PackedRows:
         return [slice(start, end) for start, end in zip(starts, [*starts[1:], None], strict=True)]
 
 
-class LayoutCache(dict[Hashable, Any]):
-    """A model's layouts by what they depend on; the one unused for longest goes first."""
+class LayoutCache(TensorCache[Any]):
+    """A model's layouts by what they depend on."""
 
-    def get_or_make(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The layout of `key`, made by `make` where it is new or forgotten."""
-        layout = self.pop(key) if key in self else make()
-        if len(self) >= _MAX_LAYOUTS:
-            del self[next(iter(self))]
-        self[key] = layout  # last in, so the first is the one unused for longest
-        return layout
+    def __init__(self, capacity_bytes: int = _LAYOUT_CACHE_BYTES) -> None:
+        super().__init__(capacity_bytes)
 
 
 @lru_cache(256)

@@ -13,11 +13,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.utils import apply_lora_scale
 
+from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, layout_of_ids, rows_of
 from vllm_cfg_plugin.pipelines.common.modulation import Modulation
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
-from vllm_cfg_plugin.pipelines.common.shared_modules import share_modules
 
 
 class PackedFluxTransformer(FluxTransformer2DModel):
@@ -27,8 +27,8 @@ class PackedFluxTransformer(FluxTransformer2DModel):
 
     @classmethod
     def adopt(cls, transformer: FluxTransformer2DModel) -> Self:
-        """The packed model over a loaded transformer's own modules; no weight is copied."""
-        return share_modules(cls, transformer, _layouts=LayoutCache())
+        """Give a loaded transformer the packed forward: the object itself, see `become`."""
+        return become(cls, transformer, _layouts=LayoutCache())
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
@@ -73,7 +73,7 @@ class PackedFluxTransformer(FluxTransformer2DModel):
     def _modulations(
         self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
     ) -> list[Modulation]:
-        """The modulation of each sequence; the same bits in any company."""
+        """The modulation of each sequence, bitwise independent of the others."""
         if (guidance is not None) != bool(self.config["guidance_embeds"]):
             remedy = "pass one scale per sequence" if guidance is None else "it must be None"
             raise ValueError(

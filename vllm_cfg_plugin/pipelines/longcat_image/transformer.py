@@ -12,11 +12,11 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_longcat_image import LongCatImageTransformer2DModel
 
+from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, layout_of_ids, rows_of
 from vllm_cfg_plugin.pipelines.common.modulation import Modulation, ModulationCache, modulations_at
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
-from vllm_cfg_plugin.pipelines.common.shared_modules import share_modules
 
 
 class PackedLongCatImageTransformer(LongCatImageTransformer2DModel):
@@ -27,8 +27,8 @@ class PackedLongCatImageTransformer(LongCatImageTransformer2DModel):
 
     @classmethod
     def adopt(cls, transformer: LongCatImageTransformer2DModel) -> Self:
-        """The packed model over a loaded transformer's own modules; no weight is copied."""
-        return share_modules(cls, transformer, _layouts=LayoutCache(), modulations=ModulationCache())
+        """Give a loaded transformer the packed forward: the object itself, see `become`."""
+        return become(cls, transformer, _layouts=LayoutCache(), modulations=ModulationCache())
 
     def forward(  # type: ignore[override]
         self,
@@ -67,6 +67,6 @@ class PackedLongCatImageTransformer(LongCatImageTransformer2DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
-        """The modulation of each timestep (in 0..1); the same bits in any company."""
+        """The modulation of each timestep (in 0..1), bitwise independent of the others."""
         values = torch.tensor(timesteps, dtype=dtype, device=self.x_embedder.weight.device)
         return block_modulations(self, self.time_embed(pad_rows(values) * 1000, dtype), len(timesteps))

@@ -2,7 +2,7 @@
 
 Same network as diffusers' `transformer_qwenimage.py`, but n sequences lie end to end in one stream: each has its own
 image size, text length and timestep, attends to itself alone, and none is padded to another's length. See
-`common/packing.py` for why a sequence's result is bitwise the same in any company.
+`common/packing.py` for why a sequence's result is bitwise independent of the others.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.attention import JointLayout, make_joint_layout, rms_norm
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.mmdit import DualBlock, Spans, forward_dual_block, rows_of
@@ -31,7 +32,6 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
     project_modulations,
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
-from vllm_cfg_plugin.pipelines.common.shared_modules import share_modules
 
 ImageShape = tuple[tuple[int, int, int], ...]  # (frames, height, width) in tokens of each image of one sequence
 
@@ -44,14 +44,14 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
 
     @classmethod
     def adopt(cls, transformer: QwenImageTransformer2DModel) -> Self:
-        """The packed model over a loaded transformer's own modules; no weight is copied.
+        """Give a loaded transformer the packed forward: the object itself, see `become`.
 
         Raises:
             ConfigurationError: the checkpoint asks for a conditioning that the packed forward lacks.
         """
         if transformer.config.get("guidance_embeds"):
             raise ConfigurationError("transformer/config.json: guidance_embeds=true is not supported: it must be false")
-        return share_modules(cls, transformer, _layouts=LayoutCache(), modulations=ModulationCache())
+        return become(cls, transformer, _layouts=LayoutCache(), modulations=ModulationCache())
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -100,7 +100,7 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
             raise ValueError(f"there are {len(text_lengths)} texts for {len(shapes)} timesteps: give one per sequence")
         image_lengths = tuple(sum(prod(image) for image in shape) for shape in shapes)
         latents = rows_of("hidden_states", hidden_states, image_lengths)
-        layout = self._layouts.get_or_make(
+        layout = self._layouts.get(
             (shapes, text_lengths, hidden_states.device),
             lambda: self._make_layout(shapes, image_lengths, text_lengths, hidden_states.device),
         )
@@ -134,7 +134,7 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         return linear(self.proj_out, image)[: layout.image.total]
 
     def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
-        """The modulation of each timestep (in 0..1); the same bits in any company."""
+        """The modulation of each timestep (in 0..1), bitwise independent of the others."""
         weight = self.img_in.weight
         values = torch.tensor(timesteps, dtype=dtype, device=weight.device)
         rows = pad_rows(values)

@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
 
-from vllm_cfg_plugin.pipelines.common.shared_modules import share_modules
+from vllm_cfg_plugin.pipelines.common.adopt import become
 
 
 class ImageQwenImageVAE(AutoencoderKLQwenImage):
@@ -27,10 +27,7 @@ class ImageQwenImageVAE(AutoencoderKLQwenImage):
 
     @classmethod
     def adopt(cls, vae: AutoencoderKLQwenImage) -> Self:
-        """The faster VAE over a loaded one's own modules; no weight is copied.
-
-        The given object keeps working, with the same faster convolutions: their classes are changed in place.
-        """
+        """Make a loaded VAE a faster one: the object itself, and its convolutions, see `become`."""
         for module in vae.modules():
             if type(module) is QwenImageCausalConv3d:
                 module.__class__ = _CausalConv
@@ -38,7 +35,7 @@ class ImageQwenImageVAE(AutoencoderKLQwenImage):
                 module.__class__ = _Resample
             elif type(module) is nn.Conv2d:
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-        return share_modules(cls, vae)
+        return become(cls, vae)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """Encode images [batch, channels, frames, height, width]; upstream's caches are for several frames."""

@@ -14,11 +14,11 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.attention import JointLayout, make_joint_layout
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, rows_of
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
-from vllm_cfg_plugin.pipelines.common.shared_modules import share_modules
 
 Grid = tuple[int, int]  # (height, width) of an image in tokens
 
@@ -30,7 +30,7 @@ class PackedSD3Transformer(SD3Transformer2DModel):
 
     @classmethod
     def adopt(cls, transformer: SD3Transformer2DModel) -> Self:
-        """The packed model over a loaded transformer's own modules; no weight is copied.
+        """Give a loaded transformer the packed forward: the object itself, see `become`.
 
         Raises:
             ConfigurationError: a normalisation of queries and keys that the packed forward lacks.
@@ -40,7 +40,7 @@ class PackedSD3Transformer(SD3Transformer2DModel):
                 f"transformer/config.json: qk_norm={transformer.config['qk_norm']!r} is not supported: it must be "
                 "'rms_norm' or null"
             )
-        return share_modules(cls, transformer, _layouts=LayoutCache())
+        return become(cls, transformer, _layouts=LayoutCache())
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
@@ -83,7 +83,7 @@ class PackedSD3Transformer(SD3Transformer2DModel):
                 f"img_shapes and txt_seq_lens have {len(grids)} and {len(text_lengths)} entries for {count} timesteps: "
                 "there must be one per sequence"
             )
-        layout, positions = self._layouts.get_or_make(
+        layout, positions = self._layouts.get(
             (grids, text_lengths, hidden_states.device),
             lambda: self._make_layout(grids, text_lengths, hidden_states.device),
         )

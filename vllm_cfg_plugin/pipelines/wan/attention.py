@@ -18,7 +18,7 @@ from vllm_cfg_plugin.pipelines.common.packing import PackedRows
 
 @dataclass(frozen=True)
 class WanLayout:
-    """Where the sequences of one packed batch lie, and what follows from it alone.
+    """Where the packed sequences lie, and what follows from it alone.
 
     Attributes:
         video, text: rows of each stream.

@@ -2,7 +2,7 @@
 
 Same network as diffusers' `transformer_wan.py`, but the tokens of n videos lie end to end in one stream: each has its
 own size, number of frames, text and timesteps, attends to itself and its own text alone, and none is padded to
-another's length. See `common/packing.py` for why a sequence's result is bitwise the same in any company.
+another's length. See `common/packing.py` for why a sequence's result is bitwise independent of the others.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils import apply_lora_scale
 
+from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.linear import feed_forward, gelu_linear, linear
 from vllm_cfg_plugin.pipelines.common.modulation import Modulation, StreamSpans, add_gated, modulate, modulate_last
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
-from vllm_cfg_plugin.pipelines.common.shared_modules import share_modules
 from vllm_cfg_plugin.pipelines.wan.attention import WanLayout, attend_to_conditions, attend_to_video
 
 Grid = tuple[int, int, int]  # (frames, height, width) of a video in tokens
@@ -36,8 +36,8 @@ class PackedWanTransformer(WanTransformer3DModel):
 
     @classmethod
     def adopt(cls, transformer: WanTransformer3DModel) -> Self:
-        """The packed model over a loaded transformer's own modules; no weight is copied."""
-        return share_modules(cls, transformer, _layouts=LayoutCache())
+        """Give a loaded transformer the packed forward: the object itself, see `become`."""
+        return become(cls, transformer, _layouts=LayoutCache())
 
     def forward(
         self,
@@ -127,7 +127,7 @@ class PackedWanTransformer(WanTransformer3DModel):
         return self.config["patch_size"]
 
     def _embed_patches(self, latents: torch.Tensor) -> torch.Tensor:
-        """[tokens, dim] of one video; alone, so that its bits are the same in any company."""
+        """[tokens, dim] of one video; alone, so that they are bitwise independent of the other videos."""
         patches: torch.Tensor = self.patch_embedding(latents)
         return patches[0].flatten(1).t()
 
@@ -193,7 +193,7 @@ class PackedWanTransformer(WanTransformer3DModel):
                 F.pad(torch.cat([self._rotation(one) for one in latents]), [0, 0, 0, 0, 0, video.sizes[-1]]),
             )
 
-        layout: WanLayout = self._layouts.get_or_make((tuple(grids), text_lengths, image_lengths, device), make)
+        layout: WanLayout = self._layouts.get((tuple(grids), text_lengths, image_lengths, device), make)
         return layout
 
     def _rotation(self, latents: torch.Tensor) -> torch.Tensor:

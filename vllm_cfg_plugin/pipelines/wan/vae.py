@@ -12,7 +12,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.autoencoders.vae import DecoderOutput
 
-from vllm_cfg_plugin.pipelines.common.shared_modules import share_modules
+from vllm_cfg_plugin.pipelines.common.adopt import become
 
 
 class ThreadSafeWanVAE(AutoencoderKLWan):
@@ -20,8 +20,8 @@ class ThreadSafeWanVAE(AutoencoderKLWan):
 
     @classmethod
     def adopt(cls, vae: AutoencoderKLWan) -> Self:
-        """The VAE over a loaded one's own modules; no weight is copied."""
-        return share_modules(cls, vae)
+        """Make a loaded VAE one for several threads: the object itself, see `become`."""
+        return become(cls, vae)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         encoded: torch.Tensor = self._with_own_caches()._encode(x)

@@ -1,4 +1,4 @@
-"""Where Z-Image's sequences lie in a packed batch; must not import vLLM.
+"""Where Z-Image's packed sequences lie; must not import vLLM.
 
 Every image and every text is filled up to a multiple of 32 rows with pad tokens, as diffusers does with a request
 alone: they are part of the network.
@@ -31,7 +31,7 @@ class PaddedStream:
 
 @dataclass(frozen=True)
 class ZImageLayout:
-    """The streams of one packed batch.
+    """The streams of the packed sequences.
 
     Attributes:
         image, text: before they are joined.

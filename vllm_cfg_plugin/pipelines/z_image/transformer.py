@@ -2,7 +2,7 @@
 
 Same network as diffusers' `transformer_z_image.py` (https://arxiv.org/abs/2511.22699), but n sequences lie end to end
 in one stream: each has its own image size, text length and timestep, attends to itself alone, and none is padded to
-another's length. See `common/packing.py` for why a sequence's result is bitwise the same in any company.
+another's length. See `common/packing.py` for why a sequence's result is bitwise independent of the others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.attention import rms_norm, scaled_rms_norm, self_attention
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.modulation import (
@@ -30,7 +31,6 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
     modulations_at,
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
-from vllm_cfg_plugin.pipelines.common.shared_modules import share_modules
 from vllm_cfg_plugin.pipelines.z_image.layout import Grid, PaddedStream, ZImageLayout, lay_out, make_layout
 
 # The patch that diffusers' pipeline asks for: of one frame, two latent pixels each way.
@@ -48,7 +48,7 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
 
     @classmethod
     def adopt(cls, transformer: ZImageTransformer2DModel) -> Self:
-        """The packed model over a loaded transformer's own modules; no weight is copied.
+        """Give a loaded transformer the packed forward: the object itself, see `become`.
 
         Raises:
             ConfigurationError: the checkpoint is for image conditions, or for other patches than diffusers' pipeline.
@@ -64,7 +64,7 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
                 f"transformer/config.json: all_patch_size and all_f_patch_size {patches} are not supported: "
                 f"{(PATCH, FRAMES_PATCH)} must be among them"
             )
-        return share_modules(cls, transformer, _layouts=LayoutCache(), modulations=ModulationCache())
+        return become(cls, transformer, _layouts=LayoutCache(), modulations=ModulationCache())
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
@@ -124,13 +124,13 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
         if patches.shape[0] != sum(lengths):
             raise ValueError(f"x has {patches.shape[0]} patches, but its grids {list(grids)} have {sum(lengths)}")
         key = (tuple(grids), tuple(text.shape[0] for text in texts), patches.device)
-        layout = self._layouts.get_or_make(key, lambda: make_layout(self, *key))
+        layout = self._layouts.get(key, lambda: make_layout(self, *key))
         modulations = modulations_at(self, t, timesteps_ahead, torch.float32)
         rows = self._forward_rows(patches.split(lengths), texts, modulations, layout)
         return [own[:length] for own, length in zip(layout.image.rows.split(rows), lengths, strict=True)]
 
     def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
-        """The modulation of each timestep (in 0..1); the same bits in any company.
+        """The modulation of each timestep (in 0..1), bitwise independent of the others.
 
         A block scales what its RMS norms give and has no shifts: the factors are the scales with the norms' own weights
         in them.
