@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,7 @@ class PipelineInfo:
         produces: "image" or "video".
         frames_per_latent: frames of a video that one latent frame stands for; frames must be a multiple plus 1.
         fps: frames per second at which a video is meant to be shown.
+        num_timesteps: of the noise scheduler for so many denoising steps; ValueError where it can't be set to so many.
         condition_tokens: (tokens of its sequences, tokens of its text) that images of these (width, height) add; of the
             text beyond what stands for them in `image_template`.
         images_take_result_size: images are brought to the size of the result, which `condition_tokens` is then given.
@@ -113,6 +114,7 @@ class PipelineInfo:
     produces: str = "image"
     frames_per_latent: int = 1
     fps: int = 0
+    num_timesteps: Callable[[int], int] = field(default=lambda steps: steps, compare=False)
     condition_tokens: Callable[[Sequence[ImageSize]], tuple[int, int]] = lambda sizes: (0, 0)
     images_take_result_size: bool = False
     default_size: Callable[[Sequence[ImageSize]], ImageSize] | None = None

@@ -32,15 +32,16 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         num_frames: frames of a video.
         layers: layers of a layered image.
         max_sequence_length: most tokens of a text. Where texts are padded, they are padded to it.
-        num_inference_steps: denoising steps.
+        num_inference_steps: denoising steps, as the noise scheduler counts them.
         true_cfg_scale, guidance_scale: what diffusers' pipeline of the model means by them. One of the two is the scale
             s of classifier-free guidance, `neg + s * (pos - neg)`, on above 1; the other one may be an input of a
             distilled model.
         guidance_scale_2: the scale of the second expert, for the steps with little noise (Wan 2.2).
         image_guidance_scale: scale of the branch with images and no prompt against the one without both, beside that of
             the prompt (InstructPix2Pix, Brooks et al. 2023, https://arxiv.org/abs/2211.09800); 1 needs no third branch.
-        guidance_interval: [start, stop], fractions of the steps; only steps from `int(start * steps)` until before
-            `int(stop * steps)` are guided (Kynkaanniemi et al. 2024, https://arxiv.org/abs/2404.07724).
+        guidance_interval: [start, stop], fractions of the timesteps; only those from `int(start * number)` until before
+            `int(stop * number)` are guided (Kynkaanniemi et al. 2024, https://arxiv.org/abs/2404.07724). There are as
+            many timesteps as denoising steps, except with noise schedulers that forward twice in a step.
         cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
         guidance_rescale: 0 to 1, share of the guided prediction that is rescaled to the positive one's deviation.
         combine_rule: "cfg", "cfg_zero_star" or "apg".
@@ -102,10 +103,10 @@ class Guidance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
 
-    def guided_steps(self, num_inference_steps: int) -> range:
+    def guided_steps(self, steps: int) -> range:
         """The steps that are guided, by the rule of diffusers' guiders (`guiders/guider_utils.py`)."""
         start, stop = self.interval
-        return range(int(start * num_inference_steps), int(stop * num_inference_steps))
+        return range(int(start * steps), int(stop * steps))
 
 
 class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -120,6 +121,8 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         images: what the request brings along, in the user's order.
         text_sees_images: the text encoder reads the images too, so an embedding belongs to both.
         is_captioned: the text encoder writes the first branch's text: a caption of the image at the result's size.
+        num_inference_steps: what the noise scheduler is set to.
+        num_timesteps: how many timesteps it takes then, as second-order ones forward twice in a step; None: as many.
         num_frames: frames of a video; 1 of an image. layers: of a layered image; 0 of all others.
         max_sequence_length: tokens that a text is cut to; 0 for the family's own number.
         guidance_off: why a request that asked for guidance runs without it; empty otherwise.
@@ -138,11 +141,17 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     images: list[ImageInput] = []
     text_sees_images: bool = False
     is_captioned: bool = False
+    num_timesteps: int | None = None
     num_frames: int = 1
     layers: int = 0
     max_sequence_length: int = 0
     guidance_off: str = ""
     progress_key: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the engine: in each one timestep is forwarded, and the noise scheduler stepped once."""
+        return self.num_inference_steps if self.num_timesteps is None else self.num_timesteps
 
     @property
     def guided(self) -> bool:
@@ -171,14 +180,14 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
     def branches_at(self, step: int) -> int:
         """Branches that are forwarded at a step, from branch 0 on."""
-        is_guided = step in self.guidance.guided_steps(self.num_inference_steps)
+        is_guided = step in self.guidance.guided_steps(self.steps)
         return len(self.prompts) if is_guided else 1
 
     def next_change(self, step: int) -> int:
         """The first step after this one that forwards other branches; the number of steps where all are alike."""
-        guided = self.guidance.guided_steps(self.num_inference_steps)
+        guided = self.guidance.guided_steps(self.steps)
         edges = (guided.start, guided.stop) if self.guided and guided else ()
-        return min((edge for edge in edges if edge > step), default=self.num_inference_steps)
+        return min((edge for edge in edges if edge > step), default=self.steps)
 
 
 class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):

@@ -64,11 +64,12 @@ def resolve_requests(
         raise InvalidRequestError("num_frames", num_frames, allowed)
     layers = 0 if params.layers is UNSET else _checked_int("layers", params.layers, 1, 16)
     steps = _checked_int("num_inference_steps", params.num_inference_steps, info.min_steps, limits.max_inference_steps)
+    num_timesteps = _counted_timesteps(steps, info)
     count = _checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
     _check_copies(images, count, limits)
     guidance = _checked_guidance(params, info)
     branches = [text, *_negative_branches(params, info, limit, guidance, count_tokens, len(images))]
-    guided = guidance.scale > 1 and len(branches) > 1 and bool(guidance.guided_steps(steps))
+    guided = guidance.scale > 1 and len(branches) > 1 and bool(guidance.guided_steps(num_timesteps))
     branches = branches if guided else branches[:1]
     sizes = [(image.width, image.height) for image in images]
     condition_tokens, condition_text_tokens = info.tokens_of_images(sizes, height, width)
@@ -89,9 +90,10 @@ def resolve_requests(
             layers=layers,
             max_sequence_length=0 if params.max_sequence_length is UNSET else limit,
             num_inference_steps=steps,
+            num_timesteps=num_timesteps,
             guidance=guidance,
             seed=first_seed + i,
-            guidance_off="" if guided else _why_guidance_is_off(asked, info, guidance, steps),
+            guidance_off="" if guided else _why_guidance_is_off(asked, info, guidance, num_timesteps),
         )
         for i in range(count)
     ]
@@ -338,6 +340,15 @@ def _asked_parts(asked: DiffusionParams, guidance: Guidance) -> list[str]:
         if value is not UNSET and value != neutral:
             parts.append(name)
     return parts
+
+
+def _counted_timesteps(steps: int, info: PipelineInfo) -> int:
+    try:
+        return info.num_timesteps(steps)
+    except InvalidRequestError:
+        raise
+    except ValueError as error:
+        raise InvalidRequestError("num_inference_steps", steps, f"another number: {error}") from error
 
 
 def _checked_seed(value: object, count: int) -> int:

@@ -21,7 +21,7 @@ LAYERS = (
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 # Of `pipelines`, from top to bottom: the families, what they share, the contract.
-PIPELINES = {"common": 1, "registry": 2, "base": 2, "weight_files": 3}
+PIPELINES = {"common": 1, "registry": 2, "noise_scheduler": 2, "base": 2, "weight_files": 3}
 
 
 def imports(tree):

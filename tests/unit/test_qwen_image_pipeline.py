@@ -235,7 +235,7 @@ def test_the_loop_of_the_mixin_gives_the_latents_of_a_call(tiny):
             )
             generator = torch.Generator().manual_seed(42)
             latents = tiny.prepare_latents(2, 4, 64, 64, torch.float32, CPU, generator)
-            tiny._set_timesteps(tiny.scheduler, 4, latents.shape[1], CPU)
+            tiny.set_timesteps(tiny.scheduler, 4, latents.shape[1], CPU)
             latents = tiny.diffuse(
                 embeds,
                 mask,

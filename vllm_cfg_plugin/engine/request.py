@@ -65,7 +65,7 @@ class ScheduledRequest:
 
     @property
     def last_tick(self) -> int:
-        return self.first_tick + self.spec.num_inference_steps - 1
+        return self.first_tick + self.spec.steps - 1
 
     def branches_at(self, tick: int) -> int:
         """Branches that are forwarded at a tick, from branch 0 on: fewer than all outside its guidance interval."""

@@ -140,8 +140,7 @@ class StepScheduler(SchedulerInterface):
         if self._progress is not None:
             for request in running:
                 if request.spec.progress_key:
-                    steps = request.spec.num_inference_steps
-                    self._progress.publish(request.spec.progress_key, request.done_steps, steps)
+                    self._progress.publish(request.spec.progress_key, request.done_steps, request.spec.steps)
 
     def _side_work_done(self, side: SideResult) -> list[ClientOutput]:
         """The image or the failure that a side report may bring."""

@@ -110,7 +110,7 @@ class DiffusionLLM:
             for prefix, requests in zip(prefixes, resolved, strict=True)
             for index, request in enumerate(requests)
         }
-        steps = {request_id: entry.request.num_inference_steps for request_id, entry in running.items()}
+        steps = {request_id: entry.request.steps for request_id, entry in running.items()}
         with StepBar(self._front_end.progress_address, steps) if use_tqdm else nullcontext() as bar:
             self._run(engine, running, bar)
         by_id = iter(running.values())

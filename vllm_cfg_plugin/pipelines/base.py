@@ -152,6 +152,18 @@ class EnginePipeline(CFGParallelMixin, ABC):
     def draw_noise(self, request: DiffusionRequest, generator: torch.Generator) -> torch.Tensor:
         """First latents, [1, ...], from the request's own generator: on the CPU, fresh from its seed."""
 
+    @staticmethod
+    def set_timesteps(scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
+        """Set a noise scheduler to the first of its timesteps, as diffusers' pipeline of this family does.
+
+        Args:
+            scheduler: a fresh one.
+            image_tokens: of the latents, where the timesteps depend on their number.
+            device: of the timesteps.
+        """
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        begin(scheduler)
+
     @abstractmethod
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
         """A noise scheduler of the request's own, its timesteps set and at its first step."""
@@ -255,6 +267,12 @@ class EnginePipeline(CFGParallelMixin, ABC):
 def generator_of(request: DiffusionRequest) -> torch.Generator:
     """A request's own generator: it draws the first latents, then the noise of steps that draw some."""
     return torch.Generator("cpu").manual_seed(request.seed)
+
+
+def begin(scheduler: Any) -> None:
+    """Put a noise scheduler at the first of its timesteps, rather than where that is found by its value."""
+    if hasattr(scheduler, "set_begin_index"):  # others look for their place in each step
+        scheduler.set_begin_index(0)
 
 
 def group_branches(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> list[list[int]]:

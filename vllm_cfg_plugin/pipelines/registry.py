@@ -145,13 +145,22 @@ def check_servable(checkpoint: Checkpoint, variant: str = "") -> None:
         variant: of the names of its weight files.
 
     Raises:
-        ConfigurationError: unknown class, missing components, missing or unreadable component configs, missing or
-            truncated weight files.
+        ConfigurationError: unknown class, missing components, missing or unreadable component configs, a noise
+            scheduler that the family can't set, missing or truncated weight files.
     """
     _warn_of_claims(_entry_point_of(checkpoint).name)
     checkpoint.check_components()
-    describe(checkpoint)
+    _check_noise_schedule(checkpoint, describe(checkpoint))
     check_weight_files(checkpoint, pipeline_class(checkpoint), variant)
+
+
+def _check_noise_schedule(checkpoint: Checkpoint, info: PipelineInfo) -> None:
+    """Refuse a noise scheduler that this family can't set to the model's own number of steps."""
+    steps = info.default_params.num_inference_steps
+    try:
+        info.num_timesteps(info.min_steps if steps is msgspec.UNSET else steps)
+    except ValueError as error:
+        raise ConfigurationError(f"model {checkpoint.model!r}: scheduler/scheduler_config.json: {error}") from error
 
 
 def describe(checkpoint: Checkpoint) -> PipelineInfo:
@@ -160,6 +169,8 @@ def describe(checkpoint: Checkpoint) -> PipelineInfo:
     Raises:
         ConfigurationError: see `implementation_of`; missing or unreadable configurations.
     """
+    from vllm_cfg_plugin.pipelines.noise_scheduler import timestep_counter
+
     family = pipeline_class(checkpoint)
     try:
         info = family.describe(checkpoint)
@@ -186,4 +197,5 @@ def describe(checkpoint: Checkpoint) -> PipelineInfo:
         info,
         default_params=msgspec.structs.replace(info.default_params, **given),
         guidance_fields=family.guidance_fields,
+        num_timesteps=timestep_counter(checkpoint, family.set_timesteps),
     )

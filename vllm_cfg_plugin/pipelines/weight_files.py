@@ -162,7 +162,7 @@ def _check_quantization(checkpoint: Checkpoint, component: str, library: str, cl
         return
     method = config.get("quant_method") or "an unnamed method" if isinstance(config, dict) else repr(config)
     try:
-        _quantizers(of).from_config(dict(config), pre_quantized=True).validate_environment(device_map=None)
+        _quantizers(of).from_config(dict(config or {}), pre_quantized=True).validate_environment(device_map=None)
     except Exception as error:  # of any quantizer: a missing package, no GPU, an unknown method
         reason = " ".join(str(error).split())
         raise ConfigurationError(

@@ -14,11 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
 
 import msgspec
 import torch
-from msgspec import UNSET
 
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, Checkpoint, PipelineInfo
 from vllm_cfg_plugin.config import PLUGIN_NAME
@@ -30,11 +28,11 @@ from vllm_cfg_plugin.engine.cost import (
     fit_line,
     fit_non_negative,
 )
-from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.logs import get_logger
-from vllm_cfg_plugin.params import DiffusionRequest, Guidance, ImageInput
+from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of, group_branches
 from vllm_cfg_plugin.pipelines.registry import describe, implementation_of
+from vllm_cfg_plugin.worker.sample_request import sample_request
 from vllm_cfg_plugin.worker.stopwatch import Run, Stopwatch
 
 logger = get_logger(__name__)
@@ -45,7 +43,6 @@ _TEMPLATE_CHARACTERS = 200  # about as many as a pipeline puts around a prompt
 _FORWARD_SCALES = (0.25, 0.5, 1, 2, 4)
 _DECODE_SCALES = (0.25, 0.5, 1, 2)
 _MOST_SEQUENCES = 256
-_BLANK = ImageInput("blank", "RGB", 64, 64, bytes(64 * 64 * 3))
 
 _COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder")
 
@@ -65,24 +62,6 @@ def calibrate_rank(pipeline: EnginePipeline, checkpoint: Checkpoint, folder: Pat
     return calibration
 
 
-def check_noise_scheduler(pipeline: EnginePipeline, info: PipelineInfo) -> None:
-    """Take one step of the checkpoint's noise scheduler, before a request finds out that it can't be taken.
-
-    Raises:
-        ConfigurationError: the family sets its timesteps in a way that this scheduler does not know.
-    """
-    request = _request(info, 1)
-    try:
-        scheduler = pipeline.make_noise_scheduler(request)
-        zeros = torch.zeros(1, *pipeline.prediction_shape(request))
-        pipeline.step_latents(scheduler, zeros, scheduler.timesteps[0], zeros, generator_of(request))
-    except Exception as error:
-        raise ConfigurationError(
-            f"scheduler/scheduler_config.json: {type(pipeline.scheduler).__name__} can't be this model's noise "
-            f"scheduler: {error}"
-        ) from error
-
-
 @torch.inference_mode()
 def calibrate(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration:
     """Measure encodes, decodes and packed forwards of growing sizes, then all of them again while there is time."""
@@ -93,7 +72,7 @@ def calibrate(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration:
     text = texts[_PROMPTS[0]]
     branches = [_branch(pipeline, request, text) for request in _requests(info, _FORWARD_SCALES)]
     forwards = stopwatch.climb(_forward_run(pipeline, [branch]) for branch in branches)
-    default_tokens = _length(_branch(pipeline, _request(info, 1), text))
+    default_tokens = _length(_branch(pipeline, sample_request(info), text))
     single = max(index for index, run in enumerate(forwards) if index == 0 or run.tokens <= default_tokens)
     packs = stopwatch.climb(_pack_runs(pipeline, branches[single]), [forwards[single]], _has_found_budget)
     stopwatch.repeat_all()
@@ -126,7 +105,7 @@ def _encode_runs(pipeline: EnginePipeline, info: PipelineInfo, texts: dict[str, 
         texts[request.prompts[0]] = pipeline.encode_branch(request, 0)
 
     for prompt in _PROMPTS:
-        yield Run(partial(encode, _request(info, 1, prompt)), (_TEMPLATE_CHARACTERS + len(prompt),))
+        yield Run(partial(encode, sample_request(info, prompt=prompt)), (_TEMPLATE_CHARACTERS + len(prompt),))
 
 
 def _decode_runs(pipeline: EnginePipeline, requests: Iterable[DiffusionRequest]) -> Iterator[Run]:
@@ -166,34 +145,8 @@ def _has_found_budget(packs: Sequence[Run]) -> bool:
 
 def _requests(info: PipelineInfo, scales: Iterable[float]) -> list[DiffusionRequest]:
     """Requests of growing size; scales that come to the same size give one."""
-    return list({request.image_tokens: request for request in (_request(info, scale) for scale in scales)}.values())
-
-
-def _request(info: PipelineInfo, scale: float, prompt: str = _PROMPTS[0]) -> DiffusionRequest:
-    """A request for an image of the model's own size, its sides and frames scaled, with blank images if it must."""
-    images = [_BLANK] * info.min_images
-    sizes = [(image.width, image.height) for image in images]
-    default = info.default_params
-    sides = (default.height, default.width) if info.default_size is None else info.default_size(sizes)
-    height, width = (max(1, round(cast(int, side) * scale / info.size_multiple)) * info.size_multiple for side in sides)
-    if info.max_side:
-        height, width = min(height, info.max_side), min(width, info.max_side)
-    frames = 1 if default.num_frames is UNSET else default.num_frames
-    frames = round((frames - 1) * min(scale, 1) / info.frames_per_latent) * info.frames_per_latent + 1
-    layers = 0 if default.layers is UNSET else default.layers
-    return DiffusionRequest(
-        prompts=[prompt],
-        text_tokens=[len(prompt)],
-        image_tokens=info.image_tokens(height, width, frames, layers),
-        condition_tokens=info.tokens_of_images(sizes, height, width)[0],
-        images=images,
-        height=height,
-        width=width,
-        num_frames=frames,
-        layers=layers,
-        num_inference_steps=max(2, info.min_steps),
-        guidance=Guidance(distilled=1.0 if info.distilled_scale else None),
-        seed=0,
+    return list(
+        {request.image_tokens: request for request in (sample_request(info, scale) for scale in scales)}.values()
     )
 
 

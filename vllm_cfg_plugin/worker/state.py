@@ -29,7 +29,7 @@ class RequestState:
         prompt_embeds: of the branches this rank was told to encode.
         condition: what the request's images became, on ranks that encoded a branch.
         owners: cfg rank that forwards each branch, those of this step only; empty until it runs.
-        index: denoising steps taken.
+        index: timesteps taken.
         error: why it can't go on here; '' while it can. The other ranks learn of it in the next exchange.
     """
 
@@ -47,4 +47,4 @@ class RequestState:
 
     @property
     def is_denoised(self) -> bool:
-        return self.index == self.request.num_inference_steps
+        return self.index == self.request.steps

@@ -17,9 +17,10 @@ from vllm_cfg_plugin.distributed import parallel_state, shared_memory
 from vllm_cfg_plugin.engine.calibration import Calibration
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.registry import describe
-from vllm_cfg_plugin.worker.calibration import calibrate_rank, check_noise_scheduler
+from vllm_cfg_plugin.worker.calibration import calibrate_rank
 from vllm_cfg_plugin.worker.exchange import AllGather
 from vllm_cfg_plugin.worker.loading import load_pipeline
+from vllm_cfg_plugin.worker.noise_scheduler_check import check_noise_scheduler
 from vllm_cfg_plugin.worker.runner import StepRunner
 from vllm_cfg_plugin.worker.side_work import SideWork
 

@@ -10,6 +10,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.pipelines.base import begin
 
 
 def set_flow_timesteps(scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
@@ -19,20 +20,31 @@ def set_flow_timesteps(scheduler: Any, num_inference_steps: int, image_tokens: i
         InvalidRequestError: too few steps for this noise schedule.
     """
     sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-    set_shifted_timesteps(scheduler, sigmas, dynamic_shift(scheduler.config, image_tokens, max_shift=1.15), device)
+    shift = dynamic_shift(scheduler.config, image_tokens, max_shift=1.15)
+    set_shifted_timesteps(scheduler, num_inference_steps, sigmas, shift, device)
 
 
-def set_shifted_timesteps(scheduler: Any, sigmas: np.ndarray, shift: float, device: torch.device) -> None:
-    """Set a noise scheduler to the first of its steps, which are at these sigmas before it shifts them.
+def set_shifted_timesteps(
+    scheduler: Any,
+    num_inference_steps: int,
+    sigmas: Any,
+    shift: float,
+    device: torch.device,
+) -> None:
+    """Set a noise scheduler to the first of its steps.
+
+    Args:
+        sigmas: of the steps before it shifts them, of the type that diffusers' pipeline passes, as some noise
+            schedulers take one type alone; None for the noise scheduler's own.
 
     Raises:
         InvalidRequestError: too few steps for this noise schedule.
     """
-    if scheduler.config.get("shift_terminal") and len(sigmas) < 2:
+    if scheduler.config.get("shift_terminal") and num_inference_steps < 2:
         # The schedule is stretched between its first and last sigma: upstream divides by zero with one step.
-        raise InvalidRequestError("num_inference_steps", len(sigmas), "at least 2 for this model")
-    retrieve_timesteps(scheduler, device=device, sigmas=sigmas.tolist(), mu=shift)
-    scheduler.set_begin_index(0)
+        raise InvalidRequestError("num_inference_steps", num_inference_steps, "at least 2 for this model")
+    retrieve_timesteps(scheduler, num_inference_steps, device, sigmas=sigmas, mu=shift)
+    begin(scheduler)
 
 
 def dynamic_shift(config: Any, image_tokens: int, max_shift: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from vllm_cfg_plugin.distributed.cfg_parallel import log_once, predict_on_ranks, same_on_all_ranks
@@ -58,6 +59,7 @@ class DirectCall:
         """
         pipeline, first = self._pipeline, self._requests[0]
         scheduler = pipeline.make_noise_scheduler(first)
+        first = msgspec.structs.replace(first, num_timesteps=len(scheduler.timesteps))
         for step, timestep in enumerate(scheduler.timesteps):
             branches = self._predict(latents, timestep, first.branches_at(step))
             # One by one, as the engine does it: a formula may read all of a prediction.
@@ -131,7 +133,7 @@ def _alike_on_all_ranks(generator: Generators) -> Generators:
     """Torch's own generator differs between ranks, so where there are several they get one with a seed of rank 0."""
     if generator is not None or get_classifier_free_guidance_world_size() == 1:
         return generator
-    return torch.Generator().manual_seed(same_on_all_ranks(torch.initial_seed()))
+    return torch.Generator().manual_seed(same_on_all_ranks(int(torch.randint(2**63 - 1, ()))))
 
 
 def branch_texts(prompt: str | list[str], negative_prompt: str | list[str] | None) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ class ImagePipeline(FamilyPipeline):
 
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
         # Its numbers stay on the CPU: reading one from a GPU would wait for all that is queued there.
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = deepcopy(self.scheduler)  # to make one anew takes some of them long
         tokens = request.image_tokens // (request.layers + 1)
-        self._set_timesteps(scheduler, request.num_inference_steps, tokens, torch.device("cpu"))
+        self.set_timesteps(scheduler, request.num_inference_steps, tokens, torch.device("cpu"))
         return scheduler
 
     @torch.no_grad()
@@ -76,7 +77,8 @@ class ImagePipeline(FamilyPipeline):
         noise: torch.Tensor = made[0] if isinstance(made, tuple) else made
         return noise
 
-    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
+    @staticmethod
+    def set_timesteps(scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
         """Set a noise scheduler to the first of its steps, for an image (one layer of it) of so many tokens."""
         set_flow_timesteps(scheduler, num_inference_steps, image_tokens, device)
 

@@ -19,7 +19,12 @@ from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
 from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
-from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
+from vllm_cfg_plugin.pipelines.common.flow_schedule import (
+    dynamic_shift,
+    min_steps,
+    set_flow_timesteps,
+    set_shifted_timesteps,
+)
 from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.common.latent_tokens import PositionIdsPipeline
@@ -91,6 +96,14 @@ class FluxPipeline(PositionIdsPipeline, DiffusersFluxPipeline):
         if not self.transformer.config.guidance_embeds:
             return None
         return torch.tensor(scales, dtype=torch.float32, device=self._weight.device)
+
+    @staticmethod
+    def set_timesteps(scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
+        if scheduler.config.get("use_flow_sigmas"):  # the noise scheduler's own
+            shift = dynamic_shift(scheduler.config, image_tokens, max_shift=1.15)
+            set_shifted_timesteps(scheduler, num_inference_steps, None, shift, device)
+        else:
+            set_flow_timesteps(scheduler, num_inference_steps, image_tokens, device)
 
     def _image_ids(self, branch: BranchInput) -> torch.Tensor:
         grid = self._grid(branch.request.height, branch.request.width)

@@ -105,9 +105,10 @@ class QwenImageLayeredPipeline(QwenImageConditioned, upstream.QwenImageLayeredPi
     def _noise_options(self, request: DiffusionRequest) -> dict[str, Any]:
         return {"image": None, "layers": request.layers}
 
-    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
+    @staticmethod
+    def set_timesteps(scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
         sigmas = np.linspace(1.0, 0, num_inference_steps + 1)[:-1]
-        set_shifted_timesteps(scheduler, sigmas, (image_tokens / _BASE_TOKENS) ** 0.5, device)
+        set_shifted_timesteps(scheduler, num_inference_steps, sigmas, (image_tokens / _BASE_TOKENS) ** 0.5, device)
 
     def _frames(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
         size = request.height, request.width

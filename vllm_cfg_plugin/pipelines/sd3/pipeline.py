@@ -18,7 +18,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import r
 
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
-from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, begin
 from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_scaled, vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.flow_schedule import dynamic_shift, min_steps
@@ -118,12 +118,13 @@ class StableDiffusion3Pipeline(ImagePipeline, DiffusersStableDiffusion3Pipeline)
     def _latent_channels(self) -> int:
         return self.transformer.config.in_channels
 
-    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
+    @staticmethod
+    def set_timesteps(scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
         shift: dict[str, Any] = {}
         if scheduler.config.get("use_dynamic_shifting"):
             shift["mu"] = dynamic_shift(scheduler.config, image_tokens, max_shift=1.16)
         retrieve_timesteps(scheduler, num_inference_steps, device, **shift)
-        scheduler.set_begin_index(0)
+        begin(scheduler)
 
     def _decode_latents(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
         return decode_scaled(self.vae, latents)

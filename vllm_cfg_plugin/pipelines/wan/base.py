@@ -7,6 +7,7 @@ another VAE and a timestep for every token. All on diffusers' own methods. Must 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
@@ -105,9 +106,8 @@ class WanBase(FamilyPipeline):
 
     def make_noise_scheduler(self, request: DiffusionRequest) -> Any:
         # Its timesteps stay on the CPU: reading one from a GPU would wait for all that is queued there.
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(request.num_inference_steps)
-        scheduler.set_begin_index(0)
+        scheduler = deepcopy(self.scheduler)  # to make one anew takes some of them long
+        self.set_timesteps(scheduler, request.num_inference_steps, request.image_tokens, torch.device("cpu"))
         return scheduler
 
     def predict_noise(self, current_model: Any = None, **kwargs: Any) -> torch.Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
@@ -162,9 +161,11 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
         images = self.transformer.unpatchify(list(patches.unbind()), [size] * count, PATCH, FRAMES_PATCH)
         return torch.stack(images).squeeze(2)
 
-    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
-        sigmas = np.asarray(get_default_z_image_sigmas(num_inference_steps))
-        set_shifted_timesteps(scheduler, sigmas, dynamic_shift(scheduler.config, image_tokens, max_shift=1.15), device)
+    @staticmethod
+    def set_timesteps(scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
+        sigmas = get_default_z_image_sigmas(num_inference_steps)
+        shift = dynamic_shift(scheduler.config, image_tokens, max_shift=1.15)
+        set_shifted_timesteps(scheduler, num_inference_steps, sigmas, shift, device)
 
     def _decode_latents(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
         return decode_scaled(self.vae, self._from_patches(latents, request).to(self.vae.dtype))
@@ -184,7 +185,7 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
         """The share of the steps that are guided: until this share of the noise is gone."""
         rows, columns = self._grid(height, width)
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        self._set_timesteps(scheduler, num_inference_steps, rows * columns, torch.device("cpu"))
+        self.set_timesteps(scheduler, num_inference_steps, rows * columns, torch.device("cpu"))
         guided = int((_image_time(scheduler.timesteps) <= cfg_truncation).sum())
         # Half a step more, so that rounding can't take one away.
         return min((guided + 0.5) / len(scheduler.timesteps), 1.0)

@@ -1,0 +1,52 @@
+"""A request as a checkpoint's users would make it, for what is tried at start-up; must not import vLLM."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from msgspec import UNSET
+
+from vllm_cfg_plugin.checkpoint import PipelineInfo
+from vllm_cfg_plugin.params import DiffusionRequest, Guidance, ImageInput
+
+_BLANK = ImageInput("blank", "RGB", 64, 64, bytes(64 * 64 * 3))
+_FEW_STEPS = 2
+
+
+def sample_request(info: PipelineInfo, scale: float = 1.0, prompt: str = "a cat") -> DiffusionRequest:
+    """A request for an image of the model's own size, its sides and frames scaled, with blank images if it must."""
+    images = [_BLANK] * info.min_images
+    sizes = [(image.width, image.height) for image in images]
+    default = info.default_params
+    sides = (default.height, default.width) if info.default_size is None else info.default_size(sizes)
+    height, width = (max(1, round(cast(int, side) * scale / info.size_multiple)) * info.size_multiple for side in sides)
+    if info.max_side:
+        height, width = min(height, info.max_side), min(width, info.max_side)
+    frames = _frames(info, scale)
+    layers = 0 if default.layers is UNSET else default.layers
+    steps = _FEW_STEPS if default.num_inference_steps is UNSET else default.num_inference_steps
+    return DiffusionRequest(
+        prompts=[prompt],
+        text_tokens=[len(prompt)],
+        image_tokens=info.image_tokens(height, width, frames, layers),
+        condition_tokens=info.tokens_of_images(sizes, height, width)[0],
+        images=images,
+        height=height,
+        width=width,
+        num_frames=frames,
+        layers=layers,
+        num_inference_steps=steps,
+        num_timesteps=info.num_timesteps(steps),
+        guidance=Guidance(distilled=1.0 if info.distilled_scale else None),
+        seed=0,
+    )
+
+
+def _frames(info: PipelineInfo, scale: float) -> int:
+    """Frames of a video of about this share of the model's own length."""
+    default = 1 if info.default_params.num_frames is UNSET else info.default_params.num_frames
+    if default == 1 and info.min_images < 2:
+        return 1
+    # One latent frame alone is no video, and can't have a first and a last image.
+    further = max(1, round((default - 1) * min(scale, 1) / info.frames_per_latent))
+    return further * info.frames_per_latent + 1
