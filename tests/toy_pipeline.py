@@ -94,6 +94,8 @@ UNLUCKY_HOOKS = {
 class UnluckyPipeline(ToyPipeline):
     """Fails the requests whose prompt names a hook, in that hook: "pack_branches", or "pack_branches on rank 1"."""
 
+    guidance_fields = ToyPipeline.guidance_fields
+
     def __init__(self, rank=0):
         super().__init__()
         self._rank = rank
