@@ -67,6 +67,12 @@ def test_one_line_says_why_and_nothing_is_left(failed_starts, name):
     assert "Traceback" not in log
 
 
+@pytest.fixture
+def copied(model, tmp_path) -> Path:
+    """A checkpoint to be spoiled."""
+    return Path(shutil.copytree(model, tmp_path / "model"))
+
+
 @pytest.mark.parametrize(("size", "shared", "who"), [(1, True, ""), (2, True, ""), (2, False, "cfg rank [01] .*: ")])
 def test_offline_the_exception_says_why(copied, size, shared, who):
     """The first two fail in the engine's process, which loads for its ranks, the last one in a rank."""

@@ -133,7 +133,9 @@ def _alike_on_all_ranks(generator: Generators) -> Generators:
     """Torch's own generator differs between ranks, so where there are several they get one with a seed of rank 0."""
     if generator is not None or get_classifier_free_guidance_world_size() == 1:
         return generator
-    return torch.Generator().manual_seed(same_on_all_ranks(int(torch.randint(2**63 - 1, ()))))
+    with torch.random.fork_rng(devices=[]):  # so that the first latents are those that one rank draws
+        seed = int(torch.randint(2**63 - 1, ()))
+    return torch.Generator().manual_seed(same_on_all_ranks(seed))
 
 
 def branch_texts(prompt: str | list[str], negative_prompt: str | list[str] | None) -> list[list[str]]:
