@@ -8,9 +8,13 @@ from pathlib import Path
 
 import httpx
 from openai import AsyncOpenAI
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.api_server import build_app, build_async_engine_client, init_app_state
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+except ImportError:  # vLLM 0.32
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 
 @asynccontextmanager
