@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import multiprocessing.connection
 import os
+import re
 import signal
 import socket
 import threading
@@ -25,6 +26,7 @@ from pydantic import ValidationError
 
 from vllm_cfg_plugin.errors import ConfigurationError, one_line
 
+_APOSTROPHE = "\ue000"  # of Unicode's private use: no text has it
 _CAUSE_MS = 2000  # the engine's process has ended by then, so what it sent is here or never was
 _OUTPUT_THREAD_END_S = 10  # it has nothing left to do; should it hang, closing must not
 
@@ -182,6 +184,30 @@ def silence_all_gather_deprecation() -> None:
     calls. Exit condition: vLLM calls `all_gather_single`.
     """
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+
+
+def split_contractions_alike() -> None:
+    """Keep words such as "don't" whole in LongCat-Image's prompts.
+
+    Symptom: "I don't, you can't" becomes "I can'tcan't, you can't", and another text in another process, so that the
+    same request gives another image after a restart. Cause: diffusers' `split_quotation` puts stand-ins for such words,
+    one of which is a part of the next, and walks a set, whose order follows the process's hash seed. Exit condition:
+    diffusers walks them in order and gives each a stand-in of its own.
+    """
+    from diffusers.pipelines.longcat_image import pipeline_longcat_image, pipeline_longcat_image_edit
+
+    modules: tuple[Any, ...] = (pipeline_longcat_image, pipeline_longcat_image_edit)
+    for module in modules:
+        upstream = module.split_quotation
+        if getattr(upstream, "keeps_contractions", False):
+            continue
+
+        def split(prompt: str, *args: Any, upstream: Any = upstream) -> list[tuple[str, bool]]:
+            hidden = re.sub(r"(?<=[a-zA-Z])'(?=[a-zA-Z])", _APOSTROPHE, prompt)
+            return [(part.replace(_APOSTROPHE, "'"), is_quoted) for part, is_quoted in upstream(hidden, *args)]
+
+        split.keeps_contractions = True  # type: ignore[attr-defined]
+        module.split_quotation = split
 
 
 def let_vl_processors_do_without_videos() -> None:

@@ -1,5 +1,8 @@
 """Our LongCat-Image pipelines against diffusers' own, called directly and through the engine's contract."""
 
+import os
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
@@ -124,3 +127,15 @@ class TestLongCatImageEdit(PipelineChecks):
 
     def test_a_long_image_that_it_takes(self, folder):
         assert contract.make_request(folder, "a hat", [Image.new("RGB", (1, 150))], height=64, width=64)
+
+
+@pytest.mark.parametrize("hash_seed", range(4))
+def test_contractions_are_whole_in_every_process(hash_seed):
+    script = (
+        "from vllm_cfg_plugin.pipelines.longcat_image.pipeline import _text_pieces\n"
+        """print(_text_pieces("I don't, you can't, we won't say 'no' to Bob's dog"))"""
+    )
+    environment = os.environ | {"PYTHONHASHSEED": str(hash_seed)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    expected = ["I don't, you can't, we won't say ", "'", "n", "o", "'", " to Bob's dog"]
+    assert done.stdout == f"{expected}\n"

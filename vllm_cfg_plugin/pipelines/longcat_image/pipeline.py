@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
+from diffusers.pipelines.longcat_image import pipeline_longcat_image
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
     LongCatImagePipeline as DiffusersLongCatImagePipeline,
 )
-from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids, split_quotation
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
 from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
 
 from vllm_cfg_plugin import guidance as combine_rules
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
+from vllm_cfg_plugin.compat import split_contractions_alike
 from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
@@ -31,6 +33,8 @@ from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.common.latent_tokens import PositionIdsPipeline
 from vllm_cfg_plugin.pipelines.common.vision_processor import PLACEHOLDERS
 from vllm_cfg_plugin.pipelines.longcat_image.transformer import PackedLongCatImageTransformer
+
+split_contractions_alike()
 
 MAX_TEXT_TOKENS = 512  # `tokenizer_max_length` of diffusers' `__init__`: every text is padded to it
 LATENT_CHANNELS = 16  # of diffusers' `__call__`
@@ -169,7 +173,7 @@ def guided_texts(call: CallArguments, prompt: str | list[str]) -> list[list[str]
 def _text_pieces(prompt: str) -> list[str]:
     """What the tokenizer is given of a prompt, piece by piece: quoted text is spelled letter by letter."""
     pieces: list[str] = []
-    for text, is_quoted in split_quotation(prompt):
+    for text, is_quoted in pipeline_longcat_image.split_quotation(prompt):
         pieces.extend(text if is_quoted else [text])
     return pieces
 
