@@ -156,7 +156,7 @@ def check_options(options: Mapping[str, Any], vllms_default: Callable[[str], Any
     """Check options of vLLM for a diffusion model.
 
     Raises:
-        ConfigurationError: one asks for something that there is not.
+        ConfigurationError: an option has no use for a diffusion pipeline.
     """
     for name, remedy in UNUSABLE_OPTIONS.items():
         value = options.get(name)

@@ -1,4 +1,4 @@
-"""What every Qwen-Image pipeline that takes images must do: like diffusers' own, and the same bits in any company."""
+"""What every Qwen-Image pipeline that takes images must do: like diffusers' own, and bitwise independent of the rest of the batch."""
 
 from __future__ import annotations
 

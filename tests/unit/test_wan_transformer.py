@@ -1,4 +1,4 @@
-"""The packed transformer: like diffusers' own, and a video's bits are the same in any company."""
+"""The packed transformer: like diffusers' own, and bitwise independent of the rest of the batch."""
 
 import copy
 import random

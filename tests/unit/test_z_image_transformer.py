@@ -1,4 +1,4 @@
-"""Z-Image's packed transformer: like diffusers' own, and a sequence's bits are the same in any company."""
+"""Z-Image's packed transformer: like diffusers' own, and bitwise independent of the rest of the batch."""
 
 import copy
 import random

@@ -62,7 +62,7 @@ _REMEDIES = {
 
 
 def hint(name: str, fields: Collection[str], info: PipelineInfo, images: str) -> str:
-    """For the user of a field that there is not: the field that was meant, or '' where none is like it.
+    """For the user of an unknown field: the field that was meant, or '' where none is like it.
 
     Args:
         fields: those that there are.
