@@ -1,4 +1,4 @@
-"""What every pipeline must do, whatever its family: like diffusers' own, and bitwise independent of the rest of the batch."""
+"""What every pipeline must do, whatever its family: like diffusers' own, and bitwise independent of the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The packed transformer: like diffusers' own, and bitwise independent of the rest of the batch."""
+"""The packed transformer: like diffusers' own, and bitwise independent of the batch."""
 
 import copy
 import random

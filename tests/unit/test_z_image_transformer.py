@@ -1,4 +1,4 @@
-"""Z-Image's packed transformer: like diffusers' own, and bitwise independent of the rest of the batch."""
+"""Z-Image's packed transformer: like diffusers' own, and bitwise independent of the batch."""
 
 import copy
 import random
