@@ -1,4 +1,4 @@
-"""What every Qwen-Image pipeline that takes images must do: like diffusers' own, and bitwise independent of the batch."""
+"""What every Qwen-Image pipeline with images must do: like diffusers' own, and bitwise independent of the batch."""
 
 from __future__ import annotations
 
