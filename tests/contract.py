@@ -50,7 +50,7 @@ def branches_of(pipeline: EnginePipeline, request: DiffusionRequest, step: int =
             pipeline.encode_branch(request, branch),
             timesteps[step],
             branch,
-            condition if request.sees_images(branch) else (),
+            condition,
             timesteps[step + 1 :],
         )
         for branch in range(request.branches_at(step))

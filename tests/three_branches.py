@@ -1,7 +1,8 @@
 """A pipeline with three branches: prompt and image, image alone, neither; Qwen-Image's weights, no trained model.
 
 Its guidance is that of InstructPix2Pix (Brooks et al. 2023, https://arxiv.org/abs/2211.09800) and OmniGen2 (Wu et al.
-2025, https://arxiv.org/abs/2506.18871): `nothing + image_scale * (image - nothing) + scale * (both - image)`.
+2025, https://arxiv.org/abs/2506.18871): `nothing + image_scale * (image - nothing) + scale * (both - image)`. The image
+scale is the request's `guidance_scale_2`; 1, or none, needs no third branch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, ImageSize, PipelineInfo
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -33,9 +35,10 @@ class ThreeBranchPipeline(QwenImagePipeline):
 
         return replace(
             info,
-            options=frozenset({"image_guidance_scale"}),
+            options=frozenset({"guidance_scale_2"}),
             max_images=2,
             condition_tokens=condition_tokens,
+            with_more_branches=_with_third_branch,
         )
 
     @torch.no_grad()
@@ -52,11 +55,15 @@ class ThreeBranchPipeline(QwenImagePipeline):
         return encoded
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
+        branches = [_as_it_sees(branch) for branch in branches]
         arguments = super().pack_branches(branches)
         for shapes, branch in zip(arguments["img_shapes"], branches, strict=True):
             if branch.condition:
                 shapes += [self._image_shape(image.height, image.width) for image in branch.request.images]
         return arguments
+
+    def unpack_predictions(self, prediction: torch.Tensor, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
+        return super().unpack_predictions(prediction, [_as_it_sees(branch) for branch in branches])
 
     def combine_branches(
         self, predictions: Sequence[torch.Tensor], request: DiffusionRequest, timestep: torch.Tensor, step: int
@@ -65,5 +72,18 @@ class ThreeBranchPipeline(QwenImagePipeline):
             return super().combine_branches(predictions, request, timestep, step)
         both, image, nothing = predictions
         asked = request.guidance
-        combined = nothing + asked.image_scale * (image - nothing) + asked.scale * (both - image)
+        combined = nothing + asked.scale_2 * (image - nothing) + asked.scale * (both - image)
         return self.cfg_normalize_function(both, combined) if asked.normalize else combined
+
+
+def _with_third_branch(request: DiffusionRequest) -> DiffusionRequest:
+    """The negative branch once more, where there is an image to be guided by."""
+    if not request.images or request.guidance.scale_2 in (None, 1):
+        return request
+    (_, text), (_, tokens) = request.prompts, request.text_tokens
+    return structs.replace(request, prompts=[*request.prompts, text], text_tokens=[*request.text_tokens, tokens])
+
+
+def _as_it_sees(branch: BranchInput) -> BranchInput:
+    """The third branch sees no images."""
+    return replace(branch, condition=()) if branch.branch == 2 else branch

@@ -16,7 +16,7 @@ from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import GUIDANCE_FIELDS
 
 if TYPE_CHECKING:
-    from vllm_cfg_plugin.params import DiffusionParams
+    from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
 
 MODEL_INDEX = "model_index.json"
 DEFAULTS_FILE = "generation_config.json"
@@ -84,6 +84,8 @@ class PipelineInfo:
         distilled_scale: the field that is an input of a distilled model; "" where there is none.
         needs_negative_prompt: without a negative prompt there is no guidance; if not, a missing one is an empty one.
         options: fields of `DiffusionParams` that this model reads beyond those that every model reads.
+        with_more_branches: adds to a guided request, which has two branches, those that this model's guidance has
+            beyond them: their `prompts` and `text_tokens`.
         guidance_fields: those of `GUIDANCE_FIELDS` that its `combine_branches` reads; set by the registry.
         min_images, max_images: images that a request must and may bring along.
         produces: "image" or "video".
@@ -110,6 +112,7 @@ class PipelineInfo:
     options: frozenset[str] = frozenset()
     min_images: int = 0
     max_images: int = 0
+    with_more_branches: Callable[[DiffusionRequest], DiffusionRequest] = lambda request: request
     guidance_fields: frozenset[str] = GUIDANCE_FIELDS
     produces: str = "image"
     frames_per_latent: int = 1

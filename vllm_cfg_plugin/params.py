@@ -36,9 +36,7 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         true_cfg_scale, guidance_scale: what diffusers' pipeline of the model means by them. One of the two is the scale
             s of classifier-free guidance, `neg + s * (pos - neg)`, on above 1; the other one may be an input of a
             distilled model.
-        guidance_scale_2: the scale of the second expert, for the steps with little noise (Wan 2.2).
-        image_guidance_scale: scale of the branch with images and no prompt against the one without both, beside that of
-            the prompt (InstructPix2Pix, Brooks et al. 2023, https://arxiv.org/abs/2211.09800); 1 needs no third branch.
+        guidance_scale_2: a second scale: of the expert for the steps with little noise (Wan 2.2).
         guidance_interval: [start, stop], fractions of the timesteps; only those from `int(start * number)` until before
             `int(stop * number)` are guided (Kynkaanniemi et al. 2024, https://arxiv.org/abs/2404.07724). There are as
             many timesteps as denoising steps, except with noise schedulers that forward twice in a step.
@@ -59,7 +57,6 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     true_cfg_scale: float | UnsetType = UNSET
     guidance_scale: float | UnsetType = UNSET
     guidance_scale_2: float | UnsetType = UNSET
-    image_guidance_scale: float | UnsetType = UNSET
     guidance_interval: tuple[float, float] | UnsetType = UNSET
     cfg_normalize: bool | UnsetType = UNSET
     guidance_rescale: float | UnsetType = UNSET
@@ -89,14 +86,12 @@ class Guidance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         scale: of classifier-free guidance.
-        scale_2: of the second expert; None where the model has none.
-        image_scale: of the third branch.
+        scale_2: a second one, as of a second expert; None where none is asked for.
         distilled: the guidance input of a distilled model; None where the model has none.
     """
 
     scale: float = 1.0
     scale_2: float | None = None
-    image_scale: float = 1.0
     distilled: float | None = None
     rule: str = "cfg"
     normalize: bool | float = False  # a number where a family's direct call takes one
@@ -117,7 +112,7 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
             step without guidance are the first alone.
         text_tokens: tokens that each branch's text adds to its sequence, in the same order.
         image_tokens: tokens of the latents.
-        condition_tokens: tokens that the images add to the sequence of a branch that sees them.
+        condition_tokens: tokens that the images add to the sequence of a branch.
         images: what the request brings along, in the user's order.
         text_sees_images: the text encoder reads the images too, so an embedding belongs to both.
         is_captioned: the text encoder writes the first branch's text: a caption of the image at the result's size.
@@ -162,21 +157,16 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         """Names the images; empty without any."""
         return tuple(image.digest for image in self.images)
 
-    def sees_images(self, branch: int) -> bool:
-        """Whether a branch is conditioned on the images: the third one has neither them nor the prompt."""
-        return bool(self.images) and branch < 2
-
     def sequence_tokens(self, branch: int) -> int:
         """Tokens of a branch's sequence."""
-        condition = self.condition_tokens if self.sees_images(branch) else 0
-        return self.image_tokens + condition + self.text_tokens[branch]
+        return self.image_tokens + self.condition_tokens + self.text_tokens[branch]
 
     def embeds_key(self, branch: int) -> tuple[str | int, ...]:
         """Names what the embedding of a branch is made of."""
         if self.is_captioned and branch == 0:
             return (f"caption at {self.width}x{self.height}", self.max_sequence_length, *self.condition_key)
-        sees_images = self.text_sees_images and self.sees_images(branch)
-        return (self.prompts[branch], self.max_sequence_length, *(self.condition_key if sees_images else ()))
+        images = self.condition_key if self.text_sees_images else ()
+        return (self.prompts[branch], self.max_sequence_length, *images)
 
     def branches_at(self, step: int) -> int:
         """Branches that are forwarded at a step, from branch 0 on."""

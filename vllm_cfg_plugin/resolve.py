@@ -29,7 +29,7 @@ from vllm_cfg_plugin.params import (
 _SCALES = ("true_cfg_scale", "guidance_scale")
 _MAX_SCALE = 1000  # far beyond any use; much larger ones would only overflow
 # Fields that only some models read; `PipelineInfo.options`, `cfg_scale` and `distilled_scale` say which.
-_OPTIONAL = (*_SCALES, "guidance_scale_2", "image_guidance_scale", "num_frames", "layers", "max_sequence_length")
+_OPTIONAL = (*_SCALES, "guidance_scale_2", "num_frames", "layers", "max_sequence_length")
 
 
 def resolve_requests(
@@ -68,17 +68,17 @@ def resolve_requests(
     count = _checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
     _check_copies(images, count, limits)
     guidance = _checked_guidance(params, info)
-    branches = [text, *_negative_branches(params, info, limit, guidance, count_tokens, len(images))]
-    guided = guidance.scale > 1 and len(branches) > 1 and bool(guidance.guided_steps(num_timesteps))
-    branches = branches if guided else branches[:1]
+    negative = _checked_negative(params, info, limit, _counting_images(count_tokens, info, len(images)))
+    is_on = guidance.scale > 1 and bool(guidance.guided_steps(num_timesteps))
+    branches = [text, negative] if is_on and negative else [text]
+    guided = len(branches) > 1
     sizes = [(image.width, image.height) for image in images]
     condition_tokens, condition_text_tokens = info.tokens_of_images(sizes, height, width)
     first_seed = _checked_seed(params.seed, count)
-    return [
+    requests = [
         DiffusionRequest(
             prompts=[branch for branch, _ in branches],
-            # The third branch does not see the images.
-            text_tokens=[tokens + condition_text_tokens * (i < 2) for i, (_, tokens) in enumerate(branches)],
+            text_tokens=[tokens + condition_text_tokens for _, tokens in branches],
             image_tokens=info.image_tokens(height, width, num_frames, layers),
             condition_tokens=condition_tokens,
             images=list(images),
@@ -97,6 +97,7 @@ def resolve_requests(
         )
         for i in range(count)
     ]
+    return [info.with_more_branches(request) for request in requests] if guided else requests
 
 
 def _check_known_fields(asked: DiffusionParams, info: PipelineInfo) -> None:
@@ -198,24 +199,16 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _negative_branches(
-    params: DiffusionParams,
-    info: PipelineInfo,
-    limit: int,
-    guidance: Guidance,
-    count_tokens: Callable[[str], int],
-    images: int,
-) -> list[tuple[str, int]]:
-    """The texts of the branches after the positive one, with their tokens."""
+def _checked_negative(
+    params: DiffusionParams, info: PipelineInfo, limit: int, count_tokens: Callable[[str], int]
+) -> tuple[str, int] | None:
+    """The negative branch's text and what it takes in the sequence; None where there is none."""
     negative = params.negative_prompt
     if negative is UNSET or negative is None:
         if info.needs_negative_prompt:
-            return []
+            return None
         negative = ""
-    counters = [_counting_images(count_tokens, info, images)]
-    if images and guidance.image_scale != 1:
-        counters.append(count_tokens)  # the third branch sees no images
-    return [_checked_prompt("negative_prompt", negative, info, limit, count) for count in counters]
+    return _checked_prompt("negative_prompt", negative, info, limit, count_tokens)
 
 
 def _counting_images(count_tokens: Callable[[str], int], info: PipelineInfo, images: int) -> Callable[[str], int]:
@@ -277,11 +270,9 @@ def _checked_guidance(params: DiffusionParams, info: PipelineInfo) -> Guidance:
     if not _is_number(rescale) or not 0 <= rescale <= 1:
         raise InvalidRequestError("guidance_rescale", rescale, "a number from 0 to 1")
     scale = scales[info.cfg_scale]
-    image_scale = scales["image_guidance_scale"]
     return Guidance(
         scale=1.0 if scale is None else scale + info.cfg_scale_offset,
         scale_2=scales["guidance_scale_2"],
-        image_scale=1.0 if image_scale is None else image_scale,
         distilled=scales.get(info.distilled_scale),
         rule=rule,
         normalize=normalize,

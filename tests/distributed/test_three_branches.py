@@ -6,7 +6,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 
-from tests.contract import make_request
+from tests.contract import branches_of, make_request
 from tests.distributed.engine_ranks import run_ranks
 from tests.model_builders.qwen_image import build_qwen_image
 from tests.three_branches import ThreeBranchPipeline
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.distributed
 RANKS = (1, 2, 3)
 # seed -> (prompt, image's (width, height) or None, parameters); 4 has one branch, 2 and 3 two, the others three.
 ASKED = {
-    0: ("make it red", (32, 48), {"negative_prompt": "", "image_guidance_scale": 1.5, "height": 64, "width": 48}),
-    1: ("a cat", (64, 32), {"negative_prompt": "ugly", "image_guidance_scale": 2.0, "num_inference_steps": 3}),
+    0: ("make it red", (32, 48), {"negative_prompt": "", "guidance_scale_2": 1.5, "height": 64, "width": 48}),
+    1: ("a cat", (64, 32), {"negative_prompt": "ugly", "guidance_scale_2": 2.0, "num_inference_steps": 3}),
     2: ("a dog", (32, 32), {"negative_prompt": ""}),  # its image scale is 1
-    3: ("a fox", None, {"negative_prompt": "", "image_guidance_scale": 2.0}),  # no image to be guided by
-    4: ("a red apple", (48, 32), {"image_guidance_scale": 2.0}),
-    5: ("x", (32, 32), {"negative_prompt": "", "image_guidance_scale": 3.0, "guidance_interval": [0.25, 0.8]}),
+    3: ("a fox", None, {"negative_prompt": "", "guidance_scale_2": 2.0}),  # no image to be guided by
+    4: ("a red apple", (48, 32), {"guidance_scale_2": 2.0}),
+    5: ("x", (32, 32), {"negative_prompt": "", "guidance_scale_2": 3.0, "guidance_interval": [0.25, 0.8]}),
 }
 BRANCHES = {0: 3, 1: 3, 2: 2, 3: 2, 4: 1, 5: 3}
 DEFAULTS = {"height": 32, "width": 32, "num_inference_steps": 5, "true_cfg_scale": 3.0}
@@ -87,7 +87,7 @@ def serial_latents(pipeline, transformer, request):
         if step in request.guidance.guided_steps(request.num_inference_steps):
             only_image = predict(texts[1], torch.cat([latents, image], dim=1), [shape, image_shape])
             nothing = predict(texts[1], latents, [shape])
-            scale, image_scale = request.guidance.scale, request.guidance.image_scale
+            scale, image_scale = request.guidance.scale, request.guidance.scale_2
             noise = nothing + image_scale * (only_image - nothing) + scale * (both - only_image)
             noise = noise * (both.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
         latents = scheduler.step(noise, t, latents, return_dict=False)[0]
@@ -103,8 +103,15 @@ def test_the_third_branch_is_there_where_an_image_and_its_scale_are(requests):
     assert {seed: len(request.prompts) for seed, request in requests.items()} == BRANCHES
     first = requests[0]
     assert first.prompts == ["make it red", "", ""]
-    text = first.text_tokens
-    assert [first.sequence_tokens(branch) for branch in range(3)] == [12 + 6 + text[0], 12 + 6 + text[1], 12 + text[2]]
+    assert first.text_tokens[1] == first.text_tokens[2]
+
+
+@torch.inference_mode()
+def test_the_third_branch_sees_no_image(requests, model):
+    pipeline, lengths = load(model), [12 + 6, 12 + 6, 12]
+    branches = branches_of(pipeline, requests[0])
+    assert [pipeline.pack_branches([branch])["hidden_states"].shape[1] for branch in branches] == lengths
+    assert pipeline.pack_branches(branches)["hidden_states"].shape[1] == sum(lengths)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -139,7 +146,7 @@ def test_every_branch_matters(traces, requests, model):
     """Else equality would show little: other scales give other latents."""
     pipeline = load(model)
     request = requests[0]
-    for change in ({"scale": 5.0}, {"image_scale": 1.0}, {"image_scale": 3.0}):
+    for change in ({"scale": 5.0}, {"scale_2": 1.0}, {"scale_2": 3.0}):
         guidance = msgspec.structs.replace(request.guidance, **change)
         other = msgspec.structs.replace(request, guidance=guidance)
         latents = serial_latents(pipeline, pipeline.transformer, other)[-1]

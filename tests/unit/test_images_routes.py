@@ -267,7 +267,6 @@ def test_how_branches_are_combined_reaches_the_engine(app, engine):
         ("combine_rule", "apg2", "combine_rule"),
         ("combine_rule", 3, "combine_rule"),
         ("guidance_scale_2", 3.0, "guidance_scale_2"),  # this and the next ones: of other models
-        ("image_guidance_scale", 3.0, "image_guidance_scale"),
         ("layers", 4, "layers"),
         ("num_frames", 9, "num_frames"),
         ("image", "cat.png", "image"),
@@ -287,11 +286,11 @@ def test_fields_of_edits_name_their_endpoint(app):
 
 
 def test_optional_fields_reach_a_model_that_reads_them(engine, monkeypatch):
-    info = replace(INFO, needs_negative_prompt=False, options=frozenset({"guidance_scale_2", "image_guidance_scale"}))
+    info = replace(INFO, needs_negative_prompt=False, options=frozenset({"guidance_scale_2"}))
     app = make_app(engine, monkeypatch, info)
-    assert post(app, {**GOOD, "guidance_scale_2": 2.5, "image_guidance_scale": 1.5}).status_code == 200
+    assert post(app, {**GOOD, "guidance_scale_2": 2.5}).status_code == 200
     (request,) = engine.requests.values()
-    assert (request.guidance.scale_2, request.guidance.image_scale) == (2.5, 1.5)
+    assert request.guidance.scale_2 == 2.5
 
 
 def test_an_extra_body_in_the_body_is_lifted(app, engine):

@@ -115,7 +115,6 @@ def test_an_unset_seed_is_drawn():
         ({"guidance_interval": (0, 10**400)}, "guidance_interval"),
         ({"guidance_scale": 4.0}, "guidance_scale"),  # this model's is true_cfg_scale
         ({"guidance_scale_2": 4.0}, "guidance_scale_2"),
-        ({"image_guidance_scale": 4.0}, "image_guidance_scale"),
         ({"num_frames": 5}, "num_frames"),
         ({"layers": 2}, "layers"),
         ({"max_sequence_length": 10}, "max_sequence_length"),
@@ -152,23 +151,25 @@ def test_errors_survive_pickling_and_can_be_placed():
     assert str(placed).startswith("prompts[2].n=0 is not valid")
 
 
-def test_a_third_branch_sees_neither_prompt_nor_images():
+def test_branches_see_the_images_and_a_family_may_add_more_of_them():
     info = replace(
         INFO,
         text=replace(INFO.text, sees_images=True),
-        options=frozenset({"image_guidance_scale"}),
         max_images=1,
         condition_tokens=lambda sizes: (16 * len(sizes), 3 * len(sizes)),
+        with_more_branches=lambda request: structs.replace(
+            request, prompts=[*request.prompts, "third"], text_tokens=[*request.text_tokens, 5]
+        ),
     )
-    asked = DiffusionParams(negative_prompt="bad", true_cfg_scale=3.0, image_guidance_scale=2.0)
     images = [ImageInput("red", "RGB", 1, 1, b"\xff\x00\x00")]
-    (request,) = resolve_requests("a cat", asked, info, LIMITS, len, images)
-    assert request.prompts == ["a cat", "bad", "bad"]
-    assert request.text_tokens == [5 + 3, 3 + 3, 3]
-    assert [request.sequence_tokens(branch) for branch in range(3)] == [64 + 16 + 8, 64 + 16 + 6, 64 + 3]
-    assert [request.embeds_key(branch) for branch in range(3)] == [("a cat", 0, "red"), ("bad", 0, "red"), ("bad", 0)]
-    (without,) = resolve_requests("a cat", asked, info, LIMITS, len)
-    assert without.prompts == ["a cat", "bad"]
+    asked = DiffusionParams(negative_prompt="bad", true_cfg_scale=3.0, n=2)
+    for request in resolve_requests("a cat", asked, info, LIMITS, len, images):
+        assert request.prompts == ["a cat", "bad", "third"]
+        assert request.text_tokens == [5 + 3, 3 + 3, 5]
+        assert [request.sequence_tokens(branch) for branch in range(3)] == [64 + 16 + 8, 64 + 16 + 6, 64 + 16 + 5]
+        assert [request.embeds_key(branch) for branch in range(2)] == [("a cat", 0, "red"), ("bad", 0, "red")]
+    (unguided,) = resolve_requests("a cat", DiffusionParams(), info, LIMITS, len, images)
+    assert unguided.prompts == ["a cat"]
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "\n\t "])

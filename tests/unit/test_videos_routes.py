@@ -233,7 +233,6 @@ def test_an_image_in_a_data_url(image_to_video_app, engine):
         ({"fps": 1e9}, "fps", "1000"),
         ({"num_inference_steps": 51}, "num_inference_steps", "50"),
         ({"true_cfg_scale": 4.0}, "true_cfg_scale", "guidance_scale"),
-        ({"image_guidance_scale": 4.0}, "image_guidance_scale", "none"),
         ({"combine_rule": "magic"}, "combine_rule", "cfg_zero_star"),
         ({"guidance_scal": 4.0}, "guidance_scal", "did you mean guidance_scale?"),
         ({"n": 2}, "n", "no field"),

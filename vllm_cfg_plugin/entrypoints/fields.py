@@ -53,7 +53,6 @@ class DiffusionFields(BaseModel):
     true_cfg_scale: float | None = None
     guidance_scale: float | None = None
     guidance_scale_2: float | None = None
-    image_guidance_scale: float | None = None
     guidance_interval: list[float] | None = Field(None, description="[start, stop], fractions of the steps")
     guidance_rescale: float | None = None
     cfg_normalize: bool | None = None

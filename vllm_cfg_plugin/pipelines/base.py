@@ -50,8 +50,7 @@ class BranchInput:
         embeds: of this branch's text.
         timestep: a scalar, one element of the noise scheduler's `timesteps`.
         branch: number of the branch.
-        condition: what `encode_images` made of the request's images; empty without any, and where the branch does not
-            see them.
+        condition: what `encode_images` made of the request's images; empty without any.
         timesteps_ahead: those of the following steps, [any number], a view of the same `timesteps`: what depends on a
             timestep alone may be computed ahead and remembered, as weights do not change; None forbids that. Both may
             stay on the CPU, which spares a GPU's queue from being waited for.

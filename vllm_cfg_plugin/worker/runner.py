@@ -255,7 +255,7 @@ def _branch_input(state: RequestState, branch: int) -> BranchInput:
         embeds=state.prompt_embeds[branch],
         timestep=timesteps[state.index],
         branch=branch,
-        condition=state.condition if state.request.sees_images(branch) else (),
+        condition=state.condition,
         timesteps_ahead=timesteps[state.index + 1 :],
     )
 

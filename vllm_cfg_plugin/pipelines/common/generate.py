@@ -86,10 +86,9 @@ class DirectCall:
         return predict_on_ranks(branches, forward)
 
     def _branch_input(self, number: int, branch: int, latents: torch.Tensor, timestep: torch.Tensor) -> BranchInput:
-        request = self._requests[number]
-        condition = self.condition if request.sees_images(branch) else ()
         own = latents[number : number + 1]
-        return BranchInput(request, own, self._embeds_of(number, branch), timestep, branch, condition)
+        embeds = self._embeds_of(number, branch)
+        return BranchInput(self._requests[number], own, embeds, timestep, branch, self.condition)
 
     def _embeds_of(self, number: int, branch: int) -> PromptEmbeds:
         """Encoded once for equal texts, and only on the ranks that forward the branch."""
