@@ -5,31 +5,32 @@ Runs once for a request, in the front end; nothing invalid goes further. Must no
 
 from __future__ import annotations
 
-import math
-import secrets
 from collections.abc import Callable, Sequence
 
 from msgspec import UNSET
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.field_checks import (
+    check_copies,
+    check_images,
+    check_known_fields,
+    checked_frames,
+    checked_guidance,
+    checked_int,
+    checked_prompt,
+    checked_seed,
+    checked_size,
+    checked_text_limit,
+)
 from vllm_cfg_plugin.params import (
-    COMBINE_RULES,
-    GUIDANCE_FIELDS,
     MAX_IMAGES_PER_REQUEST,
-    MAX_SEED,
-    MIN_SEED,
     DiffusionParams,
     DiffusionRequest,
     Guidance,
     ImageInput,
     RequestLimits,
 )
-
-_SCALES = ("true_cfg_scale", "guidance_scale")
-_MAX_SCALE = 1000  # far beyond any use; much larger ones would only overflow
-# Fields that only some models read; `PipelineInfo.options`, `cfg_scale` and `distilled_scale` say which.
-_OPTIONAL = (*_SCALES, "guidance_scale_2", "num_frames", "layers", "max_sequence_length")
 
 
 def resolve_requests(
@@ -50,31 +51,31 @@ def resolve_requests(
         InvalidRequestError: naming the first wrong field, its value and what is allowed.
     """
     asked = params
-    _check_known_fields(asked, info)
-    _check_images(images, info, limits)
+    check_known_fields(asked, info)
+    check_images(images, info, limits)
     params = _with_defaults(asked, info, images)
-    limit = _checked_text_limit(params, info)
-    text = _checked_prompt("prompt", prompt, info, limit, _counting_images(count_tokens, info, len(images)))
+    limit = checked_text_limit(params, info)
+    text = checked_prompt("prompt", prompt, info, limit, _counting_images(count_tokens, info, len(images)))
     if text[0] in info.text.captioned:  # of a length that is known too late to plan with
         text = text[0], info.text.sequence_tokens(limit, limit)
-    height, width = _checked_size(params, info, limits)
-    num_frames = _checked_frames(params, info, len(images))
+    height, width = checked_size(params, info, limits)
+    num_frames = checked_frames(params, info, len(images))
     if height * width * num_frames > limits.max_video_pixels:
         allowed = f"less: all frames of {width}x{height} have more than {limits.max_video_pixels} pixels"
         raise InvalidRequestError("num_frames", num_frames, allowed)
-    layers = 0 if params.layers is UNSET else _checked_int("layers", params.layers, 1, 16)
-    steps = _checked_int("num_inference_steps", params.num_inference_steps, info.min_steps, limits.max_inference_steps)
+    layers = 0 if params.layers is UNSET else checked_int("layers", params.layers, 1, 16)
+    steps = checked_int("num_inference_steps", params.num_inference_steps, info.min_steps, limits.max_inference_steps)
     num_timesteps = _counted_timesteps(steps, info)
-    count = _checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
-    _check_copies(images, count, limits)
-    guidance = _checked_guidance(params, info)
+    count = checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
+    check_copies(images, count, limits)
+    guidance = checked_guidance(params, info)
     negative = _checked_negative(params, info, limit, _counting_images(count_tokens, info, len(images)))
     is_on = guidance.scale > 1 and bool(guidance.guided_steps(num_timesteps))
     branches = [text, negative] if is_on and negative else [text]
     guided = len(branches) > 1
     sizes = [(image.width, image.height) for image in images]
     condition_tokens, condition_text_tokens = info.tokens_of_images(sizes, height, width)
-    first_seed = _checked_seed(params.seed, count)
+    first_seed = checked_seed(params.seed, count)
     requests = [
         DiffusionRequest(
             prompts=[branch for branch, _ in branches],
@@ -100,59 +101,6 @@ def resolve_requests(
     return [info.with_more_branches(request) for request in requests] if guided else requests
 
 
-def _check_known_fields(asked: DiffusionParams, info: PipelineInfo) -> None:
-    """Refuse what this model does not read: it would be ignored."""
-    for name in _OPTIONAL:
-        value = getattr(asked, name)
-        if value is UNSET or name in info.options or name in (info.cfg_scale, info.distilled_scale):
-            continue
-        remedy = f": this model's guidance scale is {info.cfg_scale}" if name in _SCALES else ": this model has none"
-        raise InvalidRequestError(name, value, f"absent{remedy}")
-    for name in sorted(GUIDANCE_FIELDS - info.guidance_fields):
-        if (value := getattr(asked, name)) is not UNSET:
-            raise InvalidRequestError(name, value, "absent: this model's guidance does not read it")
-
-
-def check_image_count(count: int, info: PipelineInfo, limits: RequestLimits) -> None:
-    """Refuse a number of images that the model does not take; needs none of them decoded.
-
-    Raises:
-        InvalidRequestError: of "image".
-    """
-    most = min(info.max_images, limits.max_input_images)
-    given = counted(count, "image") if count else None
-    if count and not info.max_images:
-        raise InvalidRequestError("image", given, f"absent: this model does {info.task}")
-    if not info.min_images <= count <= most:
-        allowed = counted(most, "image") if most <= info.min_images else f"{info.min_images} to {most} images"
-        if info.produces == "video" and most > 1:
-            allowed += ", the first frame and the last,"
-        raise InvalidRequestError("image", given, f"{allowed} for this model, which does {info.task}")
-
-
-def counted(count: int, noun: str) -> str:
-    """1 -> "1 image", 2 -> "2 images"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _check_images(images: Sequence[ImageInput], info: PipelineInfo, limits: RequestLimits) -> None:
-    check_image_count(len(images), info, limits)
-    for image in images:
-        if image.width * image.height > limits.max_input_pixels:
-            size = f"{image.width}x{image.height}"
-            raise InvalidRequestError("image", size, f"of at most {limits.max_input_pixels} pixels")
-
-
-def _check_copies(images: Sequence[ImageInput], count: int, limits: RequestLimits) -> None:
-    """Each of the results takes the images along: a small upload may unpack to gigabytes."""
-    pixels = sum(image.width * image.height for image in images)
-    most = limits.max_copied_pixels
-    if pixels > most:
-        raise InvalidRequestError("image", f"{pixels} pixels in all", f"of at most {most} pixels, all images together")
-    if pixels * count > most:
-        raise InvalidRequestError("n", count, f"at most {most // pixels} with images of {pixels} pixels in all")
-
-
 def _with_defaults(params: DiffusionParams, info: PipelineInfo, images: Sequence[ImageInput]) -> DiffusionParams:
     fields = {name: getattr(params, name) for name in params.__struct_fields__}
     if info.default_size is not None and fields["height"] is UNSET and fields["width"] is UNSET:
@@ -161,42 +109,6 @@ def _with_defaults(params: DiffusionParams, info: PipelineInfo, images: Sequence
         if value is UNSET:
             fields[name] = getattr(info.default_params, name)
     return DiffusionParams(**fields)
-
-
-def _checked_text_limit(params: DiffusionParams, info: PipelineInfo) -> int:
-    """Most tokens of a text."""
-    if params.max_sequence_length is UNSET:
-        return info.text.max_tokens
-    return _checked_int("max_sequence_length", params.max_sequence_length, 1, info.text.max_tokens)
-
-
-def _checked_prompt(
-    param: str, prompt: object, info: PipelineInfo, limit: int, count_tokens: Callable[[str], int]
-) -> tuple[str, int]:
-    """The prompt and what it takes in the sequence.
-
-    An empty one is as good as any. One that is too long is refused where diffusers would cut it without a word.
-    """
-    if not isinstance(prompt, str):
-        raise InvalidRequestError(param, prompt, "a string")
-    if not _is_encodable(prompt):
-        raise InvalidRequestError(param, prompt, "text that UTF-8 can encode (no lone surrogates)")
-    if found := [word for word in info.text.reserved if word in prompt]:
-        raise InvalidRequestError(param, prompt, f"without {found[0]}, which stands for an image in this model")
-    tokens = count_tokens(prompt)
-    if tokens > limit:
-        can_be_more = limit < info.text.max_tokens
-        remedy = f"; max_sequence_length may be up to {info.text.max_tokens}" if can_be_more else ""
-        raise InvalidRequestError(param, prompt, f"at most {limit} tokens long, and this one has {tokens}{remedy}")
-    return prompt, info.text.sequence_tokens(tokens, limit)
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _checked_negative(
@@ -208,103 +120,12 @@ def _checked_negative(
         if info.needs_negative_prompt:
             return None
         negative = ""
-    return _checked_prompt("negative_prompt", negative, info, limit, count_tokens)
+    return checked_prompt("negative_prompt", negative, info, limit, count_tokens)
 
 
 def _counting_images(count_tokens: Callable[[str], int], info: PipelineInfo, images: int) -> Callable[[str], int]:
     """Counts a prompt with what the text encoder is given of so many images around it."""
     return lambda text: count_tokens(info.text.with_images(text, images))
-
-
-def _checked_size(params: DiffusionParams, info: PipelineInfo, limits: RequestLimits) -> tuple[int, int]:
-    """(height, width)."""
-    height = _checked_side("height", params.height, info)
-    width = _checked_side("width", params.width, info)
-    if height * width > limits.max_image_pixels:
-        raise InvalidRequestError("size", f"{width}x{height}", f"at most {limits.max_image_pixels} pixels in all")
-    return height, width
-
-
-def _checked_side(param: str, value: object, info: PipelineInfo) -> int:
-    allowed = f"a positive multiple of {info.size_multiple}"
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % info.size_multiple:
-        raise InvalidRequestError(param, value, allowed)
-    if info.max_side and value > info.max_side:
-        raise InvalidRequestError(param, value, f"at most {info.max_side} for this model")
-    return value
-
-
-def _checked_frames(params: DiffusionParams, info: PipelineInfo, images: int) -> int:
-    if params.num_frames is UNSET:
-        return 1
-    frames = params.num_frames
-    per_latent = info.frames_per_latent
-    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1 or (frames - 1) % per_latent:
-        near = 1 if not isinstance(frames, int) or frames < 1 else (frames - 1) // per_latent * per_latent + 1
-        allowed = f"a multiple of {per_latent} plus 1, e.g. {near} or {near + per_latent}"
-        raise InvalidRequestError("num_frames", frames, allowed)
-    if info.max_frames and frames > info.max_frames:
-        raise InvalidRequestError("num_frames", frames, f"at most {info.max_frames} for this model")
-    if frames < images:
-        raise InvalidRequestError(
-            "num_frames", frames, f"at least {images}: the images are its first frame and its last"
-        )
-    return frames
-
-
-def _checked_int(param: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequestError(param, value, f"an integer from {low} to {high}")
-    return value
-
-
-def _checked_guidance(params: DiffusionParams, info: PipelineInfo) -> Guidance:
-    scales = {name: _checked_scale(name, getattr(params, name)) for name in _OPTIONAL if "scale" in name}
-    rule = "cfg" if params.combine_rule is UNSET else params.combine_rule
-    if rule not in COMBINE_RULES:
-        raise InvalidRequestError("combine_rule", rule, f"one of {', '.join(COMBINE_RULES)}")
-    normalize = False if params.cfg_normalize is UNSET else params.cfg_normalize
-    if not isinstance(normalize, bool):
-        raise InvalidRequestError("cfg_normalize", normalize, "true or false")
-    rescale = 0.0 if params.guidance_rescale is UNSET else params.guidance_rescale
-    if not _is_number(rescale) or not 0 <= rescale <= 1:
-        raise InvalidRequestError("guidance_rescale", rescale, "a number from 0 to 1")
-    scale = scales[info.cfg_scale]
-    return Guidance(
-        scale=1.0 if scale is None else scale + info.cfg_scale_offset,
-        scale_2=scales["guidance_scale_2"],
-        distilled=scales.get(info.distilled_scale),
-        rule=rule,
-        normalize=normalize,
-        rescale=float(rescale),
-        interval=_checked_interval(params.guidance_interval),
-    )
-
-
-def _checked_scale(param: str, value: object) -> float | None:
-    if value is UNSET:
-        return None
-    if not _is_number(value) or not 0 <= value <= _MAX_SCALE:  # type: ignore[operator]
-        raise InvalidRequestError(param, value, f"a number from 0 to {_MAX_SCALE}")
-    return float(value)  # type: ignore[arg-type]
-
-
-def _checked_interval(value: object) -> tuple[float, float]:
-    if value is UNSET:
-        return (0.0, 1.0)
-    if isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(edge) for edge in value):
-        start, stop = value
-        if 0 <= start < stop <= 1:
-            return (float(start), float(stop))
-    raise InvalidRequestError(
-        "guidance_interval", value, "[start, stop], fractions of the steps: 0 <= start < stop <= 1"
-    )
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return isinstance(value, int) or math.isfinite(value)  # which fails for an int that no float can hold
 
 
 def _why_guidance_is_off(asked: DiffusionParams, info: PipelineInfo, guidance: Guidance, steps: int) -> str:
@@ -340,13 +161,3 @@ def _counted_timesteps(steps: int, info: PipelineInfo) -> int:
         raise
     except ValueError as error:
         raise InvalidRequestError("num_inference_steps", steps, f"another number: {error}") from error
-
-
-def _checked_seed(value: object, count: int) -> int:
-    """The first of `count` consecutive seeds."""
-    if value is None or value is UNSET:
-        return secrets.randbelow(2**31)
-    allowed = f"an integer from {MIN_SEED} to {MAX_SEED - count + 1}"
-    if isinstance(value, bool) or not isinstance(value, int) or not MIN_SEED <= value <= MAX_SEED - count + 1:
-        raise InvalidRequestError("seed", value, allowed)
-    return value

@@ -15,6 +15,8 @@ PURE = (
     "vllm_cfg_plugin.config",
     "vllm_cfg_plugin.cli",
     "vllm_cfg_plugin.tokens",
+    "vllm_cfg_plugin.field_checks",
+    "vllm_cfg_plugin.resolve",
     "vllm_cfg_plugin.pipelines.registry",
     "vllm_cfg_plugin.engine.admission",
     "vllm_cfg_plugin.engine.batching",

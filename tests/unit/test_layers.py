@@ -14,7 +14,7 @@ LAYERS = (
     ("worker",),
     ("engine",),
     ("platform", "cli", "model"),
-    ("config", "resolve", "tokens"),
+    ("config", "resolve", "tokens", "field_checks"),
     ("pipelines",),
     ("distributed", "checkpoint"),
     ("params", "guidance", "errors", "compat", "logs"),

@@ -11,8 +11,8 @@ from vllm_cfg_plugin.entrypoints.fields import DiffusionFields
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, check_model_name
 from vllm_cfg_plugin.entrypoints.images.inputs import read_images
 from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.field_checks import check_image_count
 from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
-from vllm_cfg_plugin.resolve import check_image_count
 
 Files = bytes | list[bytes] | None  # of the images that came along, once or several times
 

@@ -23,8 +23,8 @@ from vllm_cfg_plugin.entrypoints.images.schema import (
 )
 from vllm_cfg_plugin.entrypoints.service import DiffusionService, Files, endpoint_of
 from vllm_cfg_plugin.errors import InvalidRequestError
+from vllm_cfg_plugin.field_checks import counted
 from vllm_cfg_plugin.params import DiffusionRequest
-from vllm_cfg_plugin.resolve import counted
 
 
 class ImagesService(DiffusionService):
