@@ -32,6 +32,15 @@ def make_predictions():
     return {(i, b): torch.randn(1, *SHAPES[i]) for i, owners in enumerate(OWNERS) for b in range(len(owners))}
 
 
+def test_rows_have_no_gaps_and_are_as_long_as_the_longest_rank_needs():
+    layout = ExchangeLayout.of(OWNERS, SHAPES, ranks=2)
+    spans = {
+        rank: [(cell.offset, cell.offset + cell.size) for cell in layout.cells if cell.rank == rank] for rank in (0, 1)
+    }
+    assert spans == {0: [(0, 8), (8, 18)], 1: [(0, 8), (8, 14), (14, 24)]}
+    assert layout.width == 24
+
+
 def test_every_rank_sees_every_prediction():
     predictions = make_predictions()
     for gathered, failed in run(2, predictions, [[False] * 3] * 2):

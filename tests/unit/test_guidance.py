@@ -28,6 +28,11 @@ def draw_predictions(shape, dtype=torch.float32, seed=0):
     return (common + 0.4 * first).to(dtype), (0.8 * common + 0.4 * second).to(dtype)
 
 
+def draw_faint(shape, dtype=torch.float32):
+    """Predictions so small that what keeps a division from zero is a part of the result."""
+    return (1e-5 * each for each in draw_predictions(shape, dtype))
+
+
 def by_guider(guider, step, positive, negative):
     guider.set_state(step, STEPS, torch.tensor(500))
     return guider.forward(positive, negative).pred
@@ -79,12 +84,12 @@ def test_rescaled_prediction_has_the_positive_norm_at_every_token():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_zero_star_like_the_guider(shape, dtype):
-    positive, negative = draw_predictions(shape, dtype)
     guider = ClassifierFreeZeroStarGuidance(guidance_scale=4.5)
     assert guider.zero_init_steps == ZERO_INIT_STEPS
-    for step in (1, 2, 9):
-        expected = by_guider(guider, step, positive, negative)
-        assert torch.equal(zero_star_guidance(positive, negative, 4.5), expected)
+    for positive, negative in (draw_predictions(shape, dtype), draw_faint(shape, dtype)):
+        for step in (1, 2, 9):
+            expected = by_guider(guider, step, positive, negative)
+            assert torch.equal(zero_star_guidance(positive, negative, 4.5), expected)
 
 
 def test_zero_star_leaves_out_what_the_branches_share():
@@ -96,14 +101,16 @@ def test_zero_star_leaves_out_what_the_branches_share():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("eta", "norm_threshold"), [(1.0, 15.0), (1.0, 1e9), (0.0, 2.0), (0.5, 0.0)], ids=["default", "long", "cut", "none"]
+    ("eta", "norm_threshold"),
+    [(1.0, 15.0), (1.0, 1e9), (0.0, 2.0), (0.5, 0.5), (0.5, 0.0)],
+    ids=["default", "long", "cut", "cut short", "none"],
 )
 def test_projected_like_the_guider(shape, dtype, eta, norm_threshold):
-    positive, negative = draw_predictions(shape, dtype)
     guider = AdaptiveProjectedGuidance(4.5, adaptive_projected_guidance_rescale=norm_threshold, eta=eta)
-    for step in (0, 4, 9):
-        expected = by_guider(guider, step, positive, negative)
-        assert torch.equal(adaptive_projected_guidance(positive, negative, 4.5, eta, norm_threshold), expected)
+    for positive, negative in (draw_predictions(shape, dtype), draw_faint(shape, dtype)):
+        for step in (0, 4, 9):
+            expected = by_guider(guider, step, positive, negative)
+            assert torch.equal(adaptive_projected_guidance(positive, negative, 4.5, eta, norm_threshold), expected)
 
 
 def test_projected_defaults_are_the_guiders():
@@ -142,6 +149,21 @@ def test_rescaled_zeros_stay_zeros():
     positive, _ = draw_predictions((1, 9, 16))
     zeros = torch.zeros_like(positive)
     assert torch.equal(rescale_to_deviation(positive, zeros, 0.7), zeros)
+
+
+def test_what_does_not_deviate_is_not_rescaled():
+    positive, flat = torch.randn(1, 9, 16), torch.full((1, 9, 16), 3.0)
+    assert torch.equal(rescale_to_deviation(positive, flat, 1.0), flat)
+
+
+def test_limit_by_hand():
+    """One norm for all tokens of an element: here 5, and 10 and 2.5 of the guided ones."""
+    positive = torch.tensor([[[3.0], [4.0]]])
+    longer, shorter = torch.tensor([[[0.0], [10.0]]]), torch.tensor([[[2.5], [0.0]]])
+    assert limit_to_norm(positive, longer, 1.0).tolist() == [[[0.0], [5.0]]]
+    assert limit_to_norm(positive, longer, 1.5).tolist() == [[[0.0], [7.5]]]
+    assert limit_to_norm(positive, shorter, 1.0).tolist() == [[[2.5], [0.0]]]
+    assert limit_to_norm(0 * positive, 0 * longer, 1.0).tolist() == [[[0.0], [0.0]]]
 
 
 def test_a_batch_element_does_not_depend_on_the_others():
