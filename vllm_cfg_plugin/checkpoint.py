@@ -77,7 +77,6 @@ class PipelineInfo:
         pixels_per_token: side of the square of pixels that one image token covers.
         max_side: most pixels of height and of width, where its positions end; 0 is no limit.
         max_frames: most frames of a video, likewise.
-        min_steps: fewest denoising steps for which the noise schedule is finite.
         default_params: what an unset field means for this model.
         cfg_scale: the field that is the scale of classifier-free guidance, as diffusers' pipeline names it.
         cfg_scale_offset: what to add to that field for the scale s of `neg + s * (pos - neg)`.
@@ -101,7 +100,6 @@ class PipelineInfo:
     text: TextRules
     size_multiple: int
     pixels_per_token: int
-    min_steps: int
     default_params: DiffusionParams
     cfg_scale: str
     cfg_scale_offset: float = 0.0

@@ -64,7 +64,7 @@ def resolve_requests(
         allowed = f"less: all frames of {width}x{height} have more than {limits.max_video_pixels} pixels"
         raise InvalidRequestError("num_frames", num_frames, allowed)
     layers = 0 if params.layers is UNSET else checked_int("layers", params.layers, 1, 16)
-    steps = checked_int("num_inference_steps", params.num_inference_steps, info.min_steps, limits.max_inference_steps)
+    steps = checked_int("num_inference_steps", params.num_inference_steps, 1, limits.max_inference_steps)
     num_timesteps = _counted_timesteps(steps, info)
     count = checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
     check_copies(images, count, limits)

@@ -121,7 +121,6 @@ class AuraFlowPipeline(AuraFlowCFGParallelMixin, EnginePipeline, DiffusersAuraFl
             size_multiple=token,
             pixels_per_token=token,
             max_side=token * isqrt(transformer["pos_embed_max_size"]),  # its positions are learned
-            min_steps=1,
             cfg_scale="guidance_scale",
             needs_negative_prompt=False,
             default_params=DiffusionParams(

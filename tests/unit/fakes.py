@@ -15,7 +15,6 @@ INFO = PipelineInfo(
     cfg_scale="true_cfg_scale",
     size_multiple=8,
     pixels_per_token=8,
-    min_steps=2,
     default_params=DiffusionParams(
         height=64, width=64, num_inference_steps=20, true_cfg_scale=4.0, negative_prompt=None
     ),

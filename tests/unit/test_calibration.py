@@ -23,7 +23,6 @@ INFO = PipelineInfo(
     pixels_per_token=16,
     text=TextRules(max_tokens=1024),
     cfg_scale="true_cfg_scale",
-    min_steps=1,
     default_params=DiffusionParams(height=64, width=64),
 )
 MADE_OF = CostModel(

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
 from vllm_cfg_plugin.pipelines.registry import check_servable, describe
 
 
@@ -21,7 +21,9 @@ def test_a_folder_describes_itself(model):
     assert (info.size_multiple, info.text.max_tokens) == (16, 1024)
     assert info.image_tokens(64, 128) == 4 * 8
     # The real noise schedule stretches its sigmas to `shift_terminal`, which one step can't do.
-    assert info.min_steps == 2
+    assert info.num_timesteps(2) == 2
+    with pytest.raises(InvalidRequestError, match=r"num_inference_steps=1 .* at least 2 for this model"):
+        info.num_timesteps(1)
     assert (info.default_params.height, info.default_params.num_inference_steps) == (1024, 50)
     assert info.default_params.negative_prompt is None
 

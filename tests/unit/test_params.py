@@ -104,7 +104,6 @@ def test_an_unset_seed_is_drawn():
         ({"n": 11}, "n"),
         ({"n": True}, "n"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
-        ({"num_inference_steps": 1}, "num_inference_steps"),  # below this model's min_steps
         ({"num_inference_steps": 51}, "num_inference_steps"),
         ({"true_cfg_scale": math.nan}, "true_cfg_scale"),
         ({"true_cfg_scale": math.inf}, "true_cfg_scale"),
@@ -140,6 +139,14 @@ def test_bad_values_name_field_and_value(fields, param):
     assert refused.value.param == param
     assert str(refused.value).startswith(f"{param}=")
     assert "it must be" in str(refused.value)
+
+
+def test_steps_that_the_noise_scheduler_can_not_be_set_to_are_an_error_of_the_field():
+    def count(steps):
+        raise ValueError("it has 4 of its own")
+
+    with pytest.raises(InvalidRequestError, match=r"num_inference_steps=3 .* another number: it has 4 of its own"):
+        resolve(info=replace(INFO, num_timesteps=count), num_inference_steps=3)
 
 
 def test_errors_survive_pickling_and_can_be_placed():

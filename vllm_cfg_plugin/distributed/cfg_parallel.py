@@ -129,15 +129,23 @@ class CFGParallelMixin:
         return self.combine_cfg_noise(positive, negative, true_cfg_scale, cfg_normalize)
 
     def combine_cfg_noise(
-        self, noise_pred: torch.Tensor, neg_noise_pred: torch.Tensor, true_cfg_scale: float, cfg_normalize: bool = False
+        self,
+        noise_pred: torch.Tensor,
+        neg_noise_pred: torch.Tensor,
+        true_cfg_scale: float,
+        cfg_normalize: bool | float = False,
     ) -> torch.Tensor:
         """The guided prediction of two branches, normalised by `cfg_normalize_function` if `cfg_normalize`.
 
         Args:
             noise_pred, neg_noise_pred: the positive and the negative prediction, [batch, tokens, channels].
+            cfg_normalize: a number is handed on to a `cfg_normalize_function` that takes one.
         """
         combined = guidance.classifier_free_guidance(noise_pred, neg_noise_pred, true_cfg_scale)
-        return self.cfg_normalize_function(noise_pred, combined) if cfg_normalize else combined
+        if not cfg_normalize:
+            return combined
+        number = () if cfg_normalize is True else (cfg_normalize,)
+        return self.cfg_normalize_function(noise_pred, combined, *number)
 
     def cfg_normalize_function(self, noise_pred: torch.Tensor, comb_pred: torch.Tensor) -> torch.Tensor:
         """Bring the combined prediction to the positive one's norm, token by token; override for another rule."""

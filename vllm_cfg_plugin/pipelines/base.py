@@ -224,7 +224,7 @@ class EnginePipeline(CFGParallelMixin, ABC):
         positive, negative = predictions
         scale = self.guidance_scale_at(request, timestep)
         if asked.rule == "cfg":
-            combined = self.combine_cfg_noise(positive, negative, scale, asked.normalize)  # type: ignore[arg-type]
+            combined = self.combine_cfg_noise(positive, negative, scale, asked.normalize)
         else:
             combined = guidance.RULES[asked.rule](positive, negative, scale)
             combined = self.cfg_normalize_function(positive, combined) if asked.normalize else combined

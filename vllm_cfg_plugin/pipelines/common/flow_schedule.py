@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.pipelines.base import begin
 
@@ -61,9 +60,3 @@ def dynamic_shift(config: Any, image_tokens: int, max_shift: float) -> float:
         config.get("max_shift", max_shift),
     )
     return shift
-
-
-def min_steps(checkpoint: Checkpoint) -> int:
-    """Fewest denoising steps for which its schedule is finite: with `shift_terminal` it is stretched between two."""
-    config = checkpoint.component_config("scheduler", "scheduler_config.json")
-    return 2 if config.get("shift_terminal") else 1

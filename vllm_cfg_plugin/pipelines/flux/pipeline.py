@@ -21,7 +21,6 @@ from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.flow_schedule import (
     dynamic_shift,
-    min_steps,
     set_flow_timesteps,
     set_shifted_timesteps,
 )
@@ -49,7 +48,6 @@ class FluxPipeline(PositionIdsPipeline, DiffusersFluxPipeline):
             text=TextRules(MAX_TEXT_TOKENS, tokenizer="tokenizer_2", pads=True),
             size_multiple=2 * scale,
             pixels_per_token=2 * scale,
-            min_steps=min_steps(checkpoint),
             cfg_scale="true_cfg_scale",
             options=frozenset({"max_sequence_length"}),
             distilled_scale="guidance_scale" if is_distilled else "",

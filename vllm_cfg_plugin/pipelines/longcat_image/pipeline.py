@@ -18,7 +18,6 @@ from diffusers.pipelines.longcat_image.pipeline_longcat_image import (
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
 from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
 
-from vllm_cfg_plugin import guidance as combine_rules
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
 from vllm_cfg_plugin.compat import split_contractions_alike
 from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
@@ -27,7 +26,6 @@ from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
 from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
-from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
 from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.common.latent_tokens import PositionIdsPipeline
@@ -48,27 +46,14 @@ class LongCatImageBase(PositionIdsPipeline):
     adopted: ClassVar[dict[str, Any]] = {"transformer": PackedLongCatImageTransformer}
     output_class = LongCatImagePipelineOutput
 
-    def combine_cfg_noise(
-        self,
-        noise_pred: torch.Tensor,
-        neg_noise_pred: torch.Tensor,
-        true_cfg_scale: float,
-        cfg_normalize: bool | float = False,
-    ) -> torch.Tensor:
-        """As the mixin's.
-
-        Args:
-            cfg_normalize: True, or the `cfg_renorm_min` of `cfg_normalize_function` where that is above 0.
-        """
-        combined = combine_rules.classifier_free_guidance(noise_pred, neg_noise_pred, true_cfg_scale)
-        if not cfg_normalize:
-            return combined
-        return self.cfg_normalize_function(noise_pred, combined, 0.0 if cfg_normalize is True else cfg_normalize)
-
     def cfg_normalize_function(
         self, noise_pred: torch.Tensor, comb_pred: torch.Tensor, cfg_renorm_min: float = 0.0
     ) -> torch.Tensor:
-        """Shorten the combined prediction to the positive one's norm, token by token, but never lengthen it."""
+        """Shorten the combined prediction to the positive one's norm, token by token, but never lengthen it.
+
+        Args:
+            cfg_renorm_min: the least factor.
+        """
         cond_norm: torch.Tensor = torch.norm(noise_pred, dim=-1, keepdim=True)
         noise_norm: torch.Tensor = torch.norm(comb_pred, dim=-1, keepdim=True)
         scale = (cond_norm / (noise_norm + 1e-8)).clamp(min=cfg_renorm_min, max=1.0)
@@ -150,7 +135,6 @@ def describe_longcat_image(
         ),
         size_multiple=2 * scale,
         pixels_per_token=2 * scale,
-        min_steps=min_steps(checkpoint),
         cfg_scale="guidance_scale",
         needs_negative_prompt=False,
         default_params=DiffusionParams(

@@ -17,7 +17,6 @@ from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, to_pil
 from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_standardised
-from vllm_cfg_plugin.pipelines.common.flow_schedule import min_steps
 from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.common.latent_tokens import LatentTokensPipeline
@@ -159,7 +158,6 @@ def describe_qwen_image(
         size_multiple=2 * vae_scale_factor,
         pixels_per_token=2 * vae_scale_factor,
         max_side=MAX_SIDE_TOKENS * 2 * vae_scale_factor,
-        min_steps=min_steps(checkpoint),
         cfg_scale="true_cfg_scale",
         default_params=DiffusionParams(**shared | defaults),
         options=frozenset({"max_sequence_length", *options}),

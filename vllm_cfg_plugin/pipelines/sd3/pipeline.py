@@ -21,7 +21,7 @@ from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, begin
 from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_scaled, vae_scale_factor
-from vllm_cfg_plugin.pipelines.common.flow_schedule import dynamic_shift, min_steps
+from vllm_cfg_plugin.pipelines.common.flow_schedule import dynamic_shift
 from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked, ImagePipeline
 from vllm_cfg_plugin.pipelines.sd3.transformer import PackedSD3Transformer, patchify, unpatchify
@@ -55,7 +55,6 @@ class StableDiffusion3Pipeline(ImagePipeline, DiffusersStableDiffusion3Pipeline)
             size_multiple=token_side,
             pixels_per_token=token_side,
             max_side=token_side * transformer.get("pos_embed_max_size", 96),
-            min_steps=min_steps(checkpoint),
             cfg_scale="guidance_scale",
             needs_negative_prompt=False,
             default_params=DiffusionParams(

@@ -74,7 +74,6 @@ class WanBase(FamilyPipeline):
             text=TextRules(TEXT_TOKENS, pads=True, pieces=lambda prompt: [prompt_clean(prompt)]),
             size_multiple=pixels_per_token,
             pixels_per_token=pixels_per_token,
-            min_steps=1,
             cfg_scale="guidance_scale",
             needs_negative_prompt=False,
             options=frozenset({"num_frames", "max_sequence_length", *(["guidance_scale_2"] if has_experts else [])}),

@@ -50,7 +50,6 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
             size_multiple=token_side,
             pixels_per_token=token_side,
             max_side=min(positions) * token_side,
-            min_steps=1,
             cfg_scale="guidance_scale",
             cfg_scale_offset=1.0,
             needs_negative_prompt=False,
@@ -82,26 +81,10 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
         """The noise scheduler goes from the image to the noise, the transformer the other way."""
         return -super().predict_noise(**kwargs).float()
 
-    def combine_cfg_noise(
-        self,
-        noise_pred: torch.Tensor,
-        neg_noise_pred: torch.Tensor,
-        true_cfg_scale: float,
-        cfg_normalize: bool | float = False,
-    ) -> torch.Tensor:
-        """As the mixin's, with `cfg_normalize` as diffusers' `cfg_normalization`.
-
-        Args:
-            cfg_normalize: the norm of the guided prediction is at most so many times the positive one's; False or 0 is
-                no limit, True is 1.
-        """
-        combined = guidance.classifier_free_guidance(noise_pred, neg_noise_pred, true_cfg_scale)
-        return self.cfg_normalize_function(noise_pred, combined, float(cfg_normalize)) if cfg_normalize else combined
-
     def cfg_normalize_function(
         self, noise_pred: torch.Tensor, comb_pred: torch.Tensor, most: float = 1.0
     ) -> torch.Tensor:
-        """Cut the combined prediction to `most` times the positive one's norm."""
+        """Cut the combined prediction to `most` times the positive one's norm: diffusers' `cfg_normalization`."""
         return guidance.limit_to_norm(noise_pred, comb_pred, most)
 
     @torch.no_grad()
