@@ -26,6 +26,8 @@ _FLAGS = {
     "max_input_images": "Most images that a request may bring along.",
     "max_input_pixels": "Largest image, in pixels, that a request may bring along; four times as many in all, times n.",
     "max_upload_bytes": "Largest body, in bytes, of a request over HTTP.",
+    "max_input_bytes_in_flight": "Bytes of all inputs, bodies and decoded images with their copies, of all requests at "
+    "once (of each API server); a request that has no room now is answered with 429.",
 }
 _SWITCHES = {
     "cfg_shared_weights": "One copy of the weights for all ranks of an engine. Default: on, where ranks run on a CPU.",

@@ -33,6 +33,8 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     "enable_prefix_caching": False,
     # Requests at work: in the steps, or in encodes and decodes beside them.
     "max_num_seqs": 32,
+    # Results that are being made or wait for it, over HTTP and of all replicas; vLLM's own default has no end.
+    "max_num_queued_reqs": 1024,
     # Image and text tokens per rank and step: sharing a step gains nothing once it is compute-bound and makes everybody
     # wait for everybody, so past this budget first come is first served.
     "max_num_batched_tokens": FIND_TOKEN_BUDGET,
@@ -64,6 +66,7 @@ UNUSABLE_OPTIONS: dict[str, str] = {
     "hf_overrides": "the checkpoint's own files say what the model is",
     "tokenizer": "the checkpoint has its own",
     "seed": "every request has a seed of its own",
+    "max_num_queued_tokens": "max_num_queued_reqs says how many requests may wait, of whatever length",
     "limit_mm_per_prompt": "max_input_images limits a request's images",
     "max_model_len": "the checkpoint says how long a prompt may be, max_image_pixels how large an image",
     "enable_prompt_embeds": "requests bring texts and images",
@@ -85,8 +88,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         cfg_parallel_size: ranks that share the branches of guidance.
         cfg_shared_weights: one copy of the weights for all ranks of an engine; None: wherever that is possible.
-        max_image_pixels, max_video_pixels, max_inference_steps, max_input_images, max_input_pixels, max_upload_bytes:
-            what an operator allows a request.
+        max_image_pixels, ...: what an operator allows, as in `RequestLimits`.
         variant: of the names of the model's weight files, as in `model.fp16.safetensors`; "" for those without one.
         progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
         failed_start_address: likewise, for why the engine could not start.
@@ -100,6 +102,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_input_images: int = RequestLimits().max_input_images
     max_input_pixels: int = RequestLimits().max_input_pixels
     max_upload_bytes: int = RequestLimits().max_upload_bytes
+    max_input_bytes_in_flight: int = RequestLimits().max_input_bytes_in_flight
     variant: str = ""
     progress_address: str = ""
     failed_start_address: str = ""

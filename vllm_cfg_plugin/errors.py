@@ -7,12 +7,17 @@ CfgPluginError
 ├── ConfigurationError  (ValueError)   the server can't start as configured
 ├── RequestFailedError                 the request was right and failed while running: HTTP 500, `.error` offline
 ├── RequestAbortedError                the engine stopped or paused before it was done: HTTP 503, `.error` offline
+├── ServerBusyError                    the request is right and there is no room for it now: HTTP 429
 └── RankDiedError                      a cfg rank's process ended: the engine stops
 """
 
 from __future__ import annotations
 
 import json
+
+# How long a refused client should wait. When there will be room depends on what others send by then, so this is a
+# constant: short beside most images, long beside an answer of ours.
+RETRY_AFTER_S = 2
 
 __all__ = [
     "CfgPluginError",
@@ -22,6 +27,7 @@ __all__ = [
     "RankDiedError",
     "RequestAbortedError",
     "RequestFailedError",
+    "ServerBusyError",
     "VideoNotFoundError",
     "one_line",
 ]
@@ -102,6 +108,16 @@ class RequestFailedError(CfgPluginError):
 
 class RequestAbortedError(CfgPluginError):
     """A valid request was dropped because the engine stopped or paused; sending it again later may work."""
+
+
+class ServerBusyError(CfgPluginError):
+    """There is no room for a valid request now; sending it again later may work.
+
+    Attributes:
+        retry_after: seconds after which to try again.
+    """
+
+    retry_after = RETRY_AFTER_S
 
 
 class RankDiedError(CfgPluginError, RuntimeError):

@@ -187,6 +187,7 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
         max_image_pixels: of one image, or of one frame of a video; max_video_pixels: of all its frames.
         max_input_images, max_input_pixels: number of a request's own images, and pixels of each.
         max_upload_bytes: of the body of an HTTP request.
+        max_input_bytes_in_flight: of all requests over HTTP at once: their bodies, and their images with all copies.
     """
 
     max_image_pixels: int = 4_194_304
@@ -195,6 +196,7 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_input_images: int = 16
     max_input_pixels: int = 33_554_432
     max_upload_bytes: int = 268_435_456
+    max_input_bytes_in_flight: int = 2_147_483_648
 
     @property
     def max_copied_pixels(self) -> int:

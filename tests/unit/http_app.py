@@ -30,7 +30,7 @@ class FakeEngine:
         self.requests: dict[str, DiffusionRequest] = {}
         self.cancelled: list[str] = []
         self.behave = None
-        self.vllm_config = None
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_queued_reqs=None))
         self.errored = False
         self.should_keep_api_server_alive = False
         self.queue_room = 1000
@@ -97,15 +97,14 @@ def ask(app, use):
 
 def disconnect_mid_denoise(app, engine, path, content_type: str, body: bytes) -> None:
     """Send a request and go away as soon as the engine has it."""
+    engine.behave = lambda request: asyncio.sleep(60)
+    disconnect_when(lambda: bool(engine.requests), app, path, content_type, body)
+
+
+def disconnect_when(is_time, app, path, content_type: str, body: bytes) -> None:
+    """Send a request and go away as soon as `is_time()`."""
 
     async def run():
-        started = asyncio.Event()
-
-        async def hang(request):
-            started.set()
-            await asyncio.sleep(60)
-
-        engine.behave = hang
         middle = len(body) // 2
         messages = [
             {"type": "http.request", "body": body[:middle], "more_body": True},
@@ -115,7 +114,8 @@ def disconnect_mid_denoise(app, engine, path, content_type: str, body: bytes) ->
         async def receive():
             if messages:
                 return messages.pop(0)
-            await started.wait()
+            while not is_time():
+                await asyncio.sleep(0.001)
             return {"type": "http.disconnect"}
 
         async def ignore(message):

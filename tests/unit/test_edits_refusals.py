@@ -142,7 +142,7 @@ def test_an_image_that_is_a_text_is_refused(app, name, param):
 @pytest.mark.parametrize(("limit", "sent"), [(16, 4), (2, 3)])
 def test_too_many_images_are_refused_before_they_are_decoded(engine, monkeypatch, limit, sent):
     app = make_app(engine, monkeypatch, EDIT_INFO, structs.replace(LIMITS, max_input_images=limit))
-    monkeypatch.setattr(serving, "read_images", None)
+    monkeypatch.setattr(serving, "read_image", None)
     files = [("image[]", (f"{i}.png", CAT)) for i in range(sent)]
     assert_refused(edit(app, files=files), "image", f"1 to {min(3, limit)} images")
 

@@ -166,8 +166,8 @@ def test_a_layered_image_is_one_entry_per_layer(engine, monkeypatch, image_forma
 
 def test_images_are_decoded_off_the_event_loop(app, monkeypatch):
     threads = []
-    read = serving.read_images
-    monkeypatch.setattr(serving, "read_images", lambda *args: threads.append(threading.get_ident()) or read(*args))
+    read = serving.read_image
+    monkeypatch.setattr(serving, "read_image", lambda *args: threads.append(threading.get_ident()) or read(*args))
     assert edit(app).status_code == 200
     assert threads != [threading.get_ident()]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from vllm.exceptions import QueueOverflowError, RetryableRequestError
+from vllm.exceptions import RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.unit.fakes import IMAGE_TO_VIDEO_INFO, INFO, LIMITS, fake_pixels
@@ -340,32 +340,6 @@ def test_a_404_names_the_model_that_is_served_also_where_it_is_a_path(app):
     assert response.status_code == 404
     for name in ("/opt/models/sd.v3", "/srv/models/emoji.v1"):
         assert name in response.json()["error"]["message"]
-
-
-def test_results_are_admitted_all_or_none(app, engine):
-    engine.queue_room = 2
-    response = post(app, {**GOOD, "n": 3})
-    assert response.status_code == 503, response.text
-    assert response.json()["error"]["code"] == 503
-    assert engine.requests == {}
-    assert post(app, {**GOOD, "n": 2}).status_code == 200
-
-
-def test_requests_that_arrive_together_do_not_overbook(app, engine):
-    """The second is admitted, or refused, when the engine does not yet count the first one's results."""
-    engine.queue_room = 3
-    service = app.state.images_service
-
-    async def run():
-        requests = service._front_end.resolve("a cat", DiffusionParams(n=2))
-        first = service._calls.start(requests, "a")
-        with pytest.raises(QueueOverflowError):
-            service._calls.start(requests, "b")
-        await first
-        assert service._calls._starting == 0
-
-    asyncio.run(run())
-    assert list(engine.requests) == ["a-0", "a-1"]
 
 
 def test_work_that_is_cancelled_before_it_begins_reaches_no_engine(app, engine):

@@ -31,6 +31,7 @@ PURE = (
     "vllm_cfg_plugin.entrypoints.fields",
     "vllm_cfg_plugin.entrypoints.forms",
     "vllm_cfg_plugin.entrypoints.images.inputs",
+    "vllm_cfg_plugin.entrypoints.input_budget",
     "vllm_cfg_plugin.entrypoints.progress_bar",
     "vllm_cfg_plugin.entrypoints.images.schema",
     "vllm_cfg_plugin.entrypoints.output",

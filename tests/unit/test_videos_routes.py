@@ -557,14 +557,6 @@ def test_the_wire_form_is_json(app):
     assert {"id", "object", "status", "progress", "created_at", "error", "remixed_from_video_id"} <= set(body)
 
 
-def test_a_full_queue_is_a_503_and_no_job(app, engine):
-    engine.queue_room = 0
-    response = post(app, GOOD)
-    assert response.status_code == 503, response.text
-    assert app.state.videos_service.jobs.page(None, 10, "asc").data == []
-    assert engine.requests == {}
-
-
 def test_a_video_that_the_engine_refuses_later_is_no_failed_file(app, engine, caplog):
     """Another API server took the last place."""
 
@@ -574,7 +566,7 @@ def test_a_video_that_the_engine_refuses_later_is_no_failed_file(app, engine, ca
     engine.behave = behave
     video = with_client(app, lambda client, http: client.videos.create_and_poll(prompt="a", poll_interval_ms=10))
     assert (video.status, video.error.code) == ("failed", "aborted")
-    assert "busy" in video.error.message
+    assert "--max-num-queued-reqs" in video.error.message
     assert "written" not in video.error.message
     assert "Traceback" not in caplog.text
 

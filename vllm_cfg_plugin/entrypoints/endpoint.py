@@ -13,6 +13,7 @@ from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.entrypoints.images import routes as images
 from vllm_cfg_plugin.entrypoints.images.service import ImagesService
+from vllm_cfg_plugin.entrypoints.input_budget import InputBudget
 from vllm_cfg_plugin.entrypoints.videos import routes as videos
 from vllm_cfg_plugin.entrypoints.videos.service import VideosService
 from vllm_cfg_plugin.executor.lifeline import die_with_parent
@@ -41,7 +42,9 @@ class DiffusionEndpointPlugin:
         names = args.served_model_name or [args.model]
         front_end = FrontEnd.from_vllm_config(engine_client.vllm_config)
         calls = EngineCalls(engine_client, lambda: _is_stopping(state))
+        state.engine_calls = calls
         state.max_upload_bytes = front_end.limits.max_upload_bytes
+        state.input_budget = InputBudget(front_end.limits.max_input_bytes_in_flight)
         state.images_service = ImagesService(calls, front_end, names)
         state.videos_service = VideosService(calls, front_end, names)
         if front_end.progress_address and front_end.info.produces == "video":

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vllm.exceptions import RetryableRequestError
+from vllm.exceptions import GracefulHTTPError, QueueOverflowError, RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_cfg_plugin.entrypoints.front_end import GeneratedImage, pooling_params, read_output
-from vllm_cfg_plugin.errors import RequestAbortedError
+from vllm_cfg_plugin.errors import InvalidRequestError, RequestAbortedError, ServerBusyError
 from vllm_cfg_plugin.model import PLACEHOLDER_PROMPT
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 _SHUTDOWN_POLL_S = 0.5
+_FLAG = "--max-num-queued-reqs"
 
 Work = asyncio.Task[list[GeneratedImage]]
 
@@ -36,35 +38,57 @@ class EngineCalls:
     def __init__(self, engine: EngineClient, is_stopping: Callable[[], bool]) -> None:
         self._engine = engine
         self._is_stopping = is_stopping
-        self._starting = 0  # requests that the engine has been given and does not count yet
+        self._promised = 0  # places in the engine's queue of requests that it does not count yet
 
-    def start(self, requests: list[DiffusionRequest], request_id: str) -> Work:
-        """Hand all requests to the engine, or none where its queue has no room for all of them.
+    def check_room(self, count: int = 1) -> None:
+        """Whether the engine's queue has room for so many requests more.
 
         Raises:
-            vllm's GracefulHTTPError: there is no room, as `--max-num-queued-reqs` says.
+            ServerBusyError: it has not, as `--max-num-queued-reqs` says.
+            InvalidRequestError: it never has.
         """
-        count = len(requests)
-        self._engine.check_admission(self._starting + count, request_id)
+        most = self._engine.vllm_config.scheduler_config.max_num_queued_reqs
+        if most is not None and count > most:
+            raise InvalidRequestError("n", count, f"at most {most}: no more may wait on this server ({_FLAG})")
+        try:
+            self._engine.check_admission(self._promised + count)
+        except GracefulHTTPError as error:
+            raise _queue_is_full() from error
+
+    @contextmanager
+    def room_for(self, count: int) -> Iterator[None]:
+        """Keep room in the engine's queue for so many requests, which `start` begins at the end of the block.
+
+        Raises:
+            ServerBusyError: as `check_room`.
+        """
+        self.check_room(count)
+        self._promised += count
+        try:
+            yield
+        finally:
+            # Not at once: the engine counts them itself when the loop has run their first steps.
+            asyncio.get_running_loop().call_soon(self._give_back, count)
+
+    def _give_back(self, count: int) -> None:
+        self._promised -= count
+
+    def start(self, requests: list[DiffusionRequest], request_id: str) -> Work:
+        """Hand all requests to the engine, whose queue has `room_for` them."""
         tasks = [
             asyncio.create_task(self._run_one(request, f"{request_id}-{index}"))
             for index, request in enumerate(requests)
         ]
-        # Until then the engine doesn't count them itself: the loop runs their first steps before this.
-        self._starting += count
-        asyncio.get_running_loop().call_soon(self._have_started, count)
         work = asyncio.create_task(_all_results(tasks))
         work.add_done_callback(lambda _: [task.cancel() for task in tasks])
         return work
-
-    def _have_started(self, count: int) -> None:
-        self._starting -= count
 
     async def finish(self, work: Work, request_id: str) -> list[GeneratedImage]:
         """The results of `start`, in the order of their requests.
 
         Raises:
             RequestFailedError: one of them failed.
+            ServerBusyError: another API server took the place in the queue.
             RequestAbortedError: the server or the engine stopped first.
             vllm's EngineDeadError: the engine died.
         """
@@ -92,6 +116,8 @@ class EngineCalls:
         try:
             async for output in self._engine.encode(PLACEHOLDER_PROMPT, pooling_params(request), request_id):
                 answer = output
+        except QueueOverflowError as error:
+            raise _queue_is_full() from error
         except RetryableRequestError as error:  # the engine is paused
             raise RequestAbortedError(f"request {request_id} was not started: {error}") from error
         if answer is None:
@@ -109,6 +135,12 @@ async def _all_results(tasks: Sequence[asyncio.Task[GeneratedImage]]) -> list[Ge
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _queue_is_full() -> ServerBusyError:
+    return ServerBusyError(
+        f"the queue is full: with this request more results would be made or wait than {_FLAG} allows; try again later"
+    )
 
 
 def _shutting_down(request_id: str) -> RequestAbortedError:

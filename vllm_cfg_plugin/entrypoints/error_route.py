@@ -16,11 +16,13 @@ from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 
 from vllm_cfg_plugin.entrypoints.fields import schema_error
 from vllm_cfg_plugin.entrypoints.forms import limit_body
+from vllm_cfg_plugin.entrypoints.input_budget import InputHold
 from vllm_cfg_plugin.errors import (
     CfgPluginError,
     InvalidRequestError,
     ModelNotFoundError,
     RequestAbortedError,
+    ServerBusyError,
     VideoNotFoundError,
 )
 
@@ -29,38 +31,57 @@ class OpenAIErrorRoute(APIRoute):
     """A route whose wrong bodies and failed requests are answered with OpenAI's error object.
 
     FastAPI's own answer to a wrong body names fields as "body.n" and dumps pydantic's list; other errors stay vLLM's.
-    No body is read beyond what the operator allows, `max_upload_bytes` of the application's state.
+    No body is read beyond what the operator allows, `max_upload_bytes` and `input_budget` of the application's state,
+    nor while the engine's queue is full. The request's part of that budget is its `state.hold`, until its answer.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handle_with_errors(request: Request) -> Response:
-            try:
-                return await handle(limit_body(request, request.app.state.max_upload_bytes))
-            except RequestValidationError as errors:
-                return error_response(schema_error(errors.errors()[0]))
-            except HTTPException as error:  # what FastAPI makes of a body that it can't read, parse or decode
-                cause = error.__cause__
-                unreadable = InvalidRequestError("body", None, "valid JSON")
-                return error_response(cause if isinstance(cause, CfgPluginError) else unreadable)
-            except CfgPluginError as error:
-                return error_response(error)
-            except ClientDisconnect:  # during an upload; nobody reads the answer
-                return Response(status_code=HTTPStatus.BAD_REQUEST)
+            state = request.app.state
+            request.state.hold = InputHold(state.input_budget)
+            with request.state.hold as hold:
+                try:
+                    if request.method == "POST":
+                        state.engine_calls.check_room()
+                    return await handle(limit_body(request, state.max_upload_bytes, hold))
+                except RequestValidationError as errors:
+                    return error_response(schema_error(errors.errors()[0]))
+                except HTTPException as error:  # what FastAPI makes of a body that it can't read, parse or decode
+                    cause = error.__cause__
+                    unreadable = InvalidRequestError("body", None, "valid JSON")
+                    return error_response(cause if isinstance(cause, CfgPluginError) else unreadable)
+                except CfgPluginError as error:
+                    _forget_frames(error)
+                    return error_response(error)
+                except ClientDisconnect:  # during an upload; nobody reads the answer
+                    return Response(status_code=HTTPStatus.BAD_REQUEST)
 
         return handle_with_errors
 
 
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the code held where it failed: pixels. The task that failed keeps the error, and its frames that
+    task, so a traceback would keep all of it until the garbage collector finds the circle, minutes later.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
+
+
 def error_response(error: CfgPluginError) -> JSONResponse:
     """Status and OpenAI error object of one of our errors."""
-    param = None
+    param: str | None = None
+    headers: dict[str, str] | None = None
     if isinstance(error, InvalidRequestError):
         status, kind, param = HTTPStatus.BAD_REQUEST, "BadRequestError", error.param
     elif isinstance(error, ModelNotFoundError):
         status, kind, param = HTTPStatus.NOT_FOUND, "NotFoundError", "model"
     elif isinstance(error, VideoNotFoundError):
         status, kind, param = HTTPStatus.NOT_FOUND, "NotFoundError", "video_id"
+    elif isinstance(error, ServerBusyError):
+        status, kind, headers = HTTPStatus.TOO_MANY_REQUESTS, "RateLimitError", {"Retry-After": str(error.retry_after)}
     elif isinstance(error, RequestAbortedError):
         status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
     else:
@@ -68,4 +89,4 @@ def error_response(error: CfgPluginError) -> JSONResponse:
     # vLLM cuts paths out of messages. What a client or the operator wrote, the served model's name too, stays whole.
     message = str(error) if status < HTTPStatus.INTERNAL_SERVER_ERROR else sanitize_message(str(error))
     content = {"message": message, "type": kind, "param": param, "code": status.value}
-    return JSONResponse({"error": content}, status_code=status)
+    return JSONResponse({"error": content}, status_code=status, headers=headers)

@@ -15,6 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
+from vllm_cfg_plugin.entrypoints.input_budget import InputHold
 from vllm_cfg_plugin.errors import InvalidRequestError
 
 MULTIPART = "multipart/form-data"
@@ -34,27 +35,33 @@ class UploadedFile:
         return f"file {self.filename or 'without a name'}, {len(self.data)} bytes"
 
 
-def limit_body(request: Request, limit: int) -> Request:
-    """The same request, which refuses to be read beyond `limit` bytes.
+def limit_body(request: Request, limit: int, hold: InputHold) -> Request:
+    """The same request, which refuses to be read beyond `limit` bytes, or for longer than `hold` has room for it.
 
     Raises:
         InvalidRequestError: it announces more.
+        ServerBusyError: it announces more than there is room for now.
     """
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise _too_long(int(announced), limit)
-    return Request(request.scope, _limited(request.receive, limit))
+    if announced.isdecimal():
+        if int(announced) > limit:
+            raise _too_long(int(announced), limit)
+        hold.check(int(announced), "body")
+    return Request(request.scope, _limited(request.receive, limit, hold))
 
 
-def _limited(receive: Receive, limit: int) -> Receive:
+def _limited(receive: Receive, limit: int, hold: InputHold) -> Receive:
     received = 0
 
     async def receive_within_limit() -> Message:
         nonlocal received
         message = await receive()
-        received += len(message.get("body", b""))
+        size = len(message.get("body", b""))
+        received += size
         if received > limit:
             raise _too_long(received, limit)
+        # As it comes: who announces much and sends little must not keep others out.
+        hold.add(size, "body")
         return message
 
     return receive_within_limit

@@ -47,12 +47,14 @@ class FrontEnd:
         info: the served model.
         limits: what the operator allows.
         count_tokens: tokens that a prompt takes in the model.
+        ranks: of one engine.
         progress_address: where the engine publishes progress; empty where it does not.
     """
 
     info: PipelineInfo
     limits: RequestLimits
     count_tokens: Callable[[str], int]
+    ranks: int = 1
     progress_address: str = ""
 
     @classmethod
@@ -61,7 +63,8 @@ class FrontEnd:
         checkpoint = Checkpoint(model_config.model, model_config.revision)
         settings = EngineSettings.from_vllm_config(vllm_config)
         info = describe(checkpoint)
-        return cls(info, settings.limits, TokenCounter.of(checkpoint, info.text), settings.progress_address)
+        count_tokens = TokenCounter.of(checkpoint, info.text)
+        return cls(info, settings.limits, count_tokens, settings.cfg_parallel_size, settings.progress_address)
 
     def resolve(
         self, prompt: object, params: DiffusionParams, images: Sequence[ImageInput] = ()
@@ -75,6 +78,11 @@ class FrontEnd:
         if requests[0].guidance_off:
             logger.warning_once("Guidance was asked for but is inactive: %s", requests[0].guidance_off)
         return requests
+
+    def bytes_of(self, images: Sequence[ImageInput], results: int) -> int:
+        """What images of a request take, decoded: here once, and for each result in the engine and on every rank."""
+        pixels = sum(image.width * image.height * len(image.mode) for image in images)
+        return pixels * (1 + results * (1 + self.ranks))
 
 
 def check_model_name(name: str | None, served: Sequence[str]) -> None:

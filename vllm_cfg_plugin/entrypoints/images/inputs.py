@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -21,6 +21,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.c
 # 16 bits a pixel, which PIL's own conversion would cut off at 255, and 32 bits, of which nobody says what is white.
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _UNSCALED_MODES = ("I", "F")
+# Those of a file's header that never become transparent, but for its "transparency".
+_OPAQUE_MODES = ("1", "L", "RGB", "CMYK", "YCbCr", "LAB", "HSV", *_DEEP_MODES, *_UNSCALED_MODES)
+
+Use = Callable[[Image.Image], ImageInput]
 
 
 def read_images(images: object, param: str, max_pixels: int) -> list[ImageInput]:
@@ -33,17 +37,31 @@ def read_images(images: object, param: str, max_pixels: int) -> list[ImageInput]
     Raises:
         InvalidRequestError: naming the image that can't be used.
     """
+    return [read_image(image, name, max_pixels) for image, name in name_images(images, param)]
+
+
+def name_images(images: object, param: str) -> list[tuple[object, str]]:
+    """Each image with its name for errors; see `read_images`."""
     if isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
-        return [read_image(image, f"{param}[{index}]", max_pixels) for index, image in enumerate(images)]
-    return [read_image(images, param, max_pixels)]
+        return [(image, f"{param}[{index}]") for index, image in enumerate(images)]
+    return [(images, param)]
 
 
 def read_image(image: object, param: str, max_pixels: int) -> ImageInput:
     """One image, upright, its first frame; see `read_images`. Its size is checked before anything is decoded."""
+    return _use(image, param, max_pixels, _decoded)
+
+
+def read_header(image: object, param: str, max_pixels: int) -> ImageInput:
+    """What the beginning of a file says of `read_image`: no pixels, and not yet upright. Nothing is decoded."""
+    return _use(image, param, max_pixels, _undecoded)
+
+
+def _use(image: object, param: str, max_pixels: int, use: Use) -> ImageInput:
     source = image if isinstance(image, Image.Image) else _file_bytes(image, param)
     given = f"{len(source)} bytes" if isinstance(source, bytes) else "an image"
     try:
-        return _read(source, param, max_pixels)
+        return _read(source, param, max_pixels, use)
     except InvalidRequestError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -53,26 +71,26 @@ def read_image(image: object, param: str, max_pixels: int) -> ImageInput:
         raise InvalidRequestError(param, given, allowed) from None
 
 
-def _read(source: Image.Image | bytes, param: str, max_pixels: int) -> ImageInput:
+def _read(source: Image.Image | bytes, param: str, max_pixels: int, use: Use) -> ImageInput:
     if isinstance(source, Image.Image):
-        return _checked(source, param, max_pixels)
+        return _checked(source, param, max_pixels, use)
     try:
-        return _checked(_open(source), param, max_pixels)
+        return _checked(_open(source), param, max_pixels, use)
     except ValueError:  # among others what Pillow raises for metadata
         lean = without_metadata(source)
         if len(lean) == len(source):
             raise
-        return _checked(_open(lean), param, max_pixels)
+        return _checked(_open(lean), param, max_pixels, use)
 
 
 def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
-def _checked(image: Image.Image, param: str, max_pixels: int) -> ImageInput:
+def _checked(image: Image.Image, param: str, max_pixels: int, use: Use) -> ImageInput:
     if image.width * image.height > max_pixels:
         raise InvalidRequestError(param, f"{image.width}x{image.height}", f"of at most {max_pixels} pixels")
-    return _decoded(image)
+    return use(image)
 
 
 def _reason(error: Exception) -> str:
@@ -99,6 +117,11 @@ def _file_bytes(image: object, param: str) -> bytes:
         raise InvalidRequestError(param, str(image), f"a file that can be read ({reason})") from None
 
 
+def _undecoded(image: Image.Image) -> ImageInput:
+    is_opaque = image.mode in _OPAQUE_MODES and "transparency" not in image.info
+    return ImageInput("", "RGB" if is_opaque else "RGBA", image.width, image.height, b"")
+
+
 def _decoded(image: Image.Image) -> ImageInput:
     upright = ImageOps.exif_transpose(image)
     if upright.mode in _UNSCALED_MODES:
@@ -106,6 +129,7 @@ def _decoded(image: Image.Image) -> ImageInput:
     if upright.mode in _DEEP_MODES:
         upright = upright.point(lambda value: value * (1 / 256)).convert("L")
     mode = "RGBA" if upright.has_transparency_data else "RGB"
-    pixels = upright.convert(mode).tobytes()
-    digest = hashlib.sha256(f"{mode}{upright.size}".encode() + pixels).hexdigest()
-    return ImageInput(digest, mode, upright.width, upright.height, pixels)
+    pixels = (upright if upright.mode == mode else upright.convert(mode)).tobytes()
+    digest = hashlib.sha256(f"{mode}{upright.size}".encode())
+    digest.update(pixels)
+    return ImageInput(digest.hexdigest(), mode, upright.width, upright.height, pixels)

@@ -62,5 +62,6 @@ async def edit_images(form: Annotated[EditForm, Depends(read_edit_form)], raw_re
 
 async def _respond(raw_request: Request, body: ImagesRequest, files: Files = None) -> JSONResponse:
     request_id = raw_request.headers.get("X-Request-Id") or random_uuid()
-    response = await raw_request.app.state.images_service.generate(body, f"img-{request_id}", files)
+    service, hold = raw_request.app.state.images_service, raw_request.state.hold
+    response = await service.generate(body, f"img-{request_id}", hold, files)
     return JSONResponse(response.model_dump())

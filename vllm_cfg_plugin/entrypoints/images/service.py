@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import time
@@ -21,7 +20,8 @@ from vllm_cfg_plugin.entrypoints.images.schema import (
     ImagesResponse,
     Usage,
 )
-from vllm_cfg_plugin.entrypoints.service import DiffusionService, Files, endpoint_of
+from vllm_cfg_plugin.entrypoints.input_budget import InputHold
+from vllm_cfg_plugin.entrypoints.service import DiffusionService, Files, endpoint_of, in_thread
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.field_checks import counted
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -32,22 +32,26 @@ class ImagesService(DiffusionService):
 
     produces = "image"
 
-    async def generate(self, body: ImagesRequest, request_id: str, files: Files = None) -> ImagesResponse:
+    async def generate(
+        self, body: ImagesRequest, request_id: str, hold: InputHold, files: Files = None
+    ) -> ImagesResponse:
         """The images of one request.
 
         Args:
+            hold: of its input's memory.
             files: images that came with it, one or several; None without any.
 
         Raises:
             InvalidRequestError, ModelNotFoundError: the request is wrong; nothing has run.
-            vllm's GracefulHTTPError: the engine's queue has no room for all its results; nothing has run.
+            ServerBusyError: there is no room for it and all its results now; nothing has run.
             RequestFailedError: one of its images failed.
             RequestAbortedError: the server or the engine stopped first.
             vllm's EngineDeadError: the engine died.
         """
-        requests = await self._resolve(body, files)
-        results = await self._calls.finish(self._calls.start(requests, request_id), request_id)
-        return await asyncio.to_thread(_response, body, requests, results)
+        async with self._admitted(body, files, hold) as requests:
+            work = self._calls.start(requests, request_id)
+        results = await self._calls.finish(work, request_id)
+        return await in_thread(None, _response, body, requests, results)
 
     def _check_task(self, body: DiffusionFields, images: int) -> None:
         info, is_edit = self._front_end.info, isinstance(body, EditsRequest)

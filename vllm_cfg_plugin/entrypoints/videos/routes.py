@@ -90,9 +90,11 @@ def _answer(model: BaseModel) -> JSONResponse:
 
 
 @router.post("/v1/videos", responses={HTTPStatus.OK.value: {"model": Video}})
-async def create_video(form: Annotated[VideoForm, Depends(read_video_form)], service: Service) -> JSONResponse:
+async def create_video(
+    form: Annotated[VideoForm, Depends(read_video_form)], raw_request: Request, service: Service
+) -> JSONResponse:
     """Start a video; its state is at /v1/videos/{id} and, once completed, its file at /v1/videos/{id}/content."""
-    return _answer(await service.create(form.body, form.files))
+    return _answer(await service.create(form.body, raw_request.state.hold, form.files))
 
 
 @router.get("/v1/videos", responses={HTTPStatus.OK.value: {"model": VideoList}})

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import msgspec
 import numpy as np
 import zmq
-from vllm.exceptions import GracefulHTTPError, VLLMError
+from vllm.exceptions import VLLMError
 from vllm.logger import init_logger
 from vllm.utils import random_uuid
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -19,11 +19,12 @@ from vllm_cfg_plugin.engine.progress import ProgressListener
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls, Work
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.entrypoints.images.service import encode_image
+from vllm_cfg_plugin.entrypoints.input_budget import InputHold
 from vllm_cfg_plugin.entrypoints.service import DiffusionService, Files
 from vllm_cfg_plugin.entrypoints.videos.file import write_video
 from vllm_cfg_plugin.entrypoints.videos.jobs import VideoJob, VideoJobs
 from vllm_cfg_plugin.entrypoints.videos.schema import Video, VideosRequest
-from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, RequestAbortedError
+from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, RequestAbortedError, ServerBusyError
 from vllm_cfg_plugin.params import DiffusionRequest
 
 logger = init_logger(f"vllm.{__name__}")
@@ -64,24 +65,28 @@ class VideosService(DiffusionService):
         else:
             self._hears_progress = True
 
-    async def create(self, body: VideosRequest, files: Files = None) -> Video:
+    async def create(self, body: VideosRequest, hold: InputHold, files: Files = None) -> Video:
         """Start a job.
 
         Args:
+            hold: of its input's memory, which it keeps.
             files: images that came with it, the first frame and, for some models, the last.
 
         Raises:
             InvalidRequestError, ModelNotFoundError: the request is wrong; nothing was started.
-            vllm's GracefulHTTPError: the engine's queue has no room; nothing was started.
+            ServerBusyError: there is no room for it now; nothing was started.
         """
-        (request,) = await self._resolve(body, files)
-        video = self._describe(body, request)
-        if self._hears_progress:
-            request = msgspec.structs.replace(request, progress_key=video.id)
-        work = self._calls.start([request], video.id)
+        async with self._admitted(body, files, hold) as (request,):
+            video = self._describe(body, request)
+            if self._hears_progress:
+                request = msgspec.structs.replace(request, progress_key=video.id)
+            work = self._calls.start([request], video.id)
         job = self.jobs.add(video)
         task = asyncio.create_task(self._run(job, work))
-        task.add_done_callback(lambda _: work.cancel())  # also where it was cancelled before it began
+        ending = ExitStack()  # also where the task is cancelled before it began
+        ending.enter_context(hold)
+        ending.callback(work.cancel)
+        task.add_done_callback(lambda _: ending.close())
         job.cancel = task.cancel
         return video
 
@@ -122,7 +127,7 @@ class VideosService(DiffusionService):
         except asyncio.CancelledError:
             self.jobs.fail(job, "cancelled", "it was deleted, or the server stopped, before it was done")
             raise
-        except (RequestAbortedError, GracefulHTTPError) as error:
+        except (RequestAbortedError, ServerBusyError) as error:
             self.jobs.fail(job, "aborted", str(error))
         except CfgPluginError as error:
             self.jobs.fail(job, "failed", str(error))
