@@ -13,7 +13,7 @@ from vllm_cfg_plugin.pipelines.common.packing import (
 )
 
 CPU = torch.device("cpu")
-MIXES = [(5,), (1,), (16,), (4, 4, 4), (1, 7, 7, 2), (16, 16), (3, 200, 200, 200, 1, 1)]
+MIXES = [(5,), (1,), (16,), (4, 4, 4), (1, 7, 7, 2), (16, 16), (3, 0, 2), (3, 2, 0), (3, 200, 200, 200, 1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,18 @@ def test_common_runs_are_equal_in_every_stream():
     assert [(video.count, video.length, text.length) for video, text in runs] == [(2, 4, 3), (1, 4, 2), (1, 9, 2)]
     assert [(video.rows.start, video.rows.stop) for video, _ in runs] == [(0, 8), (8, 12), (12, 21)]
     assert [(text.rows.start, text.rows.stop) for _, text in runs] == [(0, 6), (6, 8), (8, 10)]
-    assert all(video.sequences == text.sequences for video, text in runs)
+    for number in (0, 1):
+        assert [run[number].sequences for run in runs] == [slice(0, 2), slice(2, 3), slice(3, 4)]
+
+
+def test_streams_that_do_not_belong_together_are_an_error():
+    one, two = PackedRows((3,), CPU), PackedRows((3, 3), CPU)
+    with pytest.raises(ValueError, match="than argument 1"):
+        common_runs(two, one)
+    with pytest.raises(ValueError, match="than argument 1"):
+        interleave(one, two, [torch.zeros(16), torch.zeros(16)])
+    with pytest.raises(ValueError, match="than argument 1"):
+        interleave(one, one, [torch.zeros(16)])
 
 
 @pytest.mark.parametrize("lengths", MIXES)
