@@ -42,7 +42,7 @@ class TestPackedFlux(PackedIdsChecks):
     def test_an_embedding_of_guidance_must_fit_the_checkpoint(self, models):
         _, packed = models
         with pytest.raises(ValueError, match=r"guidance.*guidance_embeds=False: it must be None"):
-            packed(**self.make_sequence((2, 2), 3), guidance=torch.tensor([3.5]))
+            packed(**self.pack([self.make_sequence((2, 2), 3)]), guidance=torch.tensor([3.5]))
 
 
 class TestPackedFluxWithGuidance(TestPackedFlux):
@@ -62,4 +62,4 @@ class TestPackedFluxWithGuidance(TestPackedFlux):
     def test_an_embedding_of_guidance_must_fit_the_checkpoint(self, models):
         _, packed = models
         with pytest.raises(ValueError, match=r"guidance=None.*guidance_embeds=True: pass one scale"):
-            packed(**self.make_sequence((2, 2), 3) | {"guidance": None})
+            packed(**self.pack([self.make_sequence((2, 2), 3)]) | {"guidance": None})

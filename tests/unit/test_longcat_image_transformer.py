@@ -50,7 +50,8 @@ class TestPackedLongCatImage(PackedIdsChecks):
         sequence = self.make_sequence((4, 4), 5)
         sequence["hidden_states"] = torch.randn(1, 16 + 6, 16)
         sequence["img_ids"] = torch.cat([sequence["img_ids"], image_ids((2, 3), modality=2, start=40)])
-        torch.testing.assert_close(packed(**sequence)[0], reference(**sequence)[0], rtol=0, atol=1e-5)
+        [prediction] = self.forward(packed, [sequence])
+        torch.testing.assert_close(prediction, reference(**sequence)[0], rtol=0, atol=1e-5)
 
     @torch.inference_mode()
     def test_bits_do_not_depend_on_the_neighbours_timesteps(self, models):

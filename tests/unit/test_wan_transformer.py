@@ -151,17 +151,6 @@ def test_one_timestep_stands_for_all_tokens(tiny):
 
 
 @torch.inference_mode()
-def test_ordinary_batch_like_diffusers(models):
-    shape = SHAPES[3]
-    videos = [models.draw_one(shape, timestep) for timestep in (700.0, 5.0, 700.0)]
-    fields = [(video.latents, video.timestep, video.text, video.image) for video in videos]
-    arguments = [None if given[0] is None else torch.cat(given) for given in zip(*fields, strict=True)]
-    prediction = models.packed(*arguments).sample
-    torch.testing.assert_close(prediction, models.reference(*arguments).sample, rtol=0, atol=1e-5)
-    assert torch.equal(prediction, torch.cat(models.forward_packed(videos)))
-
-
-@torch.inference_mode()
 def test_texts_of_several_lengths(tiny):
     """Nothing counts on a text's padding: shorter ones are attended to as they are."""
     videos = tiny.draw(4, seed=7)

@@ -3,6 +3,7 @@
 import copy
 import random
 from dataclasses import dataclass
+from math import prod
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from diffusers import ZImageTransformer2DModel
 from tests.model_builders.qwen_image import SIZES
 from tests.model_builders.z_image import LATENT_CHANNELS, transformer
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.pipelines.z_image.transformer import PackedZImageTransformer
+from vllm_cfg_plugin.pipelines.z_image.transformer import FRAMES_PATCH, PATCH, PackedZImageTransformer
 
 # Image tokens with their pad tokens: 32 to 512; 64 and 256 have no pad token, and both CPU kernels get their share.
 GRIDS = [(1, 1, 1), (1, 2, 3), (1, 8, 8), (1, 5, 7), (1, 12, 12), (1, 16, 16), (1, 16, 19), (3, 4, 5)]
@@ -51,14 +52,24 @@ def draw_sequences(count, seed=0):
     return [draw_sequence(choose.choice(GRIDS), choose.choice(TEXT_LENGTHS)) for _ in range(count)]
 
 
+def forward_reference(model, sequence):
+    return model([sequence.latents], sequence.timestep[None], [sequence.prompt], return_dict=False)[0][0]
+
+
 def forward(model, sequences, **options):
-    return model(
-        [s.latents for s in sequences],
+    """Of each sequence what diffusers' forward returns of it."""
+    sizes = [tuple(s.latents.shape[1:]) for s in sequences]
+    grids = [(frames, height // 2, width // 2) for frames, height, width in sizes]
+    prediction = model(
+        torch.cat([model._patchify_image(s.latents, PATCH, FRAMES_PATCH)[0] for s in sequences])[None],
         torch.stack([s.timestep for s in sequences]),
         [s.prompt for s in sequences],
+        grids=grids,
         return_dict=False,
         **options,
     )[0]
+    parts = prediction[0].split([prod(grid) for grid in grids])
+    return model.unpatchify(list(parts), sizes, PATCH, FRAMES_PATCH)
 
 
 @torch.inference_mode()
@@ -66,7 +77,7 @@ def test_like_diffusers(models):
     reference, packed = models
     sequences = draw_sequences(20)
     for sequence, prediction in zip(sequences, forward(packed, sequences), strict=True):
-        [expected] = forward(reference, [sequence])
+        expected = forward_reference(reference, sequence)
         assert expected.std() > 0.1
         torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
 
@@ -116,21 +127,6 @@ def test_timesteps_computed_ahead_change_no_bit(models):
         predictions = forward(packed, sequences, timesteps_ahead=ahead)
         assert all(map(torch.equal, predictions, expected))
     assert len(packed.modulations._entries) == 16
-
-
-@torch.inference_mode()
-def test_patches_are_predicted_like_latents(models):
-    """Packed patches of any sizes, and a batch of one size."""
-    _, packed = models
-    torch.manual_seed(5)
-    for grids, rows in [(GRIDS, (1, -1)), ([(1, 5, 7)] * 3, (3, 35))]:
-        sequences = [draw_sequence(grid, 1 + i) for i, grid in enumerate(grids)]
-        patches = torch.cat([packed._patchify_image(s.latents, 2, 1)[0] for s in sequences])
-        timesteps, prompts = torch.stack([s.timestep for s in sequences]), [s.prompt for s in sequences]
-        sample = packed(patches.view(*rows, 16), timesteps, prompts, grids=grids).sample
-        assert sample.shape == patches.view(*rows, 16).shape
-        expected = torch.cat([packed._patchify_image(each, 2, 1)[0] for each in forward(packed, sequences)])
-        assert torch.equal(sample.flatten(0, 1), expected)
 
 
 @torch.inference_mode()
@@ -192,11 +188,12 @@ def test_half_precision_like_diffusers(dtype):
     torch.manual_seed(0)
     reference = transformer(SIZES["tiny"])
     half = copy.deepcopy(reference).to(dtype)
-    packed = PackedZImageTransformer.adopt(half)
+    packed = PackedZImageTransformer.adopt(copy.deepcopy(half))
     for sequence in draw_sequences(5, seed=6):
-        [precise] = forward(reference, [sequence])
+        precise = forward_reference(reference, sequence)
         sequence.latents, sequence.prompt = sequence.latents.to(dtype), sequence.prompt.to(dtype)
-        [expected], [prediction] = forward(half, [sequence]), forward(packed, [sequence])
+        expected = forward_reference(half, sequence)
+        [prediction] = forward(packed, [sequence])
         assert prediction.dtype == dtype
         error, upstream_error = ((each - precise).abs().mean() for each in (prediction, expected))
         assert error < 1.5 * upstream_error
@@ -205,9 +202,7 @@ def test_half_precision_like_diffusers(dtype):
 def test_inputs_that_do_not_fit_are_refused(tiny):
     sequence = draw_sequence((1, 2, 2), 3)
     with pytest.raises(ValueError, match="1 images, 2 texts and 1 timesteps"):
-        tiny([sequence.latents], torch.rand(1), [sequence.prompt] * 2)
-    with pytest.raises(ValueError, match="latents of 3 x 4 are not valid: both must be multiples of 2"):
-        tiny([sequence.latents[:, :, :3]], torch.rand(1), [sequence.prompt])
+        tiny(torch.randn(1, 4, 16), torch.rand(1), [sequence.prompt] * 2, grids=[(1, 2, 2)])
     with pytest.raises(ValueError, match=r"x has 5 patches, but its grids \[\(1, 2, 2\)\] have 4"):
         tiny(torch.randn(1, 5, 16), torch.rand(1), [sequence.prompt], grids=[(1, 2, 2)])
 

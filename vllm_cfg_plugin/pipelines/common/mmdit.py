@@ -140,12 +140,12 @@ def block_modulations(model: Any, embedding: torch.Tensor, count: int) -> list[M
 def layout_of_ids(
     layouts: LayoutCache,
     pos_embed: Any,
-    img_ids: torch.Tensor | Sequence[torch.Tensor],
-    txt_ids: torch.Tensor | Sequence[torch.Tensor],
+    img_ids: Sequence[torch.Tensor],
+    txt_ids: Sequence[torch.Tensor],
     count: int,
     device: torch.device,
 ) -> JointLayout:
-    """The layout of `count` sequences by their position ids: a tensor [tokens, axes] each, or one that serves all.
+    """The layout of `count` sequences by their position ids, a tensor [tokens, axes] each.
 
     A layout is remembered by which tensors these are, not by what is in them: reading them back from a GPU would wait
     for all that is queued there. So they must not be changed in place between calls.
@@ -153,18 +153,20 @@ def layout_of_ids(
     Raises:
         ValueError: not one tensor of ids for each sequence.
     """
-    images, texts = _one_per_sequence("img_ids", img_ids, count), _one_per_sequence("txt_ids", txt_ids, count)
+    for name, ids in (("img_ids", img_ids), ("txt_ids", txt_ids)):
+        if len(ids) != count:
+            raise ValueError(f"{name} has {len(ids)} entries for {count} timesteps: there must be one per sequence")
 
     def make() -> tuple[JointLayout, Any]:
         rotations = []
-        for text, image in zip(texts, images, strict=True):
+        for text, image in zip(txt_ids, img_ids, strict=True):
             cos, sin = pos_embed(torch.cat([text, image]).to(device))  # neighbours are equal: [tokens, head_dim]
             rotations.append(torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous()))
-        text_lengths, image_lengths = (tuple(ids.shape[0] for ids in each) for each in (texts, images))
+        text_lengths, image_lengths = (tuple(own.shape[0] for own in ids) for ids in (txt_ids, img_ids))
         # The ids stay with their layout: while they live, no other tensor has their identity.
-        return make_joint_layout(text_lengths, image_lengths, rotations, device), (texts, images)
+        return make_joint_layout(text_lengths, image_lengths, rotations, device), (*txt_ids, *img_ids)
 
-    layout: JointLayout = layouts.get((device, *map(id, texts), *map(id, images)), make)[0]
+    layout: JointLayout = layouts.get((device, *map(id, txt_ids), *map(id, img_ids)), make)[0]
     return layout
 
 
@@ -191,13 +193,6 @@ def _dual_block(block: Any) -> DualBlock:
         text_mlp=block.ff_context,
         image_attn=getattr(block, "attn2", None),
     )
-
-
-def _one_per_sequence(name: str, ids: torch.Tensor | Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
-    each = [ids] * count if isinstance(ids, torch.Tensor) else list(ids)
-    if len(each) != count:
-        raise ValueError(f"{name} has {len(each)} entries for {count} timesteps: there must be one per sequence")
-    return each
 
 
 def _keep_finite(stream: torch.Tensor) -> None:

@@ -35,20 +35,20 @@ class PackedLongCatImageTransformer(LongCatImageTransformer2DModel):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         timestep: torch.Tensor,
-        img_ids: torch.Tensor | Sequence[torch.Tensor],
-        txt_ids: torch.Tensor | Sequence[torch.Tensor],
+        img_ids: Sequence[torch.Tensor],
+        txt_ids: Sequence[torch.Tensor],
         guidance: None = None,
         return_dict: bool = True,
         timesteps_ahead: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict noise for n sequences, packed or as an ordinary batch.
+        """Predict noise for n packed sequences.
 
         Args:
-            hidden_states: latents, packed [1, all image tokens, channels] or a batch [n, image tokens, channels].
-            encoder_hidden_states: prompt embeddings, packed [1, all text tokens, dim] or a batch [n, text tokens, dim].
+            hidden_states: latents, [1, all image tokens, channels].
+            encoder_hidden_states: prompt embeddings, [1, all text tokens, dim].
             timestep: [n], in 0..1.
-            img_ids, txt_ids: positions of each sequence's tokens, n tensors [tokens, 3], which also tell packed
-                sequences apart; or one tensor for all of a batch. They must not be changed in place between calls.
+            img_ids, txt_ids: positions of each sequence's tokens, n tensors [tokens, 3], which also tell the sequences
+                apart. They must not be changed in place between calls.
             guidance: LongCat-Image has no guidance embedding.
             timesteps_ahead: timesteps of later calls, see `modulations_at`.
 

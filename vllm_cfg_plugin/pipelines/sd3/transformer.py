@@ -43,27 +43,26 @@ class PackedSD3Transformer(SD3Transformer2DModel):
         return become(cls, transformer, _layouts=LayoutCache())
 
     @apply_lora_scale("joint_attention_kwargs")
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         pooled_projections: torch.Tensor,
         timestep: torch.Tensor,
+        img_shapes: Sequence[Grid],
+        txt_seq_lens: Sequence[int],
         joint_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
-        img_shapes: Sequence[Grid] | None = None,
-        txt_seq_lens: Sequence[int] | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict noise for n sequences, packed or as an ordinary batch.
+        """Predict noise for n packed sequences.
 
         Args:
-            hidden_states: latents, packed [1, all image tokens, channels * patch * patch] as `patchify` makes them, or
-                a batch [n, channels, height, width].
-            encoder_hidden_states: prompt embeddings, packed [1, all text tokens, dim] or a batch [n, text tokens, dim].
+            hidden_states: latents, [1, all image tokens, channels * patch * patch] as `patchify` makes them.
+            encoder_hidden_states: prompt embeddings, [1, all text tokens, dim].
             pooled_projections: pooled prompt embeddings, [n, dim].
             timestep: [n], in 0..1000.
+            img_shapes, txt_seq_lens: each sequence's (height, width) of its image in tokens, and text tokens.
             joint_attention_kwargs: `scale` weighs the LoRA layers.
-            img_shapes, txt_seq_lens: of packed sequences each image's (height, width) in tokens and text tokens.
 
         Returns:
             Predictions, laid out like `hidden_states`.
@@ -72,12 +71,7 @@ class PackedSD3Transformer(SD3Transformer2DModel):
             ValueError: the sequences don't fill the streams, or there is not one of each per timestep.
         """
         count, patch = timestep.shape[0], self.config["patch_size"]
-        is_batch = hidden_states.dim() == 4
-        if is_batch:
-            height, width = hidden_states.shape[2] // patch, hidden_states.shape[3] // patch
-            img_shapes, txt_seq_lens = [(height, width)] * count, [encoder_hidden_states.shape[1]] * count
-            hidden_states = patchify(hidden_states, patch)
-        grids, text_lengths = tuple(img_shapes or ()), tuple(txt_seq_lens or ())
+        grids, text_lengths = tuple(img_shapes), tuple(txt_seq_lens)
         if not len(grids) == len(text_lengths) == count:
             raise ValueError(
                 f"img_shapes and txt_seq_lens have {len(grids)} and {len(text_lengths)} entries for {count} timesteps: "
@@ -97,8 +91,6 @@ class PackedSD3Transformer(SD3Transformer2DModel):
         sample = (
             sample.unflatten(1, (patch, patch, -1)).permute(0, 3, 1, 2).flatten(1).view(*hidden_states.shape[:2], -1)
         )
-        if is_batch:
-            sample = unpatchify(sample, grids[0], patch)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed_patches(self, latents: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -39,16 +39,17 @@ class PackedWanTransformer(WanTransformer3DModel):
         """Give a loaded transformer the packed forward: the object itself, see `become`."""
         return become(cls, transformer, _layouts=LayoutCache())
 
-    def forward(
+    @apply_lora_scale("attention_kwargs")
+    def forward(  # type: ignore[override]
         self,
-        hidden_states: torch.Tensor | Sequence[torch.Tensor],
-        timestep: torch.Tensor | Sequence[torch.Tensor],
-        encoder_hidden_states: torch.Tensor | Sequence[torch.Tensor],
-        encoder_hidden_states_image: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        hidden_states: Sequence[torch.Tensor],
+        timestep: Sequence[torch.Tensor],
+        encoder_hidden_states: Sequence[torch.Tensor],
+        encoder_hidden_states_image: Sequence[torch.Tensor] | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict noise for n videos: packed ones of any sizes, in lists, or an ordinary batch as diffusers takes it.
+        """Predict noise for n videos of any sizes.
 
         Lists of latents, not one stream of tokens: the patch embedding is the model's own convolution. The prediction
         is one tensor, for whoever works on it element by element whatever the videos' sizes.
@@ -62,38 +63,17 @@ class PackedWanTransformer(WanTransformer3DModel):
             attention_kwargs: `scale` weighs the LoRA layers.
 
         Returns:
-            The prediction: packed [1, channels, all videos' frames * height * width], in this order, or of a batch
-            [n, channels, frames, height, width].
+            The prediction, [1, channels, all videos' frames * height * width], in this order.
 
         Raises:
             ValueError: lists of different lengths, or inputs that don't fit the model.
         """
-        is_batch = isinstance(hidden_states, torch.Tensor)
-        latents = hidden_states.split(1) if isinstance(hidden_states, torch.Tensor) else hidden_states
-        images = encoder_hidden_states_image
-        if isinstance(images, torch.Tensor):
-            images = images.split(images.shape[0] // len(latents))
-        videos = self._forward_packed(
-            latents, [*timestep], [*encoder_hidden_states], images, attention_kwargs=attention_kwargs
-        )
-        sample = torch.cat(videos) if is_batch else torch.cat([video.flatten(2) for video in videos], dim=2)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    @apply_lora_scale("attention_kwargs")
-    def _forward_packed(
-        self,
-        latents: Sequence[torch.Tensor],
-        timesteps: Sequence[torch.Tensor],
-        texts: Sequence[torch.Tensor],
-        images: Sequence[torch.Tensor] | None,
-        attention_kwargs: dict[str, Any] | None,
-    ) -> list[torch.Tensor]:
-        """The prediction of each video, [1, channels, frames, height, width]; arguments as those of `forward`."""
-        self._check(latents, timesteps, texts, images)
+        latents, texts, images = hidden_states, encoder_hidden_states, encoder_hidden_states_image
+        self._check(latents, timestep, texts, images)
         embedded_images = None if images is None else [self._embed_image(image) for image in images]
         grids = [self._grid(one) for one in latents]
         layout = self._layout_of(grids, latents, texts, embedded_images)
-        spans = self._spans(timesteps, layout.video, latents[0].dtype)
+        spans = self._spans(timestep, layout.video, latents[0].dtype)
         video = layout.video.join(self._embed_patches(one) for one in latents)
         text = self._embed_text(layout.text.join(texts))
         image = None if embedded_images is None or layout.image is None else layout.image.join(embedded_images)
@@ -101,7 +81,9 @@ class PackedWanTransformer(WanTransformer3DModel):
         for number, block in enumerate(blocks):
             _forward_block(block, video, text, image, spans, number, layout)
         out = linear(self.proj_out, modulate_last(self.norm_out, video, spans))
-        return [self._unpatchify(*one) for one in zip(layout.video.split(out), grids, strict=True)]
+        videos = [self._unpatchify(*one).flatten(2) for one in zip(layout.video.split(out), grids, strict=True)]
+        sample = torch.cat(videos, dim=2)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _check(
         self,

@@ -67,25 +67,24 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
         return become(cls, transformer, _layouts=LayoutCache(), modulations=ModulationCache())
 
     @apply_lora_scale("joint_attention_kwargs")
-    def forward(
+    def forward(  # type: ignore[override]
         self,
-        x: Sequence[torch.Tensor] | torch.Tensor,
+        x: torch.Tensor,
         t: torch.Tensor,
         cap_feats: Sequence[torch.Tensor],
+        grids: Sequence[Grid],
         return_dict: bool = True,
         joint_attention_kwargs: dict[str, Any] | None = None,
-        grids: Sequence[Grid] | None = None,
         timesteps_ahead: torch.Tensor | None = None,
-    ) -> Transformer2DModelOutput | tuple[Any]:
-        """Predict the velocity of n sequences.
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict the velocity of n packed sequences.
 
         Args:
-            x: a list of each sequence's latents, [channels, frames, height, width] of any sizes; or their patches,
-                packed [1, all tokens, patch] or a batch [n, tokens, patch].
+            x: the patches of all latents, [1, all tokens, patch].
             t: [n], in 0..1: 1 is the image.
             cap_feats: prompt embeddings of each sequence, [text tokens, dim] of any lengths.
+            grids: (frames, height, width) of each sequence in tokens.
             joint_attention_kwargs: `scale` weighs the LoRA layers.
-            grids: (frames, height, width) of each sequence in tokens, where `x` are patches.
             timesteps_ahead: those of later calls, [any number], which are modulated on the side; None where weights may
                 change between calls: then nothing of a timestep is remembered.
 
@@ -95,39 +94,21 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
         Raises:
             ValueError: not one text and timestep per image, or images that don't fill their tokens.
         """
-        if isinstance(x, torch.Tensor):
-            predicted = self._predict(x.flatten(0, 1), t, cap_feats, grids or (), timesteps_ahead)
-            sample: Any = torch.cat(predicted).view(x.shape)
-        else:
-            sizes = [tuple(latents.shape[1:]) for latents in x]
-            grids = [_grid_of(size) for size in sizes]
-            patches = torch.cat([self._patchify_image(latents, PATCH, FRAMES_PATCH)[0] for latents in x])
-            predicted = self._predict(patches, t, cap_feats, grids, timesteps_ahead)
-            sample = self.unpatchify(predicted, sizes, PATCH, FRAMES_PATCH)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def _predict(
-        self,
-        patches: torch.Tensor,
-        t: torch.Tensor,
-        texts: Sequence[torch.Tensor],
-        grids: Sequence[Grid],
-        timesteps_ahead: torch.Tensor | None,
-    ) -> list[torch.Tensor]:
-        """Of each sequence [tokens, patch], from the patches of all, [all tokens, patch]."""
-        if not len(grids) == len(texts) == t.shape[0]:
+        if not len(grids) == len(cap_feats) == t.shape[0]:
             raise ValueError(
-                f"there are {len(grids)} images, {len(texts)} texts and {t.shape[0]} timesteps: give one of each per "
-                "sequence"
+                f"there are {len(grids)} images, {len(cap_feats)} texts and {t.shape[0]} timesteps: give one of each "
+                "per sequence"
             )
         lengths = [prod(grid) for grid in grids]
-        if patches.shape[0] != sum(lengths):
-            raise ValueError(f"x has {patches.shape[0]} patches, but its grids {list(grids)} have {sum(lengths)}")
-        key = (tuple(grids), tuple(text.shape[0] for text in texts), patches.device)
+        if x.shape[1] != sum(lengths):
+            raise ValueError(f"x has {x.shape[1]} patches, but its grids {list(grids)} have {sum(lengths)}")
+        key = (tuple(grids), tuple(text.shape[0] for text in cap_feats), x.device)
         layout = self._layouts.get(key, lambda: make_layout(self, *key))
         modulations = modulations_at(self, t, timesteps_ahead, torch.float32)
-        rows = self._forward_rows(patches.split(lengths), texts, modulations, layout)
-        return [own[:length] for own, length in zip(layout.image.rows.split(rows), lengths, strict=True)]
+        rows = self._forward_rows(x[0].split(lengths), cap_feats, modulations, layout)
+        own_rows = zip(layout.image.rows.split(rows), lengths, strict=True)
+        sample = torch.cat([own[:length] for own, length in own_rows])[None]
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
         """The modulation of each timestep (in 0..1), bitwise independent of the others.
@@ -219,10 +200,3 @@ def _norm_weights(block: Any) -> Factors:
     """A block's factors where no timestep scales them."""
     norms = (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
     return tuple(norm.weight for norm in norms)
-
-
-def _grid_of(size: tuple[int, ...]) -> Grid:
-    frames, height, width = size
-    if height % PATCH or width % PATCH:
-        raise ValueError(f"latents of {height} x {width} are not valid: both must be multiples of {PATCH}")
-    return frames // FRAMES_PATCH, height // PATCH, width // PATCH
