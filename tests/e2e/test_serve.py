@@ -1,6 +1,7 @@
 """`vllm serve --cfg-parallel-size 2` through the official openai client."""
 
 import base64
+import http.client
 import io
 import json
 import random
@@ -14,7 +15,7 @@ import pytest
 import requests
 from PIL import Image
 
-from examples.vllm_server import VllmServer
+from examples.vllm_server import HOST, VllmServer
 from tests.e2e.conftest import START_TIMEOUT_S
 from tests.e2e.endings import end_amid_a_request
 from tests.e2e.scripts import flags, run
@@ -23,6 +24,7 @@ from tests.e2e.server import gauge, wait_for_running
 pytestmark = pytest.mark.e2e
 
 SERVED_NAMES = ("tiny", "alias")
+PLACES = 50  # more results than run at once, and more than the storm below has
 
 # Long enough to be found running by a client that then does something else.
 SLOW = {"size": "512x512", "num_inference_steps": 200, "true_cfg_scale": 4.0, "negative_prompt": "", "n": 2}
@@ -46,7 +48,7 @@ MIXED = [
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    options = ["--cfg-parallel-size", "2", "--served-model-name", *SERVED_NAMES]
+    options = ["--cfg-parallel-size", "2", "--served-model-name", *SERVED_NAMES, "--max-num-queued-reqs", str(PLACES)]
     with VllmServer(model, options, tmp_path_factory.mktemp("server") / "server.log") as server:
         server.wait_ready(START_TIMEOUT_S)
         yield server
@@ -183,6 +185,40 @@ def test_a_disconnect_takes_the_request_out_of_the_batch(server, client):
     wait_for_running(server, 0, timeout_s=5)
     assert time.monotonic() - started < 3
     assert gauge(server, "vllm:num_requests_waiting") == 0
+    assert len(generate(client, num_inference_steps=2).data) == 1
+
+
+def leave_open(server, **body) -> http.client.HTTPConnection:
+    """Send a request and read no answer; whoever closes the connection has left."""
+    connection = http.client.HTTPConnection(HOST, server.port)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/images/generations", json.dumps({"prompt": "a", **body}), headers)
+    return connection
+
+
+def wait_for_unfinished(server, count: int) -> None:
+    deadline = time.monotonic() + 20
+    while (found := sum(gauge(server, f"vllm:num_requests_{state}") for state in ("running", "waiting"))) != count:
+        assert time.monotonic() < deadline, f"{found} results are unfinished, not {count}"
+        time.sleep(0.05)
+
+
+def test_a_full_queue_has_room_again_when_a_waiting_client_leaves(server, client):
+    connections = [leave_open(server, **{**SLOW, "n": 10}) for _ in range(PLACES // 10)]
+    try:
+        wait_for_unfinished(server, PLACES)
+        assert gauge(server, "vllm:num_requests_waiting") >= 10
+        with pytest.raises(openai.RateLimitError) as refused:
+            generate(client)
+        assert int(refused.value.response.headers["Retry-After"]) >= 1
+        connections[-1].close()  # its results are the last ones in the line
+        wait_for_unfinished(server, PLACES - 10)
+        connections.append(leave_open(server, **{**SLOW, "n": 10}))
+        wait_for_unfinished(server, PLACES)
+    finally:
+        for connection in connections:
+            connection.close()
+    wait_for_unfinished(server, 0)
     assert len(generate(client, num_inference_steps=2).data) == 1
 
 
