@@ -23,6 +23,7 @@ _FLAGS = {
     "max_image_pixels": "Largest image, in pixels, that a request may ask for.",
     "max_video_pixels": "Most pixels, of all frames together, of a video that a request may ask for.",
     "max_inference_steps": "Most denoising steps that a request may ask for.",
+    "max_request_seconds": "Longest time, in seconds, that a request may take by itself, all n results, as predicted.",
     "max_input_images": "Most images that a request may bring along.",
     "max_input_pixels": "Largest image, in pixels, that a request may bring along; four times as many in all, times n.",
     "max_upload_bytes": "Largest body, in bytes, of a request over HTTP.",

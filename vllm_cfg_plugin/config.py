@@ -99,6 +99,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_image_pixels: int = RequestLimits().max_image_pixels
     max_video_pixels: int = RequestLimits().max_video_pixels
     max_inference_steps: int = RequestLimits().max_inference_steps
+    max_request_seconds: int = RequestLimits().max_request_seconds
     max_input_images: int = RequestLimits().max_input_images
     max_input_pixels: int = RequestLimits().max_input_pixels
     max_upload_bytes: int = RequestLimits().max_upload_bytes

@@ -187,12 +187,14 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
         max_image_pixels: of one image, or of one frame of a video; max_video_pixels: of all its frames.
         max_input_images, max_input_pixels: number of a request's own images, and pixels of each.
         max_upload_bytes: of the body of an HTTP request.
+        max_request_seconds: that all results of a request may take, as predicted.
         max_input_bytes_in_flight: of all requests over HTTP at once: their bodies, and their images with all copies.
     """
 
     max_image_pixels: int = 4_194_304
     max_video_pixels: int = 134_217_728
     max_inference_steps: int = 200
+    max_request_seconds: int = 3600
     max_input_images: int = 16
     max_input_pixels: int = 33_554_432
     max_upload_bytes: int = 268_435_456

@@ -15,6 +15,8 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.exceptions import QueueOverflowError
 
 from tests.unit.fakes import INFO, LIMITS, answer
+from vllm_cfg_plugin.engine.calibration import Calibration
+from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.entrypoints.endpoint import DiffusionEndpointPlugin
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -35,6 +37,12 @@ class FakeEngine:
         self.should_keep_api_server_alive = False
         self.queue_room = 1000
         self.is_running = True
+        self.calibration = Calibration(cost=UNCALIBRATED, token_budget=1000)
+
+    async def collective_rpc(self, method):
+        """A call of the ranks, whose answers come as vLLM's wire brings them."""
+        assert method == "calibrate"
+        return [msgspec.to_builtins(self.calibration)] * 2
 
     def check_admission(self, n=1, request_id=None):
         """As `AsyncLLM`'s, with `queue_room` for the queue's limit."""

@@ -26,6 +26,7 @@ PURE = (
     "vllm_cfg_plugin.engine.placement",
     "vllm_cfg_plugin.engine.plan",
     "vllm_cfg_plugin.engine.planner",
+    "vllm_cfg_plugin.engine.prediction",
     "vllm_cfg_plugin.engine.progress",
     "vllm_cfg_plugin.engine.step_result",
     "vllm_cfg_plugin.entrypoints.fields",

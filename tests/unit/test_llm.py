@@ -15,6 +15,8 @@ from PIL import Image
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.unit.fakes import INFO, LIMITS, VIDEO_INFO, answer, fake_pixels
+from vllm_cfg_plugin.engine.calibration import Calibration
+from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.entrypoints import llm as llm_module
@@ -38,9 +40,14 @@ class FakeEngine:
         self.behave = answer
         self.engine_core = SimpleNamespace(shutdown=self._shutdown)
         self.renderer = SimpleNamespace(shutdown=lambda: None)
+        self.cost = UNCALIBRATED
 
     def _shutdown(self) -> None:
         self.shutdowns += 1
+
+    def collective_rpc(self, method):
+        assert method == "calibrate"
+        return [Calibration(cost=self.cost, token_budget=1000)]
 
     def add_request(self, request_id, prompt, params):
         self.waiting[request_id] = msgspec.convert(params.extra_kwargs, DiffusionRequest)

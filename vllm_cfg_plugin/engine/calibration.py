@@ -42,6 +42,15 @@ def slowest(calibrations: Sequence[Calibration]) -> Calibration:
     )
 
 
+def cost_from_ranks(answers: object) -> CostModel:
+    """The cost model in the ranks' answers to the call of "calibrate", however they came.
+
+    Raises:
+        msgspec.ValidationError: these are no calibrations.
+    """
+    return slowest(msgspec.convert(answers, list[Calibration])).cost
+
+
 def keep_calibration(vllm_config: VllmConfig, calibration: Calibration) -> None:
     """Leave the calibration where `calibration_of` finds it, in the engine's own copy of the configuration."""
     vllm_config.additional_config = {**additional_config(vllm_config), _CALIBRATION: msgspec.to_builtins(calibration)}

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
-from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
+from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, unpredicted_on_error
 from vllm_cfg_plugin.entrypoints.images import routes as images
 from vllm_cfg_plugin.entrypoints.images.service import ImagesService
 from vllm_cfg_plugin.entrypoints.input_budget import InputBudget
@@ -41,6 +41,8 @@ class DiffusionEndpointPlugin:
             die_with_parent()
         names = args.served_model_name or [args.model]
         front_end = FrontEnd.from_vllm_config(engine_client.vllm_config)
+        with unpredicted_on_error():
+            front_end = front_end.with_cost(await engine_client.collective_rpc("calibrate"))
         calls = EngineCalls(engine_client, lambda: _is_stopping(state))
         state.engine_calls = calls
         state.max_upload_bytes = front_end.limits.max_upload_bytes

@@ -5,8 +5,9 @@ The engine sees only what came through `FrontEnd.resolve`. Must not import FastA
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,9 +18,12 @@ from vllm.pooling_params import PoolingParams
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.config import EngineSettings
+from vllm_cfg_plugin.engine.calibration import cost_from_ranks
+from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
+from vllm_cfg_plugin.engine.prediction import predicted_seconds
 from vllm_cfg_plugin.engine.result import unpack_result
-from vllm_cfg_plugin.errors import ModelNotFoundError, RequestAbortedError, RequestFailedError
+from vllm_cfg_plugin.errors import InvalidRequestError, ModelNotFoundError, RequestAbortedError, RequestFailedError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, ImageInput, RequestLimits
 from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.resolve import resolve_requests
@@ -48,6 +52,7 @@ class FrontEnd:
         limits: what the operator allows.
         count_tokens: tokens that a prompt takes in the model.
         ranks: of one engine.
+        cost: of work on one rank; None where it is not known.
         progress_address: where the engine publishes progress; empty where it does not.
     """
 
@@ -56,6 +61,7 @@ class FrontEnd:
     count_tokens: Callable[[str], int]
     ranks: int = 1
     progress_address: str = ""
+    cost: CostModel | None = None
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> FrontEnd:
@@ -66,6 +72,10 @@ class FrontEnd:
         count_tokens = TokenCounter.of(checkpoint, info.text)
         return cls(info, settings.limits, count_tokens, settings.cfg_parallel_size, settings.progress_address)
 
+    def with_cost(self, answers: object) -> FrontEnd:
+        """The same with the costs in the ranks' answers to the call of "calibrate"."""
+        return replace(self, cost=cost_from_ranks(answers))
+
     def resolve(
         self, prompt: object, params: DiffusionParams, images: Sequence[ImageInput] = ()
     ) -> list[DiffusionRequest]:
@@ -75,14 +85,37 @@ class FrontEnd:
             InvalidRequestError: naming the first wrong field.
         """
         requests = resolve_requests(prompt, params, self.info, self.limits, self.count_tokens, images)
+        self._check_seconds(requests)
         if requests[0].guidance_off:
             logger.warning_once("Guidance was asked for but is inactive: %s", requests[0].guidance_off)
         return requests
+
+    def _check_seconds(self, requests: Sequence[DiffusionRequest]) -> None:
+        if self.cost is None:
+            return
+        request, most = requests[0], self.limits.max_request_seconds
+        seconds = predicted_seconds(request, len(requests), self.cost, self.ranks)
+        if seconds > most:
+            frames = ", or fewer frames" if self.info.produces == "video" else ""
+            allowed = (
+                f"fewer, or the size smaller{frames}{', or n smaller' * (len(requests) > 1)}: this request would take "
+                f"about {seconds:.0f} s here, and {most} s are allowed (--max-request-seconds)"
+            )
+            raise InvalidRequestError("num_inference_steps", request.num_inference_steps, allowed)
 
     def bytes_of(self, images: Sequence[ImageInput], results: int) -> int:
         """What images of a request take, decoded: here once, and for each result in the engine and on every rank."""
         pixels = sum(image.width * image.height * len(image.mode) for image in images)
         return pixels * (1 + results * (1 + self.ranks))
+
+
+@contextmanager
+def unpredicted_on_error() -> Iterator[None]:
+    """Where the ranks' costs can't be had, no request is refused for its time, and all else goes on."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("No request's time can be predicted, so max_request_seconds has no effect: %s", error)
 
 
 def check_model_name(name: str | None, served: Sequence[str]) -> None:

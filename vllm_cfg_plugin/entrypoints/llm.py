@@ -22,7 +22,7 @@ from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.compat import end_output_thread, failed_start_has_cause, wake_on_engine_death
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.entrypoints.engine_args import diffusion_engine_args
-from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output
+from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output, unpredicted_on_error
 from vllm_cfg_plugin.entrypoints.images.inputs import read_images
 from vllm_cfg_plugin.entrypoints.output import DiffusionOutput
 from vllm_cfg_plugin.entrypoints.progress_bar import StepBar
@@ -74,6 +74,8 @@ class DiffusionLLM:
         try:
             wake_on_engine_death(self._engine.engine_core)
             self._front_end = FrontEnd.from_vllm_config(self._engine.vllm_config)
+            with unpredicted_on_error():
+                self._front_end = self._front_end.with_cost(self._engine.collective_rpc("calibrate"))
         except BaseException:
             self.close()
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -74,7 +74,11 @@ class DiffusionWorker(WorkerBase):
         )
 
     def calibrate(self) -> Calibration:
-        """What work costs on this rank; to be called before there is any."""
+        """What work costs on this rank; to be called first before there is any."""
+        return self._calibration
+
+    @cached_property
+    def _calibration(self) -> Calibration:
         folder = Path(envs.VLLM_CACHE_ROOT) / PLUGIN_NAME
         return calibrate_rank(self.runner.pipeline, self._checkpoint, folder, self.parallel_config.world_size)
 
