@@ -15,6 +15,7 @@ from vllm_cfg_plugin.params import (
     GUIDANCE_FIELDS,
     MAX_SEED,
     MIN_SEED,
+    TOGETHER,
     DiffusionParams,
     Guidance,
     ImageInput,
@@ -54,7 +55,8 @@ def check_image_count(count: int, info: PipelineInfo, limits: RequestLimits) -> 
         allowed = counted(most, "image") if most <= info.min_images else f"{info.min_images} to {most} images"
         if info.produces == "video" and most > 1:
             allowed += ", the first frame and the last,"
-        raise InvalidRequestError("image", given, f"{allowed} for this model, which does {info.task}")
+        whose = "on this server (--max-input-images)" if most < info.max_images else "for this model"
+        raise InvalidRequestError("image", given, f"{allowed} {whose}, which does {info.task}")
 
 
 def counted(count: int, noun: str) -> str:
@@ -67,17 +69,39 @@ def check_images(images: Sequence[ImageInput], info: PipelineInfo, limits: Reque
     for image in images:
         if image.width * image.height > limits.max_input_pixels:
             size = f"{image.width}x{image.height}"
-            raise InvalidRequestError("image", size, f"of at most {limits.max_input_pixels} pixels")
+            raise InvalidRequestError(
+                "image", size, f"of at most {limits.max_input_pixels} pixels (--max-input-pixels)"
+            )
 
 
 def check_copies(images: Sequence[ImageInput], count: int, limits: RequestLimits) -> None:
     """Each of the results takes the images along: a small upload may unpack to gigabytes."""
     pixels = sum(image.width * image.height for image in images)
-    most = limits.max_copied_pixels
+    most = TOGETHER * limits.max_input_pixels
+    rule = f"(four times --max-input-pixels, which is {limits.max_input_pixels})"
     if pixels > most:
-        raise InvalidRequestError("image", f"{pixels} pixels in all", f"of at most {most} pixels, all images together")
+        allowed = f"of at most {most} pixels, all images together {rule}"
+        raise InvalidRequestError("image", f"{pixels} pixels in all", allowed)
     if pixels * count > most:
-        raise InvalidRequestError("n", count, f"at most {most // pixels} with images of {pixels} pixels in all")
+        raise InvalidRequestError("n", count, f"at most {most // pixels} with images of {pixels} pixels in all {rule}")
+
+
+def check_results(
+    height: int, width: int, num_frames: int, layers: int, count: int, info: PipelineInfo, limits: RequestLimits
+) -> None:
+    """A result's frames or layers come together, and all results of a request are held until the last is done."""
+    is_video, pixels = info.produces == "video", height * width
+    most = limits.max_video_pixels if is_video else limits.max_image_pixels
+    flag = "--max-video-pixels" if is_video else "--max-image-pixels"
+    parts = max(num_frames, layers)
+    if pixels * parts > most:
+        param, noun = ("num_frames", "frames") if is_video else ("layers", "layers")
+        allowed = f"at most {most // pixels} of {width}x{height}: all {noun} together may have {most} pixels ({flag})"
+        raise InvalidRequestError(param, parts, allowed)
+    if pixels * parts * count > TOGETHER * most:
+        together = TOGETHER * most // (pixels * parts)
+        allowed = f"at most {together} of this size: all results together may have {TOGETHER * most} pixels"
+        raise InvalidRequestError("n", count, f"{allowed} (four times {flag}, which is {most})")
 
 
 def checked_text_limit(params: DiffusionParams, info: PipelineInfo) -> int:
@@ -121,7 +145,9 @@ def checked_size(params: DiffusionParams, info: PipelineInfo, limits: RequestLim
     height = _checked_side("height", params.height, info)
     width = _checked_side("width", params.width, info)
     if height * width > limits.max_image_pixels:
-        raise InvalidRequestError("size", f"{width}x{height}", f"at most {limits.max_image_pixels} pixels in all")
+        raise InvalidRequestError(
+            "size", f"{width}x{height}", f"at most {limits.max_image_pixels} pixels in all (--max-image-pixels)"
+        )
     return height, width
 
 
@@ -152,9 +178,10 @@ def checked_frames(params: DiffusionParams, info: PipelineInfo, images: int) -> 
     return frames
 
 
-def checked_int(param: str, value: object, low: int, high: int) -> int:
+def checked_int(param: str, value: object, low: int, high: int, flag: str = "") -> int:
+    """The value; `flag` is the operator's that sets `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequestError(param, value, f"an integer from {low} to {high}")
+        raise InvalidRequestError(param, value, f"an integer from {low} to {high}{flag and f' ({flag})'}")
     return value
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
+# Times as many pixels as one image or video may have, all results of a request may have together, and all of its own
+# images once for each of its results: that is how many are held at the same time.
+TOGETHER = 4
 MAX_IMAGES_PER_REQUEST = 10  # OpenAI's limit of `n`
 MAX_SEED = 2**63 - 1
 MIN_SEED = -(2**63)
@@ -184,7 +187,7 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator allows; read from the engine's `additional_config` (see config.py).
 
     Attributes:
-        max_image_pixels: of one image, or of one frame of a video; max_video_pixels: of all its frames.
+        max_image_pixels: of one image with all its layers, or of one frame of a video; max_video_pixels: of all frames.
         max_input_images, max_input_pixels: number of a request's own images, and pixels of each.
         max_upload_bytes: of the body of an HTTP request.
         max_request_seconds: that all results of a request may take, as predicted.
@@ -199,8 +202,3 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_input_pixels: int = 33_554_432
     max_upload_bytes: int = 268_435_456
     max_input_bytes_in_flight: int = 2_147_483_648
-
-    @property
-    def max_copied_pixels(self) -> int:
-        """Pixels of all images of a request, once for each of its results: what the engine holds for it."""
-        return 4 * self.max_input_pixels

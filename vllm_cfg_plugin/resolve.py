@@ -15,6 +15,7 @@ from vllm_cfg_plugin.field_checks import (
     check_copies,
     check_images,
     check_known_fields,
+    check_results,
     checked_frames,
     checked_guidance,
     checked_int,
@@ -60,13 +61,12 @@ def resolve_requests(
         text = text[0], info.text.sequence_tokens(limit, limit)
     height, width = checked_size(params, info, limits)
     num_frames = checked_frames(params, info, len(images))
-    if height * width * num_frames > limits.max_video_pixels:
-        allowed = f"less: all frames of {width}x{height} have more than {limits.max_video_pixels} pixels"
-        raise InvalidRequestError("num_frames", num_frames, allowed)
     layers = 0 if params.layers is UNSET else checked_int("layers", params.layers, 1, 16)
-    steps = checked_int("num_inference_steps", params.num_inference_steps, 1, limits.max_inference_steps)
+    most_steps = limits.max_inference_steps
+    steps = checked_int("num_inference_steps", params.num_inference_steps, 1, most_steps, "--max-inference-steps")
     num_timesteps = _counted_timesteps(steps, info)
     count = checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
+    check_results(height, width, num_frames, layers, count, info, limits)
     check_copies(images, count, limits)
     guidance = checked_guidance(params, info)
     negative = _checked_negative(params, info, limit, _counting_images(count_tokens, info, len(images)))

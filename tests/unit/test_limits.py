@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import json
 import threading
 import tracemalloc
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -11,12 +13,16 @@ from msgspec import structs
 from PIL import Image
 from vllm.exceptions import QueueOverflowError
 
-from tests.unit.edits import CAT, EDIT_INFO, assert_refused, edit, image_file
+from tests.unit.edits import CAT, EDIT_INFO, LAYERED_INFO, assert_refused, edit, image_file
 from tests.unit.fakes import IMAGE_TO_VIDEO_INFO, INFO, LIMITS, VIDEO_INFO, answer
 from tests.unit.http_app import EDITS, GENERATIONS, FakeEngine, disconnect_mid_denoise, disconnect_when, make_app, send
+from vllm_cfg_plugin.checkpoint import TextRules
+from vllm_cfg_plugin.engine.calibration import Calibration
+from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.entrypoints import service as serving
+from vllm_cfg_plugin.params import RequestLimits
 
 VIDEOS = "/v1/videos"
 CAT_BYTES = 16 * 8 * 3  # of CAT, decoded
@@ -138,6 +144,77 @@ def test_requests_that_arrive_together_do_not_overbook(engine, monkeypatch):
     assert statuses == [200, 429]
     assert len(engine.requests) == 2
     assert app.state.engine_calls._promised == 0
+
+
+# ---- limits of one request ----
+
+PICTURE = [("image", ("cat.png", CAT))]  # of 128 pixels
+NAMED = {
+    "max_image_pixels": [
+        ({"max_image_pixels": 64 * 64 - 1}, INFO, {}, "size"),
+        ({"max_image_pixels": 4 * 64 * 64 - 1}, LAYERED_INFO, {}, "layers"),
+        ({"max_image_pixels": 4 * 64 * 64}, LAYERED_INFO, {"layers": 5}, "layers"),
+        ({"max_image_pixels": 64 * 64}, INFO, {"n": 5}, "n"),
+        ({"max_image_pixels": 64 * 64 * 4}, LAYERED_INFO, {"n": 5}, "n"),
+    ],
+    "max_video_pixels": [({"max_video_pixels": 9 * 64 * 64 - 1}, VIDEO_INFO, {}, "num_frames")],
+    "max_inference_steps": [({"max_inference_steps": 19}, INFO, {}, "num_inference_steps")],
+    "max_request_seconds": [({"max_request_seconds": 9}, INFO, {"n": 10}, "num_inference_steps")],
+    "max_input_images": [({"max_input_images": 1}, EDIT_INFO, {}, "image")],
+    "max_input_pixels": [
+        ({"max_input_pixels": 127}, EDIT_INFO, {}, "image[0]"),
+        ({"max_input_pixels": 128}, EDIT_INFO, {"n": 3}, "n"),
+        ({"max_input_pixels": 128}, replace(EDIT_INFO, max_images=9), {"images": 5}, "image"),
+    ],
+    "max_upload_bytes": [({"max_upload_bytes": 9}, INFO, {}, "body")],
+    "max_input_bytes_in_flight": [({"max_input_bytes_in_flight": 2000}, EDIT_INFO, {"n": 3}, "image")],
+}
+
+
+def ask_for(app, info, fields):
+    fields = {"prompt": "a", **fields}
+    if info.produces == "video":
+        return send(app, VIDEOS, json=fields)
+    if not info.min_images:
+        return send(app, GENERATIONS, json=fields)
+    files = PICTURE * fields.pop("images", min(2, info.max_images))
+    return send(app, EDITS, data={name: str(value) for name, value in fields.items()}, files=files)
+
+
+def test_every_limit_is_among_these():
+    assert set(NAMED) == set(RequestLimits.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "info", "fields", "param"), [(name, *case) for name, cases in NAMED.items() for case in cases]
+)
+def test_an_error_names_the_flag_that_the_operator_may_raise(engine, monkeypatch, name, limits, info, fields, param):
+    second = structs.replace(UNCALIBRATED, step_us=0, token_us=10**6 / 20 / 65)  # of one result of 20 steps
+    engine.calibration = Calibration(cost=second, token_budget=9)
+    app = make_app(engine, monkeypatch, info, structs.replace(RequestLimits(), **limits))
+    assert_refused(ask_for(app, info, fields), param, f"--{name.replace('_', '-')}")
+    assert engine.requests == {}
+    app = make_app(engine, monkeypatch, info, structs.replace(RequestLimits(), max_request_seconds=10**6))
+    assert ask_for(app, info, fields).status_code == 200
+
+
+MANY = b'{"prompt": "a", "x": [' + b"[]," * 400_000 + b"1]}"
+
+
+@pytest.mark.parametrize(("path", "info"), [(GENERATIONS, INFO), (VIDEOS, VIDEO_INFO)])
+def test_a_body_of_many_values_is_not_parsed(engine, monkeypatch, path, info):
+    app = make_app(engine, monkeypatch, info)
+    monkeypatch.setattr(json, "loads", None)
+    refused = send(app, path, content=MANY, headers={"Content-Type": "application/json"})
+    monkeypatch.undo()
+    assert_refused(refused, "body", "of at most")
+
+
+@pytest.mark.parametrize(("path", "info"), [(GENERATIONS, INFO), (VIDEOS, VIDEO_INFO)])
+def test_the_longest_prompts_have_room(engine, monkeypatch, path, info):
+    app = make_app(engine, monkeypatch, replace(info, text=TextRules(max_tokens=32_000)))
+    fields = {"prompt": "\U0001f600" * 32_000, "negative_prompt": ",\U0001f600" * 16_000}
+    assert send(app, path, content=json.dumps(fields), headers={"Content-Type": "application/json"}).status_code == 200
 
 
 # ---- the memory of inputs ----

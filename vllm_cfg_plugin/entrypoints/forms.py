@@ -18,6 +18,7 @@ from starlette.types import Message, Receive
 from vllm_cfg_plugin.entrypoints.input_budget import InputHold
 from vllm_cfg_plugin.errors import InvalidRequestError
 
+MOST_TEXT_BYTES = 2**20  # of a body without images: two prompts of 32000 characters, each written as \ud83d\ude00
 MULTIPART = "multipart/form-data"
 
 # name, name[inner], name[] or name[0], name[inner][]; other names stand for themselves.
@@ -68,7 +69,8 @@ def _limited(receive: Receive, limit: int, hold: InputHold) -> Receive:
 
 
 def _too_long(size: int, limit: int) -> InvalidRequestError:
-    return InvalidRequestError("body", f"{size} bytes or more", f"of at most {limit} bytes on this server")
+    rule = f"(--max-upload-bytes, and at most {MOST_TEXT_BYTES} without images)"
+    return InvalidRequestError("body", f"{size} bytes or more", f"of at most {limit} bytes {rule}")
 
 
 async def read_form(request: Request) -> dict[str, Any]:

@@ -65,7 +65,9 @@ def _use(image: object, param: str, max_pixels: int, use: Use) -> ImageInput:
     except InvalidRequestError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InvalidRequestError(param, given, f"of at most {max_pixels} pixels ({error})") from None
+        raise InvalidRequestError(
+            param, given, f"of at most {max_pixels} pixels (--max-input-pixels): {error}"
+        ) from None
     except Exception as error:  # decoders raise nearly anything where the bytes lie
         allowed = f"an image file that can be decoded ({', '.join(FORMATS)}): {_reason(error)}"
         raise InvalidRequestError(param, given, allowed) from None
@@ -89,7 +91,9 @@ def _open(data: bytes) -> Image.Image:
 
 def _checked(image: Image.Image, param: str, max_pixels: int, use: Use) -> ImageInput:
     if image.width * image.height > max_pixels:
-        raise InvalidRequestError(param, f"{image.width}x{image.height}", f"of at most {max_pixels} pixels")
+        raise InvalidRequestError(
+            param, f"{image.width}x{image.height}", f"of at most {max_pixels} pixels (--max-input-pixels)"
+        )
     return use(image)
 
 

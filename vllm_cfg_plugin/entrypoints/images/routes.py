@@ -15,20 +15,24 @@ from fastapi.responses import JSONResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
 from vllm.utils import random_uuid
 
-from vllm_cfg_plugin.entrypoints.error_route import OpenAIErrorRoute
+from vllm_cfg_plugin.entrypoints.error_route import OpenAIErrorRoute, TextRoute
 from vllm_cfg_plugin.entrypoints.forms import files_in, read_form, uploaded_file
 from vllm_cfg_plugin.entrypoints.images.schema import EditsRequest, ImagesRequest, ImagesResponse, edits_form_schema
 from vllm_cfg_plugin.entrypoints.service import Files
 
 router = APIRouter(route_class=OpenAIErrorRoute)
+_text_router = APIRouter(route_class=TextRoute)
 
 
-@router.post("/v1/images/generations", responses={HTTPStatus.OK.value: {"model": ImagesResponse}})
+@_text_router.post("/v1/images/generations", responses={HTTPStatus.OK.value: {"model": ImagesResponse}})
 @with_cancellation
 @load_aware_call
 async def generate_images(body: ImagesRequest, raw_request: Request) -> JSONResponse:
     """Text to image: the fields of OpenAI's images API, and those of diffusion (`ImagesRequest`)."""
     return await _respond(raw_request, body)
+
+
+router.include_router(_text_router)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ from vllm_cfg_plugin.errors import InvalidRequestError
 
 router = APIRouter(route_class=OpenAIErrorRoute)
 
+# Of a JSON body, counted by its brackets and commas, those in prompts too. An image is one of them; of 256 MB of other
+# values Python would make gigabytes of objects.
+_MOST_VALUES = 100_000
+
 
 @dataclass(frozen=True)
 class VideoForm:
@@ -53,8 +57,11 @@ async def read_video_form(raw_request: Request) -> VideoForm:
 
 
 async def _read_json(raw_request: Request) -> dict[str, Any]:
+    body = await raw_request.body()
+    if sum(body.count(mark) for mark in (b"[", b"{", b",")) > _MOST_VALUES:
+        raise InvalidRequestError("body", f"{len(body)} bytes of JSON", f"of at most {_MOST_VALUES} values")
     try:
-        fields = json.loads(await raw_request.body())
+        fields = json.loads(body)
     # Of bytes that are not text too, of numbers too long to parse and of too many brackets in brackets.
     except (ValueError, RecursionError):
         raise InvalidRequestError("body", None, "valid JSON") from None
