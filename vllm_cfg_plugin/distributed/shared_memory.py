@@ -115,7 +115,8 @@ class SharedMemoryGather:
     Args:
         slots: the two slots of every rank, in rank order.
         bell: this rank's, to listen to.
-        ringing_ends: of every rank's bell, in rank order; the own one is never rung, but keeps the pipe from ending.
+        ringing_ends: where to ring every rank's bell, in rank order; the own one is never rung, but its pipe would end
+            without it.
     """
 
     def __init__(self, rank: int, slots: list[list[_Slot]], bell: FileIO, ringing_ends: list[FileIO]) -> None:

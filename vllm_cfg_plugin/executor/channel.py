@@ -19,8 +19,10 @@ SIDE = b"side"
 
 
 def identity(rank: int) -> bytes:
+    """The name of a rank's socket; those of its side threads append `-` and a name of their own."""
     return b"rank%d" % rank
 
 
 def rank_of(identity: bytes) -> int:
+    """Which rank's socket has this name."""
     return int(identity[4:].partition(b"-")[0])

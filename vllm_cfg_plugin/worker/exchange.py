@@ -44,7 +44,7 @@ class ExchangeLayout:
 
     @classmethod
     def of(cls, owners: Sequence[tuple[int, ...]], shapes: Sequence[tuple[int, ...]], ranks: int) -> ExchangeLayout:
-        """`owners`: for each request the rank that forwards each branch."""
+        """The layout for requests of these prediction shapes; `owners`: of each request, each branch's rank."""
         ends = [0] * ranks
         cells = []
         for position, (branch_owners, shape) in enumerate(zip(owners, shapes, strict=True)):

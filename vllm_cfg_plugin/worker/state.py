@@ -1,8 +1,7 @@
 """What a rank remembers of one request.
 
-All ranks hold the same latents and noise-scheduler state of every request; a rank holds the embeddings only of the
-branches that it was told to encode, and what the images became only with them. Must not import vLLM or
-torch.distributed.
+All ranks hold the same latents and noise-scheduler state of every request. Only ranks that were told to encode one of
+its branches hold that one's embeddings, and what its images became. Must not import vLLM or torch.distributed.
 """
 
 from __future__ import annotations

@@ -14,11 +14,9 @@ import torch
 
 from vllm_cfg_plugin.engine.cost import PackSample
 
-# Growing inputs end where a run would take longer than the first; all runs where they have taken the second by the
-# clock that they are timed with, or the third on the wall of a busy machine.
-LONGEST_RUN_SECONDS = 0.25
-ALL_RUNS_SECONDS = 2.0
-BUSY_MACHINE_SECONDS = 3.0
+LONGEST_RUN_SECONDS = 0.25  # inputs stop growing where a run would take longer
+ALL_RUNS_SECONDS = 2.0  # all runs together, by the clock that they are timed with
+BUSY_MACHINE_SECONDS = 3.0  # and on the wall, where others take the core meanwhile
 MOST_REPEATS = 6
 
 
@@ -66,7 +64,7 @@ class Stopwatch:
         """Time runs of growing size until the next would take too long or `enough` says so.
 
         Args:
-            timed: runs before the first of `runs` that are timed already; without them the first is timed always.
+            timed: smaller runs that are timed already. Without any, the first of `runs` is timed however long it takes.
 
         Returns:
             All timed runs.

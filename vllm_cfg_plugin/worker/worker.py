@@ -74,7 +74,7 @@ class DiffusionWorker(WorkerBase):
         )
 
     def calibrate(self) -> Calibration:
-        """What work costs on this rank; to be called first before there is any."""
+        """What work costs on this rank. The first call may measure it, so it must come before there is any work."""
         return self._calibration
 
     @cached_property
