@@ -10,16 +10,19 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.config import EngineSettings, check_options, new_address, with_our_defaults
+from vllm_cfg_plugin.config import LEAST_VALUES, EngineSettings, check_options, new_address, with_our_defaults
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
 
 _FLAGS = {
     "cfg_parallel_size": "Ranks that share the branches of classifier-free guidance (1: one rank runs them in turn).",
+    "cfg_max_restarts": "How often in ten minutes ranks that died are started anew before the engine gives up.",
+    "cfg_step_timeout": "Seconds after which ranks that owe an answer and send nothing count as dead.",
     "max_image_pixels": "Largest image, in pixels, that a request may ask for.",
     "max_video_pixels": "Most pixels, of all frames together, of a video that a request may ask for.",
     "max_inference_steps": "Most denoising steps that a request may ask for.",
@@ -51,7 +54,7 @@ def add_flags(parser: argparse.ArgumentParser, on_cpu: bool) -> None:
         group.add_argument(
             f"--{name.replace('_', '-')}",
             action=_SettingAction,
-            type=_positive_int,
+            type=partial(_integer, least=LEAST_VALUES.get(name, 1)),
             default=argparse.SUPPRESS,
             metavar="N",
             help=f"{text} Default: {default}.",
@@ -74,13 +77,13 @@ def all_plugin_names() -> str:
     return ",".join(sorted(names - _OPT_IN_ONLY))
 
 
-def _positive_int(text: str) -> int:
+def _integer(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid: it must be an integer from 1 up")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid: it must be an integer from {least} up")
     return value
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing.connection
+import multiprocessing.process
 import os
 import re
 import signal
@@ -72,6 +73,16 @@ def release_inherited_wakeup() -> None:
     """
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
+
+
+def let_have_children() -> None:
+    """Allow this process, which `multiprocessing` made as a daemon, to make processes itself.
+
+    Symptom: "daemonic processes are not allowed to have children". Cause: `multiprocessing` ends daemons by SIGTERM
+    when their parent exits, and wants nobody to be orphaned so; ours end with their parent (see
+    `executor/lifeline.py`). Exit condition: it allows that to those who say so.
+    """
+    multiprocessing.process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
 
 def wake_on_engine_death(client: Any) -> None:

@@ -82,12 +82,18 @@ UNUSABLE_OPTIONS: dict[str, str] = {
 _AUTO_OPTIONS = ("dtype", "config_format")
 
 
+# Of settings that are integers, where that is not 1.
+LEAST_VALUES = {"cfg_max_restarts": 0}
+
+
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything of `additional_config` that is ours.
 
     Attributes:
         cfg_parallel_size: ranks that share the branches of guidance.
         cfg_shared_weights: one copy of the weights for all ranks of an engine; None: wherever that is possible.
+        cfg_max_restarts: how often, within ten minutes, all ranks are started anew because one has died.
+        cfg_step_timeout: seconds after which ranks that owe an answer and send nothing count as dead.
         max_image_pixels, ...: what an operator allows, as in `RequestLimits`.
         variant: of the names of the model's weight files, as in `model.fp16.safetensors`; "" for those without one.
         progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
@@ -96,6 +102,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     cfg_parallel_size: int = 1
     cfg_shared_weights: bool | None = None
+    cfg_max_restarts: int = 3
+    cfg_step_timeout: int = 120
     max_image_pixels: int = RequestLimits().max_image_pixels
     max_video_pixels: int = RequestLimits().max_video_pixels
     max_inference_steps: int = RequestLimits().max_inference_steps
@@ -124,11 +132,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             settings = msgspec.convert(ours, cls)
         except msgspec.ValidationError as error:
             raise ConfigurationError(f"additional_config: {error}") from error
-        for name in ("cfg_parallel_size", *RequestLimits.__struct_fields__):
-            if getattr(settings, name) < 1:
-                raise ConfigurationError(
-                    f"{name}={getattr(settings, name)} is not valid: it must be an integer from 1 up"
-                )
+        for name in ("cfg_parallel_size", "cfg_step_timeout", "cfg_max_restarts", *RequestLimits.__struct_fields__):
+            value, least = getattr(settings, name), LEAST_VALUES.get(name, 1)
+            if value < least:
+                raise ConfigurationError(f"{name}={value} is not valid: it must be an integer from {least} up")
         return settings
 
     def shares_weights(self, device_type: str) -> bool:

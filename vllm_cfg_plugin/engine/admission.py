@@ -7,7 +7,7 @@ it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from vllm_cfg_plugin.engine.request import ScheduledRequest
@@ -28,6 +28,10 @@ class WaitingLine:
 
     def append(self, request: ScheduledRequest) -> None:
         self._requests[request.id] = request
+
+    def put_back(self, requests: Iterable[ScheduledRequest]) -> None:
+        """Requests that were taken out wait again, before all others."""
+        self._requests = {request.id: request for request in requests} | self._requests
 
     def remove(self, request: ScheduledRequest) -> None:
         del self._requests[request.id]

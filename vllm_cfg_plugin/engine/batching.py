@@ -17,7 +17,7 @@ from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.placement import Placement
 from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, SideReport, StepPlan
 from vllm_cfg_plugin.engine.planner import rank_loads
-from vllm_cfg_plugin.engine.request import ScheduledRequest, check_plannable
+from vllm_cfg_plugin.engine.request import DEATHS_OF_A_SUSPECT, ScheduledRequest, check_plannable
 from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -65,17 +65,21 @@ class StepBatch:
         self._ids = count()
         self._plans = count()
         self._tick = 0  # denoising steps planned so far
-        self._placement = Placement(ranks)
         self._by_name: dict[str, ScheduledRequest] = {}
-        self._known: dict[int, ScheduledRequest] = {}  # what the ranks know: preparing, running and draining
         self.waiting = WaitingLine()
+        self._meet_ranks()
+
+    def _meet_ranks(self) -> None:
+        """Begin with ranks that know nothing."""
+        self._placement = Placement(self._ranks)
+        self._known: dict[int, ScheduledRequest] = {}  # what the ranks know: preparing, running and draining
         self.preparing: dict[int, ScheduledRequest] = {}
         self.running: dict[int, ScheduledRequest] = {}
         self.draining: dict[int, ScheduledRequest] = {}
         self._lineup: tuple[ScheduledRequest, ...] | None = ()  # None: `running` or who holds what has changed
         self._awaited: set[int] | None = None  # preparing requests that an idle batch starts together with
         self._next_change = 0  # first tick at which a running request forwards other branches, or none
-        self._may_admit = False  # something changed since nobody more could join
+        self._may_admit = True  # something changed since nobody more could join
         self.retired: list[int] = []  # ids that the ranks must be told to forget
 
     # ---- requests come and go ----
@@ -126,6 +130,24 @@ class StepBatch:
         self.draining.pop(request.id, None)
         self._placement.forget(request)
         self._may_admit = True
+
+    def start_over(self, has_killed: bool) -> list[ScheduledRequest]:
+        """The ranks were started anew: all that they knew waits again, in its old order and before all others.
+
+        Args:
+            has_killed: it may be one of these requests that the old ranks died of.
+
+        Returns:
+            Requests that the ranks died of when they knew nothing else.
+        """
+        known = sorted(self._known.values(), key=lambda request: request.id)
+        was_alone = len(known) == 1
+        for request in known:
+            request.start_over()
+            request.deaths += has_killed
+        self.waiting.put_back(known)
+        self._meet_ranks()
+        return [request for request in known if was_alone and request.deaths > DEATHS_OF_A_SUSPECT]
 
     # ---- plans ----
 
@@ -187,7 +209,7 @@ class StepBatch:
         One that is larger than the token budget by itself does not count against it, but no rank has two of them.
         So it need not wait until nobody runs, and it keeps no smaller ones out.
         """
-        if not self._may_admit or not self.waiting:
+        if not self._may_admit or not self.waiting or any(request.is_suspect for request in self._known.values()):
             return []
         members = [*self.preparing.values(), *self.running.values()]
         loads = _loads(members, self._ranks, lambda request: request.costs)
@@ -196,7 +218,7 @@ class StepBatch:
         with_oversized = {owner for request in members if request.is_oversized for owner in request.owners}
 
         def try_to_join(request: ScheduledRequest) -> bool:
-            if len(self._known) >= self._max_requests:
+            if len(self._known) >= self._max_requests or not self._may_share(request):
                 return False
             owners = self._placement.owners_of_newcomer(request, loads)
             request.is_oversized = max(rank_loads(request.branch_tokens, owners, self._ranks)) > self._max_tokens
@@ -217,6 +239,12 @@ class StepBatch:
         admitted = list(self.waiting.take(try_to_join))
         self._may_admit = bool(admitted)  # one look at the line may not have reached its end
         return admitted
+
+    def _may_share(self, newcomer: ScheduledRequest) -> bool:
+        """A request that the ranks may have died of shares them with nobody."""
+        if newcomer.is_suspect:
+            return not self._known
+        return not any(request.is_suspect for request in self._known.values())
 
     def _start_preparing(self, request: ScheduledRequest) -> None:
         request.admitted = self._clock()

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreEvent
 
 
+DEATHS_OF_A_SUSPECT = 2
+
+
 @dataclass(eq=False)
 class ScheduledRequest:
     """Life: waiting -> preparing (texts are being encoded) -> running (steps) -> draining (its image is not back yet).
@@ -25,6 +28,7 @@ class ScheduledRequest:
         arrived, admitted, began, denoised: seconds of the engine's clock.
         encode_ms: milliseconds of the text that took longest.
         overtaken: requests that came later and were admitted earlier.
+        deaths: how often ranks died while they knew it.
         is_oversized: it alone gives some rank more tokens than the budget.
         owners: cfg rank that forwards each branch, or will once it steps.
         assigned: the owners that the ranks were told last.
@@ -46,6 +50,7 @@ class ScheduledRequest:
     denoised: float = 0.0
     encode_ms: float = 0.0
     overtaken: int = 0
+    deaths: int = 0
     is_oversized: bool = False
     owners: tuple[int, ...] = ()
     assigned: tuple[int, ...] = ()
@@ -54,6 +59,19 @@ class ScheduledRequest:
     holders: list[set[int]] = field(default_factory=list)
     first_tick: int = 0
     done_steps: int = 0
+
+    def start_over(self) -> None:
+        """Wait again: what the ranks knew of it is gone."""
+        self.admitted = self.began = self.denoised = self.encode_ms = 0.0
+        self.owners = self.assigned = ()
+        self.is_oversized = self.is_prepared = False
+        self.asked, self.holders = [], []
+        self.first_tick = self.done_steps = 0
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what kills the ranks: it is tried alone then."""
+        return self.deaths >= DEATHS_OF_A_SUSPECT
 
     @cached_property
     def branch_tokens(self) -> tuple[int, ...]:

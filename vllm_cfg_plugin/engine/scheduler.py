@@ -42,10 +42,12 @@ class StepSchedulerOutput(SchedulerOutput):
     Attributes:
         planned: the plan for the ranks, which may be empty.
         awaits_side_work: there is nothing to tell the ranks, but an encode or decode to wait for.
+        epoch: of the ranks that the plan is for.
     """
 
     planned: PlannedStep | None = None
     awaits_side_work: bool = False
+    epoch: int = 0
 
 
 class StepScheduler(SchedulerInterface):
@@ -74,6 +76,7 @@ class StepScheduler(SchedulerInterface):
         self._log_stats = log_stats
         self._progress = ProgressPublisher(settings.progress_address) if settings.progress_address else None
         self._pause = PauseState.UNPAUSED
+        self._epoch = 0  # of the ranks that know our requests
         self._ready: list[ClientOutput] = []  # outputs that need no rank
         self._last_counts = (0, 0)
 
@@ -119,22 +122,40 @@ class StepScheduler(SchedulerInterface):
         if self._log_stats:
             for request in planned.admitted:
                 request.events.append(EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, request.admitted))
-        return _with_plan(planned, planned.plan.is_empty() and self.batch.awaits_side_work)
+        return _with_plan(planned, planned.plan.is_empty() and self.batch.awaits_side_work, self._epoch)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> dict[int, EngineCoreOutputs]:
         """Turn the ranks' merged reports of one step into outputs per client."""
         outputs, self._ready = self._ready, []
-        planned = scheduler_output.planned if isinstance(scheduler_output, StepSchedulerOutput) else None
-        if planned is not None and isinstance(model_runner_output, StepResult):
-            self.batch.note_result(planned, model_runner_output)
-            self._publish_progress(planned.running)
-            for id, message in model_runner_output.failed.items():
-                outputs += self._failed(self.batch.known(id), message)
-            for side in model_runner_output.side:
-                outputs += self._side_work_done(side)
+        if isinstance(scheduler_output, StepSchedulerOutput) and isinstance(model_runner_output, StepResult):
+            outputs += self._outcome(scheduler_output, model_runner_output)
         return self._to_clients(outputs)
+
+    def _outcome(self, output: StepSchedulerOutput, result: StepResult) -> list[ClientOutput]:
+        """What a step brought to its clients."""
+        if result.epoch > self._epoch:
+            return self._start_over(result)
+        if result.epoch != output.epoch or output.planned is None:  # made for ranks that are gone
+            return []
+        outputs: list[ClientOutput] = []
+        self.batch.note_result(output.planned, result)
+        self._publish_progress(output.planned.running)
+        for id, message in result.failed.items():
+            outputs += self._failed(self.batch.known(id), message)
+        for side in result.side:
+            outputs += self._side_work_done(side)
+        return outputs
+
+    def _start_over(self, result: StepResult) -> list[ClientOutput]:
+        self._epoch = result.epoch
+        outputs: list[ClientOutput] = []
+        for request in self.batch.start_over(has_killed=result.was_lost):
+            outputs += self._failed(
+                request, f"the cfg ranks died {request.deaths} times while they worked on it, at last on it alone"
+            )
+        return outputs
 
     def _publish_progress(self, running: Iterable[ScheduledRequest]) -> None:
         if self._progress is not None:
@@ -234,11 +255,11 @@ class StepScheduler(SchedulerInterface):
             self._progress.close()
 
 
-def _with_plan(planned: PlannedStep, awaits_side_work: bool) -> StepSchedulerOutput:
+def _with_plan(planned: PlannedStep, awaits_side_work: bool, epoch: int) -> StepSchedulerOutput:
     """vLLM counts an output without tokens as no step, and then sleeps for a millisecond."""
     has_work = awaits_side_work or not planned.plan.is_empty()
     fields = _EMPTY_OUTPUT | {"total_num_scheduled_tokens": int(has_work)}
-    return StepSchedulerOutput(**fields, planned=planned, awaits_side_work=awaits_side_work)
+    return StepSchedulerOutput(**fields, planned=planned, awaits_side_work=awaits_side_work, epoch=epoch)
 
 
 _EMPTY_OUTPUT = {

@@ -19,18 +19,25 @@ class StepResult:
         began, denoised: earliest start and latest end over the ranks, `time.monotonic()` of this host.
         failed: request id -> message, of the first rank that reported it.
         side: encodes and decodes that were done meanwhile.
+        epoch: number of the ranks' start; those of another epoch than the plan's know nothing of its requests.
+        was_lost: the ranks had the plan and were started anew before they had carried it out.
     """
 
     began: float = 0.0
     denoised: float = 0.0
     failed: dict[int, str] = field(default_factory=dict)
     side: list[SideResult] = field(default_factory=list)
+    epoch: int = 0
+    was_lost: bool = False
 
 
-def merge_reports(reports: Sequence[StepReport], side: list[SideResult]) -> StepResult:
+def merge_reports(reports: Sequence[StepReport], epoch: int, side: list[SideResult]) -> StepResult:
     """Merge every rank's report of the same step, in rank order."""
     result = StepResult(
-        began=min(report.began for report in reports), denoised=max(report.denoised for report in reports), side=side
+        began=min(report.began for report in reports),
+        denoised=max(report.denoised for report in reports),
+        side=side,
+        epoch=epoch,
     )
     for report in reports:
         for id, message in report.failed:

@@ -1,4 +1,4 @@
-"""vLLM's executor interface over a `RankPool`: step plans and method calls out, step results back."""
+"""vLLM's executor interface over an engine's `Ranks`: step plans and method calls out, step results back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any
@@ -21,13 +21,17 @@ from vllm_cfg_plugin.compat import release_inherited_wakeup, report_failed_start
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.calibration import keep_calibration, slowest
-from vllm_cfg_plugin.engine.plan import StepReport
+from vllm_cfg_plugin.engine.plan import StepPlan, StepReport
 from vllm_cfg_plugin.engine.step_result import SideResult, StepResult, merge_reports
+from vllm_cfg_plugin.errors import RankDiedError
 from vllm_cfg_plugin.executor import channel
 from vllm_cfg_plugin.executor.lifeline import die_with_parent
-from vllm_cfg_plugin.executor.rank_pool import Frames, RankPool
+from vllm_cfg_plugin.executor.rank_pool import Frames, PendingAnswer, RankPool
+from vllm_cfg_plugin.executor.rank_processes import OwnProcesses, StartRanks
+from vllm_cfg_plugin.executor.ranks import Ranks
+from vllm_cfg_plugin.executor.restarts import RestartLimit
+from vllm_cfg_plugin.executor.template import Template
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
-from vllm_cfg_plugin.worker.loading import pipeline_for_forks
 
 _SIDE_WAIT_SECONDS = 0.002
 
@@ -38,50 +42,68 @@ class CfgExecutor(Executor):
     def _init_executor(self) -> None:
         self._failure_callback: FailureCallback | None = None
         self._calls = count()
+        self._template: Template | None = None
+        settings = EngineSettings.from_vllm_config(self.vllm_config)
         if multiprocessing.parent_process() is not None:
             # The API server started this process. Without this, killing it with -9 would leave the engine behind.
             die_with_parent()
             release_inherited_wakeup()
-            if address := EngineSettings.from_vllm_config(self.vllm_config).failed_start_address:
-                report_failed_start(address)
-        with self._weights_for_ranks():
-            self._pool = RankPool(
-                self.vllm_config, self.parallel_config.world_size, self._process_context(), _read_answer
-            )
+            if settings.failed_start_address:
+                report_failed_start(settings.failed_start_address)
+        make_pool = partial(
+            RankPool,
+            self._choose_start(settings),
+            self.parallel_config.world_size,
+            _read_answer,
+            float(settings.cfg_step_timeout),
+        )
+        try:
+            self._ranks = Ranks(make_pool, RestartLimit(settings.cfg_max_restarts))
+        except BaseException:
+            self._close_template()
+            raise
         # For the scheduler, which vLLM makes later and gives nothing but this configuration.
         keep_calibration(self.vllm_config, slowest(self.collective_rpc("calibrate")))
         # Weakly: the monitor thread must not keep an executor alive that its engine let go of.
-        self._pool.watch(partial(_call_if_alive, weakref.WeakMethod(self._notify_failure)))
+        self._ranks.watch(partial(_call_if_alive, weakref.WeakMethod(self._notify_failure)))
 
-    def _process_context(self) -> Any:
+    def _choose_start(self, settings: EngineSettings) -> StartRanks:
         """Fork on a CPU, which saves every rank the imports; elsewhere vLLM's choice: CUDA does not survive a fork."""
         if self.device_config.device_type != "cpu":
-            return get_mp_context()
-        pipeline_class(Checkpoint(self.model_config.model, self.model_config.revision))
-        return multiprocessing.get_context("fork")
-
-    def _weights_for_ranks(self) -> AbstractContextManager[None]:
-        settings = EngineSettings.from_vllm_config(self.vllm_config)
+            return partial(OwnProcesses, self.vllm_config, get_mp_context())
+        pipeline_class(Checkpoint(self.model_config.model, self.model_config.revision))  # imported once for all
         if settings.shares_weights(self.device_config.device_type):
-            return pipeline_for_forks(self.vllm_config)
-        return nullcontext()
+            self._template = Template(self.vllm_config)
+            return self._template.start_ranks
+        return partial(OwnProcesses, self.vllm_config, multiprocessing.get_context("fork"))
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         """Send the plan to every rank; the future's result is the merged `StepResult`."""
-        planned = getattr(scheduler_output, "planned", None)
-        future: Future[Any]
-        if planned is not None and not planned.plan.is_empty():
-            payload = wire.encode(planned.plan)
-            future = self._pool.send_to_all(channel.PLAN, planned.plan.step, payload, self._merge_reports)
-        elif getattr(scheduler_output, "awaits_side_work", False):
-            future = SideAnswer(self._pool)
-        else:
-            future = Future()
-            future.set_result(StepResult())
+        future = self._answer_to(scheduler_output)
         return future if non_block else future.result()
 
-    def _merge_reports(self, reports: list[StepReport]) -> StepResult:
-        return merge_reports(reports, take_side_results(self._pool))
+    def _answer_to(self, output: SchedulerOutput) -> Future[Any]:
+        ranks = self._ranks
+        epoch = getattr(output, "epoch", ranks.epoch)
+        planned = getattr(output, "planned", None)
+        with ranks.lock:
+            if epoch != ranks.epoch:
+                return _done(StepResult(epoch=ranks.epoch))
+            if planned is not None and not planned.plan.is_empty():
+                return self._send(planned.plan)
+        if getattr(output, "awaits_side_work", False):
+            return SideAnswer(ranks)
+        return _done(StepResult(epoch=epoch))
+
+    def _send(self, plan: StepPlan) -> Future[Any]:
+        ranks = self._ranks
+        merge = partial(_merge_reports, ranks.pool, ranks.epoch)
+        try:
+            pending = ranks.pool.send_to_all(channel.PLAN, plan.step, wire.encode(plan), merge)
+        except RankDiedError as error:
+            ranks.restart(error)
+            return _done(StepResult(epoch=ranks.epoch, was_lost=True))
+        return PlanAnswer(ranks, pending)
 
     def collective_rpc(
         self,
@@ -92,14 +114,25 @@ class CfgExecutor(Executor):
         non_block: bool = False,
         **_: Any,
     ) -> Any:
-        """Call a worker method by name, or a function with the worker as its first argument, on every rank."""
+        """Call a worker method by name, or a function with the worker as its first argument, on every rank.
+
+        Raises:
+            RankDiedError: the ranks were started anew meanwhile; what the call did is undone.
+        """
         number = next(self._calls)
         payload = cloudpickle.dumps((number, method, args, kwargs or {}))
-        future = self._pool.send_to_all(channel.CALL, number, payload, _merge_calls)
+        ranks = self._ranks
+        with ranks.lock:
+            try:
+                pending = ranks.pool.send_to_all(channel.CALL, number, payload, _merge_calls)
+            except RankDiedError as error:
+                ranks.restart(error)
+                raise
+            future = CallAnswer(ranks, pending)
         return future if non_block else future.result(timeout)
 
     def check_health(self) -> None:
-        self._pool.check_health()
+        self._ranks.pool.check_health()
 
     def register_failure_callback(self, callback: FailureCallback) -> None:
         self._failure_callback = callback
@@ -111,7 +144,12 @@ class CfgExecutor(Executor):
             callback()
 
     def shutdown(self) -> None:
-        self._pool.close()
+        self._ranks.close()
+        self._close_template()
+
+    def _close_template(self) -> None:
+        if self._template is not None:
+            self._template.close()
 
     # ---- what EngineCore asks of executors of language models ----
 
@@ -124,10 +162,10 @@ class CfgExecutor(Executor):
         return ("plugin",)
 
     def get_kv_cache_specs(self) -> list[dict[str, Any]]:
-        return [{} for _ in range(len(self._pool))]
+        return [{} for _ in range(self.parallel_config.world_size)]
 
     def get_supported_kv_cache_layouts(self) -> list[list[str]]:
-        return [["LBNHC"] for _ in range(len(self._pool))]
+        return [["LBNHC"] for _ in range(self.parallel_config.world_size)]
 
     def set_kv_cache_layout(self, *layout: Any) -> None:
         """There is no KV cache."""
@@ -151,19 +189,64 @@ def _call_if_alive(method: weakref.WeakMethod[Callable[[], None]]) -> None:
         alive()
 
 
+class PlanAnswer(Future[StepResult]):
+    """The reports on a plan; if the ranks were started anew before they came, that alone."""
+
+    def __init__(self, ranks: Ranks, pending: PendingAnswer) -> None:
+        super().__init__()
+        self._ranks = ranks
+        self._pending = pending
+        self._epoch = ranks.epoch
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        merged: StepResult | None = self._ranks.answer(self._pending, self._epoch, timeout)
+        return merged or StepResult(epoch=self._ranks.epoch, was_lost=True)
+
+
+class CallAnswer(PlanAnswer):
+    """The answers to a method call."""
+
+    def result(self, timeout: float | None = None) -> Any:
+        answers = self._ranks.answer(self._pending, self._epoch, timeout)
+        if answers is None:
+            raise RankDiedError("the cfg ranks were started anew during the call: what it did is undone; call it again")
+        return answers
+
+
 class SideAnswer(Future[StepResult]):
     """The next side reports; empty after a moment, because a new request must not wait for a long decode to end."""
 
-    def __init__(self, pool: RankPool) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         super().__init__()
-        self._pool = pool
+        self._ranks = ranks
+        self._epoch = ranks.epoch
 
     def result(self, timeout: float | None = None) -> StepResult:
+        ranks = self._ranks
+        with ranks.lock:
+            if self._epoch == ranks.epoch:
+                try:
+                    return StepResult(epoch=self._epoch, side=self._wait(ranks.pool))
+                except RankDiedError as error:
+                    ranks.restart(error)
+            return StepResult(epoch=ranks.epoch, was_lost=True)
+
+    def _wait(self, pool: RankPool) -> list[SideResult]:
         # While an answer to a plan is due, the engine waits for that one, and side reports come with it.
-        if not self._pool.side_messages and not self._pool.has_pending:
+        if not pool.side_messages and not pool.has_pending:
             with suppress(TimeoutError):
-                self._pool.pump(_SIDE_WAIT_SECONDS)
-        return StepResult(side=take_side_results(self._pool))
+                pool.pump(_SIDE_WAIT_SECONDS)
+        return take_side_results(pool)
+
+
+def _done(result: StepResult) -> Future[StepResult]:
+    future: Future[StepResult] = Future()
+    future.set_result(result)
+    return future
+
+
+def _merge_reports(pool: RankPool, epoch: int, reports: list[StepReport]) -> StepResult:
+    return merge_reports(reports, epoch, take_side_results(pool))
 
 
 def take_side_results(pool: RankPool) -> list[SideResult]:

@@ -1,34 +1,25 @@
-"""The worker processes and the messages to and from them.
+"""The running ranks of one start, and the messages to and from them.
 
 A ROUTER socket here, a DEALER in every rank. Messages are sent as soon as they are made and ranks take them in order,
-so a rank finds its next plan waiting. One thread uses a pool, the engine's: a pending answer's `result()` pumps it.
+so a rank finds its next plan waiting. One thread at a time uses a pool: a pending answer's `result()` pumps it.
 """
 
 from __future__ import annotations
 
-import multiprocessing.connection
 import os
-import threading
 import time
 import uuid
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import zmq
 from vllm.utils.network_utils import get_distributed_init_method, get_loopback_ip, get_open_port
 
 from vllm_cfg_plugin.errors import ConfigurationError, RankDiedError
 from vllm_cfg_plugin.executor import channel
-from vllm_cfg_plugin.executor.process import run_worker
-from vllm_cfg_plugin.logs import get_logger
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-logger = get_logger(__name__)
+from vllm_cfg_plugin.executor.rank_processes import Meeting, StartRanks
 
 _SHUTDOWN_SECONDS = 5.0
 
@@ -41,59 +32,61 @@ class RankPool:
     """`ranks` running worker processes.
 
     Args:
-        context: multiprocessing context that makes the processes.
+        start_ranks: makes the processes.
         read_answer: what a rank's message answers.
+        answer_seconds: a rank that owes an answer and sends nothing for so long counts as dead.
 
     Attributes:
+        processes: of the ranks.
         side_messages: the frames of messages that answer nothing, for the owner to take.
+        heard: `time.monotonic()` of the last message.
 
     Raises:
         ConfigurationError: a rank could not start; says why.
+        RankDiedError: the process of a rank ended while it started.
     """
 
-    def __init__(self, vllm_config: VllmConfig, ranks: int, context: Any, read_answer: ReadAnswer) -> None:
+    def __init__(self, start_ranks: StartRanks, ranks: int, read_answer: ReadAnswer, answer_seconds: float) -> None:
+        self._ranks = ranks
         self._read_answer = read_answer
+        self._answer_seconds = answer_seconds
         self._pending: dict[tuple[bytes, int], PendingAnswer] = {}
         self.side_messages: list[Frames] = []
-        self._closing = threading.Event()
-        self._processes: list[BaseProcess] = []
-        # Also when the engine ends without calling close().
-        self._finalizer = weakref.finalize(self, _end_processes, self._closing, self._processes)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._poller = zmq.Poller()
+        address = f"ipc://@vllm-cfg-{os.getpid()}-{uuid.uuid4().hex}"  # abstract: leaves no file behind
+        self._socket.bind(address)
+        init_method = get_distributed_init_method(get_loopback_ip(), get_open_port())
         try:
-            self._start(vllm_config, ranks, context)
+            self.processes = start_ranks(Meeting(ranks, address, init_method))
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        # Also when the engine ends without calling close().
+        self._finalizer = weakref.finalize(self, self.processes.end, _SHUTDOWN_SECONDS)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        for sentinel in self.processes.sentinels:
+            self._poller.register(sentinel, zmq.POLLIN)
+        try:
             self._wait_until_ready()
         except BaseException:
-            self.close()
+            self.kill()
             raise
+        self.heard = time.monotonic()
 
     def __len__(self) -> int:
-        return len(self._processes)
+        return self._ranks
 
     @property
     def has_pending(self) -> bool:
         """Whether the ranks still owe an answer."""
         return bool(self._pending)
 
-    def _start(self, vllm_config: VllmConfig, ranks: int, context: Any) -> None:
-        address = f"ipc://@vllm-cfg-{os.getpid()}-{uuid.uuid4().hex}"  # abstract: leaves no file behind
-        self._socket.bind(address)
-        self._poller.register(self._socket, zmq.POLLIN)
-        init_method = get_distributed_init_method(get_loopback_ip(), get_open_port())
-        for rank in range(ranks):
-            process = context.Process(
-                target=run_worker, args=(vllm_config, rank, address, init_method), name=f"cfg-rank-{rank}", daemon=True
-            )
-            process.start()
-            self._processes.append(process)
-            self._poller.register(process.sentinel, zmq.POLLIN)
-
     def _wait_until_ready(self) -> None:
-        waiting = set(range(len(self._processes)))
+        waiting = set(range(self._ranks))
         while waiting:
             rank, (kind, payload, *_) = self._receive(None)
             if kind == channel.FAILED:
@@ -106,8 +99,10 @@ class RankPool:
         Raises:
             RankDiedError: a rank can't be reached.
         """
-        pending = self._pending[kind, number] = PendingAnswer(self, len(self._processes), merge)
-        for rank in range(len(self._processes)):
+        if not self._pending:
+            self.heard = time.monotonic()  # nothing was due until now
+        pending = self._pending[kind, number] = PendingAnswer(self, self._ranks, merge)
+        for rank in range(self._ranks):
             try:
                 self._socket.send_multipart([channel.identity(rank), kind, payload])
             except zmq.ZMQError as error:
@@ -117,6 +112,7 @@ class RankPool:
     def pump(self, timeout: float | None) -> None:
         """Receive one message and hand it to the answer that waits for it; see `_receive` for the errors."""
         rank, (kind, *frames) = self._receive(timeout)
+        self.heard = time.monotonic()
         if kind == channel.SIDE:
             self.side_messages.append(frames)
             return
@@ -141,30 +137,51 @@ class RankPool:
             elif timeout is not None:
                 raise TimeoutError(f"no answer from the cfg ranks within {timeout} s")
 
+    def wait_for_answer(self, deadline: float | None) -> None:
+        """Pump once, for an answer that is due.
+
+        Args:
+            deadline: of the caller, `time.monotonic()`.
+
+        Raises:
+            RankDiedError: a rank's process ended, or no rank has sent anything for `answer_seconds`.
+            TimeoutError: the deadline has passed.
+        """
+        silent_at = self.heard + self._answer_seconds
+        until = silent_at if deadline is None else min(silent_at, deadline)
+        try:
+            self.pump(max(0.0, until - time.monotonic()))
+        except TimeoutError as error:
+            if until != silent_at:
+                raise
+            raise RankDiedError(
+                f"the cfg ranks owe an answer and have sent nothing for {self._answer_seconds:g} s "
+                "(--cfg-step-timeout): one of them hangs"
+            ) from error
+
     def check_health(self) -> None:
         """Raises RankDiedError if the process of a rank has ended."""
-        for rank, process in enumerate(self._processes):
-            if process.exitcode is not None:
-                raise RankDiedError(
-                    f"the process of cfg rank {rank} (pid {process.pid}) ended with code {process.exitcode}"
-                )
-
-    def watch(self, on_death: Callable[[], None]) -> None:
-        """Call `on_death` from a thread when a rank dies: an idle engine doesn't pump, and must still notice."""
-        threading.Thread(
-            target=_watch, args=(list(self._processes), self._closing, on_death), daemon=True, name="cfg-rank-monitor"
-        ).start()
+        if ended := self.processes.why_ended():
+            raise RankDiedError(ended)
 
     def close(self) -> None:
         """Ask the ranks to stop, then make them; safe to call again."""
-        if self._finalizer.detach() is None:
-            return
-        for rank in range(len(self._processes)):
-            try:
-                self._socket.send_multipart([channel.identity(rank), channel.STOP, b""], zmq.NOBLOCK)
-            except zmq.ZMQError:
-                continue  # it never connected, or is gone already
-        _end_processes(self._closing, self._processes)
+        if self._finalizer.alive:
+            for rank in range(self._ranks):
+                try:
+                    self._socket.send_multipart([channel.identity(rank), channel.STOP, b""], zmq.NOBLOCK)
+                except zmq.ZMQError:
+                    continue  # it never connected, or is gone already
+            self._end(_SHUTDOWN_SECONDS)
+
+    def kill(self) -> None:
+        """End the ranks at once; safe to call again."""
+        if self._finalizer.alive:
+            self._end(0.0)
+
+    def _end(self, grace: float) -> None:
+        self._finalizer.detach()
+        self.processes.end(grace)
         self._context.destroy(linger=0)
 
 
@@ -192,27 +209,5 @@ class PendingAnswer(Future[Any]):
     def result(self, timeout: float | None = None) -> Any:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.done():
-            self._pool.pump(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            self._pool.wait_for_answer(deadline)
         return super().result()
-
-
-def _watch(processes: list[BaseProcess], closing: threading.Event, on_death: Callable[[], None]) -> None:
-    ended = multiprocessing.connection.wait([process.sentinel for process in processes])
-    if closing.is_set():
-        return
-    for rank, process in enumerate(processes):
-        if process.sentinel in ended:
-            process.join()  # its exit code comes a moment after its sentinel
-            logger.error("The process of cfg rank %d (pid %s) ended with code %s", rank, process.pid, process.exitcode)
-    on_death()
-
-
-def _end_processes(closing: threading.Event, processes: list[BaseProcess]) -> None:
-    closing.set()
-    deadline = time.monotonic() + _SHUTDOWN_SECONDS
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-            process.join()
