@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ from vllm_cfg_plugin.errors import ConfigurationError, one_line
 
 _APOSTROPHE = "\ue000"  # of Unicode's private use: no text has it
 _CAUSE_MS = 2000  # the engine's process has ended by then, so what it sent is here or never was
+_engine_clients: list[Any] = []
 _OUTPUT_THREAD_END_S = 10  # it has nothing left to do; should it hang, closing must not
 
 
@@ -126,6 +127,26 @@ def end_output_thread(client: Any) -> None:
     thread.join(_OUTPUT_THREAD_END_S)
     while not client.outputs_queue.empty():  # unread images must not be freed by a daemon thread that shares the queue
         client.outputs_queue.get_nowait()
+
+
+def note_engine_client(client: Any) -> None:
+    """Have `failing_if_engine_died` look at an API server's engine client."""
+    _engine_clients.append(client)
+
+
+def failing_if_engine_died(run: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`run`, a subcommand of `vllm`, ending in exit code 1 when the engine of its server has died.
+
+    Symptom: `vllm serve` ends with code 0 then, and a supervisor that restarts what failed does not. Cause: the server
+    is stopped as if by a signal. Exit condition: vLLM raises.
+    """
+
+    def run_and_look(args: Any) -> None:
+        run(args)
+        if any(client.engine_core.resources.engine_dead for client in _engine_clients):
+            raise SystemExit("the engine died; see its log above")
+
+    return run_and_look
 
 
 def report_failed_start(address: str) -> None:

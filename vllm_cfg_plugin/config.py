@@ -98,6 +98,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         variant: of the names of the model's weight files, as in `model.fp16.safetensors`; "" for those without one.
         progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
         failed_start_address: likewise, for why the engine could not start.
+        health_address: where engines can be asked whether their ranks serve, before the number of each.
     """
 
     cfg_parallel_size: int = 1
@@ -115,6 +116,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     variant: str = ""
     progress_address: str = ""
     failed_start_address: str = ""
+    health_address: str = ""
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings:

@@ -1,4 +1,4 @@
-"""vLLM's endpoint plugin: the images and the videos routes in its OpenAI server."""
+"""vLLM's endpoint plugin: the images, the videos and the health routes in its OpenAI server."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.datastructures import State
 
+from vllm_cfg_plugin.compat import note_engine_client
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, unpredicted_on_error
+from vllm_cfg_plugin.entrypoints.health import health_addresses, replace_health_route
 from vllm_cfg_plugin.entrypoints.images import routes as images
 from vllm_cfg_plugin.entrypoints.images.service import ImagesService
 from vllm_cfg_plugin.entrypoints.input_budget import InputBudget
@@ -32,6 +34,7 @@ class DiffusionEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(images.router)
         app.include_router(videos.router)
+        replace_health_route(app)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         if engine_client is None:  # vLLM's render server, which `required_tasks` keeps us out of
@@ -45,6 +48,8 @@ class DiffusionEndpointPlugin:
             front_end = front_end.with_cost(await engine_client.collective_rpc("calibrate"))
         calls = EngineCalls(engine_client, lambda: _is_stopping(state))
         state.engine_calls = calls
+        note_engine_client(engine_client)
+        state.health_addresses = health_addresses(engine_client.vllm_config)
         state.max_upload_bytes = front_end.limits.max_upload_bytes
         state.input_budget = InputBudget(front_end.limits.max_input_bytes_in_flight)
         state.images_service = ImagesService(calls, front_end, names)

@@ -25,6 +25,7 @@ from vllm_cfg_plugin.engine.plan import StepPlan, StepReport
 from vllm_cfg_plugin.engine.step_result import SideResult, StepResult, merge_reports
 from vllm_cfg_plugin.errors import RankDiedError
 from vllm_cfg_plugin.executor import channel
+from vllm_cfg_plugin.executor.health import address_of, answer_health
 from vllm_cfg_plugin.executor.lifeline import die_with_parent
 from vllm_cfg_plugin.executor.rank_pool import Frames, PendingAnswer, RankPool
 from vllm_cfg_plugin.executor.rank_processes import OwnProcesses, StartRanks
@@ -58,10 +59,13 @@ class CfgExecutor(Executor):
             float(settings.cfg_step_timeout),
         )
         try:
-            self._ranks = Ranks(make_pool, RestartLimit(settings.cfg_max_restarts))
+            self._ranks = ranks = Ranks(make_pool, RestartLimit(settings.cfg_max_restarts))
         except BaseException:
             self._close_template()
             raise
+        if settings.health_address:
+            address = address_of(settings.health_address, self.parallel_config.data_parallel_index)
+            answer_health(address, lambda: not ranks.is_restarting)
         # For the scheduler, which vLLM makes later and gives nothing but this configuration.
         keep_calibration(self.vllm_config, slowest(self.collective_rpc("calibrate")))
         # Weakly: the monitor thread must not keep an executor alive that its engine let go of.

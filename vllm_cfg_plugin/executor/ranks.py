@@ -8,8 +8,10 @@ another.
 from __future__ import annotations
 
 import multiprocessing.connection
+import multiprocessing.util
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ from vllm_cfg_plugin.logs import get_logger
 
 logger = get_logger(__name__)
 
-_IDLE_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 1.0  # sentinels are other ones after a restart
 
 
 class Ranks:
@@ -45,8 +47,11 @@ class Ranks:
         self._limit = limit
         self.epoch = 0
         self.lock = threading.RLock()
-        self._closing = threading.Event()
         self.is_restarting = False
+        self._closing = threading.Event()
+        # Also when the engine's process ends without a call of close(): multiprocessing then ends its children, and
+        # nobody must start them anew.
+        multiprocessing.util.Finalize(self, self._closing.set, exitpriority=1)
         self.pool = make_pool()
 
     def answer(self, pending: PendingAnswer, epoch: int, timeout: float | None = None) -> Any:
@@ -90,31 +95,23 @@ class Ranks:
 
     def watch(self, on_failure: Callable[[], None]) -> None:
         """Restart ranks that die while the engine is idle, from a thread; `on_failure` if they can't be."""
-        threading.Thread(target=self._watch, args=(on_failure,), daemon=True, name="cfg-rank-monitor").start()
+        arguments = (weakref.ref(self), self._closing, on_failure)
+        threading.Thread(target=_watch, args=arguments, daemon=True, name="cfg-rank-monitor").start()
 
-    def _watch(self, on_failure: Callable[[], None]) -> None:
-        while not self._closing.is_set():
-            multiprocessing.connection.wait(self.pool.processes.sentinels, _IDLE_LOOK_SECONDS)
-            # While the engine's thread waits for the ranks it has the lock, and notices by itself.
-            with self.lock:
-                if self._closing.is_set():
-                    return
-                try:
+    def are_well(self) -> bool:
+        """Have dead ranks started anew; False if they can't be."""
+        # While the engine's thread waits for ranks it has the lock, and notices their death by itself.
+        with self.lock:
+            try:
+                if not self._closing.is_set():
                     self.pool.check_health()
-                    continue
-                except RankDiedError as error:
-                    failed = self._try_restart(error)
-            if failed:
-                on_failure()
-                return
-
-    def _try_restart(self, why: RankDiedError) -> bool:
-        try:
-            self.restart(why)
-        except (RankDiedError, ConfigurationError) as error:
-            logger.error("%s", _sentence(error))
-            return True
-        return False
+            except RankDiedError as death:
+                try:
+                    self.restart(death)
+                except (RankDiedError, ConfigurationError) as error:
+                    logger.error("%s", _sentence(error))
+                    return False
+        return True
 
     def close(self) -> None:
         self._closing.set()
@@ -125,3 +122,18 @@ class Ranks:
 def _sentence(error: Exception) -> str:
     text = str(error)
     return text[:1].upper() + text[1:]
+
+
+def _watch(watched: weakref.ref[Ranks], closing: threading.Event, on_failure: Callable[[], None]) -> None:
+    while not closing.is_set():
+        ranks = watched()
+        if ranks is None:
+            return
+        sentinels = ranks.pool.processes.sentinels
+        del ranks  # this thread must not keep them alive
+        multiprocessing.connection.wait(sentinels, _LOOK_SECONDS)
+        ranks = watched()
+        if ranks is not None and not ranks.are_well():
+            on_failure()
+            return
+        del ranks
