@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.compat import failing_if_engine_died
+from vllm_cfg_plugin.compat import run_and_fail_if_engine_died
 from vllm_cfg_plugin.config import LEAST_VALUES, EngineSettings, check_options, new_address, with_our_defaults
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
@@ -180,7 +180,7 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
         addresses = {f"{purpose}_address": new_address(purpose) for purpose in ("progress", "health")}
         namespace.additional_config = {**addresses, **settings}
         if hasattr(namespace, "dispatch_function"):  # of the `vllm` command
-            namespace.dispatch_function = failing_if_engine_died(namespace.dispatch_function)
+            namespace.dispatch_function = partial(run_and_fail_if_engine_died, namespace.dispatch_function)
         # vLLM loads routes of plugins only if they are named there; nothing was imported through it yet.
         os.environ.setdefault("VLLM_PLUGINS", all_plugin_names())
     return is_diffusion

@@ -29,7 +29,8 @@ from vllm_cfg_plugin.errors import ConfigurationError, one_line
 
 _APOSTROPHE = "\ue000"  # of Unicode's private use: no text has it
 _CAUSE_MS = 2000  # the engine's process has ended by then, so what it sent is here or never was
-_engine_clients: list[Any] = []
+_engine_managers: list[Any] = []
+_deaths: list[str] = []
 _OUTPUT_THREAD_END_S = 10  # it has nothing left to do; should it hang, closing must not
 
 
@@ -130,23 +131,28 @@ def end_output_thread(client: Any) -> None:
 
 
 def note_engine_client(client: Any) -> None:
-    """Have `failing_if_engine_died` look at an API server's engine client."""
-    _engine_clients.append(client)
+    """Have `run_and_fail_if_engine_died` know of an API server's engine client, an `AsyncLLM`."""
+    manager = client.engine_core.resources.engine_manager
+    if manager is None:  # whose engines another process watches
+        return
+
+    def note_death(_: object) -> None:
+        if not manager.manager_stopped.is_set():
+            _deaths.append("reported by itself")
+
+    _engine_managers.append(manager)
+    client.output_handler.add_done_callback(note_death)
 
 
-def failing_if_engine_died(run: Callable[[Any], None]) -> Callable[[Any], None]:
-    """`run`, a subcommand of `vllm`, ending in exit code 1 when the engine of its server has died.
+def run_and_fail_if_engine_died(run: Callable[[Any], None], args: Any) -> None:
+    """Run a subcommand of `vllm`, and end in exit code 1 when the engine of its server has died.
 
     Symptom: `vllm serve` ends with code 0 then, and a supervisor that restarts what failed does not. Cause: the server
     is stopped as if by a signal. Exit condition: vLLM raises.
     """
-
-    def run_and_look(args: Any) -> None:
-        run(args)
-        if any(client.engine_core.resources.engine_dead for client in _engine_clients):
-            raise SystemExit("the engine died; see its log above")
-
-    return run_and_look
+    run(args)
+    if _deaths or any(manager.failed_proc_name for manager in _engine_managers):
+        raise SystemExit("the engine died; the log says why")
 
 
 def report_failed_start(address: str) -> None:
