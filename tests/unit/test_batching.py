@@ -253,3 +253,70 @@ def test_a_request_takes_no_step_before_all_ranks_have_its_noise():
     assert not batch.next_plan().plan.assign, "no rank may wait for one that knows no shape to exchange"
     batch.take_out(request)
     assert batch.next_plan().plan.retire == [0]
+
+
+def finish_all(batch, ranks, steps=200):
+    """Play until everybody is done; returns the ids in the order in which they end."""
+    ended = []
+    for _ in range(steps):
+        for request in run_plan(batch, ranks)[1]:
+            batch.finish(request)
+            ended.append(request.id)
+        if not len(batch):
+            return ended
+    raise AssertionError("requests are left after so many steps")
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(trace=traces, ranks=st.integers(1, 4), delay=st.integers(0, 3), deaths=st.lists(st.integers(0, 40), max_size=4))
+def test_whenever_ranks_start_anew_all_requests_take_all_their_steps_on_the_new_ones(trace, ranks, delay, deaths):
+    batch = StepBatch(ranks, 6, 500, UNCALIBRATED)
+    played, ended = PlayedRanks(ranks, delay), []
+    for number, (_, spec) in enumerate(trace):
+        batch.add(str(number), 0, spec)
+    for step in range(max(deaths, default=0) + 1):
+        if step in deaths:
+            assert batch.start_over(has_killed=False) == []
+            assert not batch.awaits_side_work
+            played = PlayedRanks(ranks, delay)  # which know nothing, and fail the test if they are asked for more
+        for request in run_plan(batch, played)[1]:
+            batch.finish(request)
+            ended.append(request.id)
+    ended += finish_all(batch, played) if len(batch) else []
+    assert sorted(ended) == list(range(len(trace)))
+    assert not played.requests
+
+
+def test_what_the_ranks_knew_waits_before_all_others_in_its_old_order():
+    batch, ranks = StepBatch(2, 2, 10**6, UNCALIBRATED), PlayedRanks(2)
+    for number in range(4):
+        batch.add(str(number), 0, toy_request(steps=5))
+    for _ in range(3):
+        run_plan(batch, ranks)
+    aborted = batch.named("0")
+    batch.take_out(aborted)
+    batch.start_over(has_killed=True)
+    plan = batch.next_plan().plan
+    assert [admission.id for admission in plan.admit] == [1, 2]
+    assert plan.retire == [], "the new ranks never heard of what was aborted"
+    assert [batch.named(name).deaths for name in "123"] == [1, 0, 0], "who waited has killed nobody"
+
+
+def test_requests_that_ranks_died_of_twice_are_tried_alone_and_the_one_that_kills_again_is_named():
+    batch = StepBatch(2, 8, 10**6, UNCALIBRATED)
+    for number in range(3):
+        batch.add(str(number), 0, toy_request(steps=5))
+    for _ in range(2):
+        assert len(batch.next_plan().admitted) == 3
+        assert batch.start_over(has_killed=True) == []
+    batch.add("later", 0, toy_request(steps=5))
+    ranks = PlayedRanks(2)
+    while not batch.preparing or 1 not in batch.preparing:
+        _, decoded = run_plan(batch, ranks)
+        assert len(ranks.requests) <= 1, "nobody is beside one of them"
+        for request in decoded:
+            batch.finish(request)
+    (killer,) = batch.start_over(has_killed=True)
+    assert killer.id == 1
+    batch.take_out(killer)
+    assert finish_all(batch, PlayedRanks(2)) == [2, 3]

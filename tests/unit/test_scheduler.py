@@ -303,3 +303,45 @@ def test_has_request_knows_waiting_and_running_requests_until_they_leave():
     scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
     assert not scheduler.has_request("a")
     assert not scheduler.has_request("never seen")
+
+
+def lose(scheduler, output, epoch):
+    """Report that ranks died over a plan, and were started for the `epoch`th time."""
+    by_client = scheduler.update_from_output(output, StepResult(epoch=epoch, was_lost=True))
+    return [out for message in by_client.values() for out in message.outputs]
+
+
+def test_plans_that_the_ranks_lost_are_made_again_once():
+    """Two plans were under way when a rank died; both are answered with the start that came after them."""
+    scheduler = make_scheduler()
+    for name in "ab":
+        scheduler.add_request(vllm_request(name, toy_request(steps=3)))
+    encoded(scheduler)
+    lost = [scheduler.schedule(), scheduler.schedule()]
+    assert lost[0].planned.plan.advance
+    assert lose(scheduler, lost[0], epoch=1) == []
+    again = scheduler.schedule()
+    assert (again.epoch, [admission.id for admission in again.planned.plan.admit]) == (1, [0, 1])
+    assert lose(scheduler, lost[1], epoch=1) == []
+    assert scheduler.schedule().planned.plan.is_empty(), "the second one is no further death"
+    result = perfect_ranks(again)
+    result.epoch = 1
+    scheduler.update_from_output(again, result)
+    assert running_ids(scheduler.schedule()) == [0, 1]
+
+
+def test_a_plan_that_came_too_late_for_its_ranks_blames_nobody():
+    scheduler = make_scheduler()
+    scheduler.add_request(vllm_request("a", toy_request()))
+    scheduler.update_from_output(scheduler.schedule(), StepResult(epoch=1))  # the ranks had been started anew
+    assert scheduler.batch.named("a").deaths == 0
+
+
+def test_a_request_that_the_ranks_died_of_alone_is_answered_with_that():
+    scheduler = make_scheduler()
+    scheduler.add_request(vllm_request("a", toy_request()))
+    for epoch in (1, 2):
+        assert lose(scheduler, scheduler.schedule(), epoch) == []
+    (output,) = lose(scheduler, scheduler.schedule(), epoch=3)
+    assert "died 3 times while they worked on it" in unpack_result(output.pooling_output)[0].error
+    assert not scheduler.has_requests()
