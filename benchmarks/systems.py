@@ -36,7 +36,7 @@ class Servers:
         url = min(self._in_flight, key=lambda url: self._in_flight[url])
         self._in_flight[url] += 1
         try:
-            async with self._session.post(f"{url}/v1/images/generations", json=_body(job)) as response:
+            async with self._session.post(f"{url}/v1/images/generations", json=request_body(job)) as response:
                 answer = await response.read()
                 if response.status != 200:
                     raise RuntimeError(f"{url} answered {response.status}: {answer.decode()}")
@@ -44,7 +44,7 @@ class Servers:
             self._in_flight[url] -= 1
 
 
-def _body(job: Job) -> dict[str, str | int | float | None]:
+def request_body(job: Job) -> dict[str, str | int | float | None]:
     return {
         "prompt": job.prompt,
         "size": f"{job.side}x{job.side}",

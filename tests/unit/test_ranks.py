@@ -103,6 +103,16 @@ def test_the_error_after_too_many_restarts_names_the_cause_and_the_setting():
     assert ranks.is_restarting, "nobody can be served any more"
 
 
+def test_deaths_of_a_request_that_is_tried_alone_do_not_count():
+    ranks = make_ranks(most=0)
+    ranks.is_trial = True
+    ranks.restart(RankDiedError("gone"))
+    assert ranks.epoch == 1
+    ranks.is_trial = False
+    with pytest.raises(RankDiedError):
+        ranks.restart(RankDiedError("gone"))
+
+
 def test_the_limit_forgets_what_is_ten_minutes_ago():
     now = [0.0]
     limit = RestartLimit(2, clock=lambda: now[0])
@@ -159,7 +169,6 @@ def test_the_watching_thread_keeps_nothing_alive():
     ranks.watch(lambda: None)
     gone = threading.Event()
     weakref.finalize(ranks, gone.set)
-    ranks.pool.die  # noqa: B018
     del ranks
     gc.collect()
     assert gone.wait(10)

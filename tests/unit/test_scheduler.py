@@ -345,3 +345,13 @@ def test_a_request_that_the_ranks_died_of_alone_is_answered_with_that():
     (output,) = lose(scheduler, scheduler.schedule(), epoch=3)
     assert "died 3 times while they worked on it" in unpack_result(output.pooling_output)[0].error
     assert not scheduler.has_requests()
+
+
+def test_the_executor_is_told_when_ranks_may_die_of_a_request():
+    scheduler = make_scheduler()
+    for name in "ab":
+        scheduler.add_request(vllm_request(name, toy_request()))
+    for epoch in (1, 2):
+        assert not scheduler.schedule().is_trial
+        lose(scheduler, scheduler.schedule(), epoch)
+    assert scheduler.schedule().is_trial

@@ -17,7 +17,7 @@ from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.placement import Placement
 from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, SideReport, StepPlan
 from vllm_cfg_plugin.engine.planner import rank_loads
-from vllm_cfg_plugin.engine.request import DEATHS_OF_A_SUSPECT, ScheduledRequest, check_plannable
+from vllm_cfg_plugin.engine.request import ScheduledRequest, check_plannable
 from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -138,16 +138,23 @@ class StepBatch:
             has_killed: it may be one of these requests that the old ranks died of.
 
         Returns:
-            Requests that the ranks died of when they knew nothing else.
+            Requests that the ranks surely died of.
         """
         known = sorted(self._known.values(), key=lambda request: request.id)
-        was_alone = len(known) == 1
         for request in known:
             request.start_over()
-            request.deaths += has_killed
+            if has_killed and len(known) == 1:
+                request.deaths_alone += 1
+            elif has_killed:
+                request.deaths += 1
         self.waiting.put_back(known)
         self._meet_ranks()
-        return [request for request in known if was_alone and request.deaths > DEATHS_OF_A_SUSPECT]
+        return [request for request in known if request.kills_ranks]
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether the ranks know a suspect, and so nobody else."""
+        return any(request.is_suspect for request in self._known.values())
 
     # ---- plans ----
 
@@ -209,7 +216,7 @@ class StepBatch:
         One that is larger than the token budget by itself does not count against it, but no rank has two of them.
         So it need not wait until nobody runs, and it keeps no smaller ones out.
         """
-        if not self._may_admit or not self.waiting or any(request.is_suspect for request in self._known.values()):
+        if not self._may_admit or not self.waiting:
             return []
         members = [*self.preparing.values(), *self.running.values()]
         loads = _loads(members, self._ranks, lambda request: request.costs)
@@ -242,9 +249,7 @@ class StepBatch:
 
     def _may_share(self, newcomer: ScheduledRequest) -> bool:
         """A request that the ranks may have died of shares them with nobody."""
-        if newcomer.is_suspect:
-            return not self._known
-        return not any(request.is_suspect for request in self._known.values())
+        return not self._known if newcomer.is_suspect else not self.is_trial
 
     def _start_preparing(self, request: ScheduledRequest) -> None:
         request.admitted = self._clock()

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreEvent
 
 
-DEATHS_OF_A_SUSPECT = 2
+_DEATHS_OF_A_SUSPECT = 2
+_DEATHS_ALONE = 2
 
 
 @dataclass(eq=False)
@@ -28,7 +29,7 @@ class ScheduledRequest:
         arrived, admitted, began, denoised: seconds of the engine's clock.
         encode_ms: milliseconds of the text that took longest.
         overtaken: requests that came later and were admitted earlier.
-        deaths: how often ranks died while they knew it.
+        deaths, deaths_alone: how often ranks died while they knew it, beside others and nobody else.
         is_oversized: it alone gives some rank more tokens than the budget.
         owners: cfg rank that forwards each branch, or will once it steps.
         assigned: the owners that the ranks were told last.
@@ -51,6 +52,7 @@ class ScheduledRequest:
     encode_ms: float = 0.0
     overtaken: int = 0
     deaths: int = 0
+    deaths_alone: int = 0
     is_oversized: bool = False
     owners: tuple[int, ...] = ()
     assigned: tuple[int, ...] = ()
@@ -71,7 +73,12 @@ class ScheduledRequest:
     @property
     def is_suspect(self) -> bool:
         """Whether it may be what kills the ranks: it is tried alone then."""
-        return self.deaths >= DEATHS_OF_A_SUSPECT
+        return self.deaths + self.deaths_alone >= _DEATHS_OF_A_SUSPECT
+
+    @property
+    def kills_ranks(self) -> bool:
+        """Whether it surely does: tried alone, it may be hit by accident once."""
+        return self.deaths + self.deaths_alone > _DEATHS_OF_A_SUSPECT and self.deaths_alone >= _DEATHS_ALONE
 
     @cached_property
     def branch_tokens(self) -> tuple[int, ...]:

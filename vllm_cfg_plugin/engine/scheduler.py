@@ -43,11 +43,13 @@ class StepSchedulerOutput(SchedulerOutput):
         planned: the plan for the ranks, which may be empty.
         awaits_side_work: there is nothing to tell the ranks, but an encode or decode to wait for.
         epoch: of the ranks that the plan is for.
+        is_trial: it is known what they may die of.
     """
 
     planned: PlannedStep | None = None
     awaits_side_work: bool = False
     epoch: int = 0
+    is_trial: bool = False
 
 
 class StepScheduler(SchedulerInterface):
@@ -122,7 +124,16 @@ class StepScheduler(SchedulerInterface):
         if self._log_stats:
             for request in planned.admitted:
                 request.events.append(EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, request.admitted))
-        return _with_plan(planned, planned.plan.is_empty() and self.batch.awaits_side_work, self._epoch)
+        is_empty = planned.plan.is_empty()
+        awaits_side_work = is_empty and self.batch.awaits_side_work
+        return StepSchedulerOutput(
+            # vLLM counts an output without tokens as no step, and then sleeps for a millisecond.
+            **_EMPTY_OUTPUT | {"total_num_scheduled_tokens": int(awaits_side_work or not is_empty)},
+            planned=planned,
+            awaits_side_work=awaits_side_work,
+            epoch=self._epoch,
+            is_trial=self.batch.is_trial,
+        )
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
@@ -153,7 +164,9 @@ class StepScheduler(SchedulerInterface):
         outputs: list[ClientOutput] = []
         for request in self.batch.start_over(has_killed=result.was_lost):
             outputs += self._failed(
-                request, f"the cfg ranks died {request.deaths} times while they worked on it, at last on it alone"
+                request,
+                f"the cfg ranks died {request.deaths + request.deaths_alone} times while they worked on it, "
+                f"{request.deaths_alone} times on nothing else",
             )
         return outputs
 
@@ -253,13 +266,6 @@ class StepScheduler(SchedulerInterface):
     def shutdown(self) -> None:
         if self._progress is not None:
             self._progress.close()
-
-
-def _with_plan(planned: PlannedStep, awaits_side_work: bool, epoch: int) -> StepSchedulerOutput:
-    """vLLM counts an output without tokens as no step, and then sleeps for a millisecond."""
-    has_work = awaits_side_work or not planned.plan.is_empty()
-    fields = _EMPTY_OUTPUT | {"total_num_scheduled_tokens": int(has_work)}
-    return StepSchedulerOutput(**fields, planned=planned, awaits_side_work=awaits_side_work, epoch=epoch)
 
 
 _EMPTY_OUTPUT = {

@@ -91,6 +91,7 @@ class CfgExecutor(Executor):
         epoch = getattr(output, "epoch", ranks.epoch)
         planned = getattr(output, "planned", None)
         with ranks.lock:
+            ranks.is_trial = getattr(output, "is_trial", False)
             if epoch != ranks.epoch:
                 return _done(StepResult(epoch=ranks.epoch))
             if planned is not None and not planned.plan.is_empty():

@@ -35,6 +35,7 @@ class Ranks:
     Attributes:
         pool: of the present epoch.
         epoch: 0 for the first start.
+        is_trial: they work on a request that they may die of; that is no reason for the engine to give up.
         lock: held by whoever uses the pool, the engine's thread or the one that watches; it may be taken again by the
             thread that has it.
 
@@ -47,6 +48,7 @@ class Ranks:
         self._limit = limit
         self.epoch = 0
         self.lock = threading.RLock()
+        self.is_trial = False
         self.is_restarting = False
         self._closing = threading.Event()
         # Also when the engine's process ends without a call of close(): multiprocessing then ends its children, and
@@ -77,15 +79,17 @@ class Ranks:
         """
         began = time.monotonic()
         self.is_restarting = True
-        while True:
-            logger.error("%s", _sentence(why))
+        logger.error("%s", _sentence(why))
+        if not self.is_trial:
             self._limit.note(why)
-            self.pool.kill()
+        self.pool.kill()
+        while True:
             try:
                 self.pool = self._make_pool()
                 break
             except RankDiedError as error:
-                why = error
+                logger.error("%s", _sentence(error))
+                self._limit.note(error)
         self.epoch += 1
         self.is_restarting = False
         logger.warning(

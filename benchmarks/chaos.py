@@ -1,0 +1,136 @@
+"""A server whose ranks are killed and stopped again and again, under traffic whose every image is known.
+
+    python -m benchmarks.chaos [--minutes 30] [--every 8] [--clients 16] [--quick] [--out DIR]
+
+One `vllm serve` of the bundled model with two ranks, and a closed loop of so many clients with mixed requests (half of
+them guided, 64 to 256 px, 4 to 30 steps). Every `--every` seconds one fault: kill -9 of a rank, of both, of one twice
+in a row, of the process that ranks are forked from, or SIGSTOP of a rank, which is noticed after `--cfg-step-timeout`
+(5 s here). Printed are the requests, those that failed or came with other bytes than before the first fault, their
+latencies, and each process's memory before the first fault and after the last. Exit code 1 if any failed or differ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import psutil
+
+from benchmarks.common import EMOJI, machine, report, start
+from benchmarks.endurance import (
+    CLIENTS,
+    MEMORY_ROW,
+    ROW,
+    Record,
+    Traffic,
+    memory_rows,
+    processes,
+    resident_megabytes,
+)
+from benchmarks.systems import START_TIMEOUT_S
+from examples.vllm_server import VllmServer
+
+FLAGS = ["--cfg-parallel-size", "2", "--cfg-max-restarts", "1000", "--cfg-step-timeout", "5"]
+
+
+def _ranks(server: VllmServer) -> list[psutil.Process]:
+    return [process for title, process in processes(server).items() if title.startswith("CfgRank")]
+
+
+def kill_one(server: VllmServer, draw: random.Random) -> int:
+    draw.choice(_ranks(server)).kill()
+    return 1
+
+
+def kill_both(server: VllmServer, draw: random.Random) -> int:
+    ranks = _ranks(server)
+    for rank in ranks:
+        rank.kill()
+    return len(ranks)
+
+
+def kill_twice(server: VllmServer, draw: random.Random) -> int:
+    first = kill_one(server, draw)
+    time.sleep(1.5)
+    return first + kill_one(server, draw)
+
+
+def kill_template(server: VllmServer, draw: random.Random) -> int:
+    processes(server)["CfgTemplate"].kill()
+    return 2  # its ranks end with it
+
+
+def stop_one(server: VllmServer, draw: random.Random) -> int:
+    draw.choice(_ranks(server)).send_signal(signal.SIGSTOP)
+    return 1
+
+
+FAULTS: dict[str, Callable[[VllmServer, random.Random], int]] = {
+    "kill -9 of a rank": kill_one,
+    "kill -9 of both ranks": kill_both,
+    "kill -9 twice in a row": kill_twice,
+    "kill -9 of the template": kill_template,
+    "SIGSTOP of a rank": stop_one,
+}
+
+
+async def harm(server: VllmServer, every: float, until: float) -> tuple[Counter[str], int]:
+    """All faults in turn until then; how often each, and how many ranks died or stopped of them."""
+    draw, done, ranks = random.Random(1), Counter[str](), 0
+    while time.monotonic() + every < until:
+        for name, fault in FAULTS.items():
+            await asyncio.sleep(every * draw.uniform(0.5, 1.5))
+            if time.monotonic() >= until:
+                break
+            try:
+                ranks += await asyncio.to_thread(fault, server, draw)
+            except (psutil.NoSuchProcess, IndexError, KeyError):
+                continue  # ranks that are just being started have no title yet
+            done[name] += 1
+    return done, ranks
+
+
+async def endure(server: VllmServer, seconds: float, every: float, clients: int) -> tuple[Record, Counter[str], int]:
+    timeout, connector = aiohttp.ClientTimeout(total=300), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        traffic = Traffic(server.url, session)
+        await traffic.learn()
+        (faults, ranks), record = await asyncio.gather(
+            harm(server, every, time.monotonic() + seconds), traffic.run(seconds, clients)
+        )
+        return record, faults, ranks
+
+
+def main() -> None:
+    parser = start(__doc__)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--every", type=float, default=8.0, help="seconds between two faults")
+    parser.add_argument("--clients", type=int, default=CLIENTS)
+    args = parser.parse_args()
+    seconds = 60 * (args.minutes or (0.5 if args.quick else 30))
+    on = machine()
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos-") as folder,
+        VllmServer(EMOJI, FLAGS, Path(folder) / "server.log") as server,
+    ):
+        server.wait_ready(START_TIMEOUT_S)
+        before = resident_megabytes(server)
+        record, faults, ranks = asyncio.run(endure(server, seconds, args.every, args.clients))
+        after = resident_megabytes(server)
+    report("chaos", args.out, on, ("faults", "rank deaths", *ROW), [(sum(faults.values()), ranks, *record.row)])
+    report("chaos-faults", args.out, on, ("fault", "times"), list(faults.items()))
+    report("chaos-memory", args.out, on, MEMORY_ROW, memory_rows(before, after))
+    if record.failures or record.wrong:
+        sys.exit(f"failed: {dict(record.failures)}, wrong bytes: {record.wrong}")
+
+
+if __name__ == "__main__":
+    main()

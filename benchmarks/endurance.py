@@ -1,0 +1,137 @@
+"""What chaos.py and soak.py share: a server under steady traffic whose every image is known beforehand.
+
+Each client of a closed loop sends the next of a fixed list of jobs as soon as its last one is answered, and compares
+the image with the one that the same server drew before anything was done to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import aiohttp
+import psutil
+
+from benchmarks import traffic
+from benchmarks.common import Job, percentile
+from benchmarks.systems import request_body
+from examples.vllm_server import VllmServer
+
+CLIENTS = 16
+JOBS = 24
+MEGABYTE = 2**20
+# Process titles, and what stands for processes that are replaced.
+_TITLE = re.compile(r"CfgRank\d+|CfgTemplate|EngineCore|vllm serve")
+
+
+@dataclass
+class Record:
+    """What became of the requests.
+
+    Attributes:
+        failures: answers that were no image, and how often they came.
+        seconds: of every answer.
+    """
+
+    wrong: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def row(self) -> tuple[int, int, int, float, float]:
+        """Requests, failed, wrong bytes, p50 and p99 in seconds."""
+        failed = sum(self.failures.values())
+        return len(self.seconds), failed, self.wrong, percentile(self.seconds, 50), percentile(self.seconds, 99)
+
+
+ROW = ("requests", "failed", "wrong bytes", "p50 s", "p99 s")
+
+
+class Traffic:
+    """Sends jobs to one server.
+
+    Args:
+        url: of the server.
+    """
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        self._url = f"{url}/v1/images/generations"
+        self._session = session
+        self._jobs = traffic.mixed_jobs(JOBS, seed=9)
+        self._known: dict[Job, str] = {}
+
+    async def learn(self) -> None:
+        """Draw every image once, one after the other."""
+        for job in self._jobs:
+            status, digest = await self._ask(job)
+            if status != 200:
+                raise RuntimeError(f"the server answered {status} before anything was done to it")
+            self._known[job] = digest
+
+    async def run(self, seconds: float, clients: int = CLIENTS) -> Record:
+        """A closed loop for so long; ends when the last request is answered."""
+        record, end = Record(), time.monotonic() + seconds
+        jobs = iter(self._jobs * int(1 + seconds * 50 / JOBS))
+
+        async def client() -> None:
+            while time.monotonic() < end:
+                await self._check(next(jobs), record)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return record
+
+    async def _check(self, job: Job, record: Record) -> None:
+        began = time.monotonic()
+        try:
+            status, digest = await self._ask(job)
+        except aiohttp.ClientError as error:
+            record.failures[type(error).__name__] += 1
+        else:
+            if status != 200:
+                record.failures[f"HTTP {status}"] += 1
+            record.wrong += status == 200 and digest != self._known[job]
+        record.seconds.append(time.monotonic() - began)
+
+    async def _ask(self, job: Job) -> tuple[int, str]:
+        async with self._session.post(self._url, json=request_body(job)) as response:
+            answer = await response.json()
+            image = answer["data"][0]["b64_json"] if response.status == 200 else ""
+            return response.status, hashlib.sha256(image.encode()).hexdigest()
+
+    async def abandon(self, job: Job, after: float) -> None:
+        """A client that leaves after so many seconds, whether it has its image or not."""
+        try:
+            await asyncio.wait_for(self._ask(job), after)
+        except TimeoutError:
+            return
+
+
+def processes(server: VllmServer) -> dict[str, psutil.Process]:
+    """The server's processes by title."""
+    found = {}
+    parent = psutil.Process(server.process.pid)
+    for process in [parent, *parent.children(recursive=True)]:
+        try:
+            title = _TITLE.search(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+        if title:
+            found[title[0]] = process
+    return found
+
+
+def resident_megabytes(server: VllmServer) -> dict[str, float]:
+    return {title: process.memory_info().rss / MEGABYTE for title, process in sorted(processes(server).items())}
+
+
+def memory_rows(before: dict[str, float], after: dict[str, float]) -> Sequence[tuple[str, float, float]]:
+    """(process, megabytes before, megabytes after)."""
+    return [(title, before.get(title, float("nan")), after.get(title, float("nan"))) for title in before | after]
+
+
+MEMORY_ROW = ("process", "RSS at start, MB", "RSS at end, MB")
