@@ -1,4 +1,4 @@
-"""What a batch makes of the ranks' reports: its requests' figures, and what is left of those that have gone."""
+"""What a batch makes of the ranks' reports, what is left of requests that have gone, and whom the budget lets in."""
 
 import pytest
 
@@ -100,6 +100,23 @@ def test_a_name_is_given_once(batch):
     batch.add("a", 0, toy_request())
     with pytest.raises(ValueError, match="request_id='a' is the name of another request"):
         batch.add("a", 0, toy_request())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tokens", "join"),
+    [
+        (1, [50, 50], 2),
+        (1, [50, 51], 1),
+        (1, [100, 1], 1),
+        (2, [90, 90, 10], 3),
+        (2, [90, 90, 20], 2),
+    ],
+)
+def test_requests_join_as_long_as_no_rank_has_more_than_the_token_budget(ranks, tokens, join):
+    batch = StepBatch(ranks, 8, 100, UNCALIBRATED)
+    for number, each in enumerate(tokens):
+        batch.add(str(number), 0, toy_request("", None, image_tokens=each))
+    assert len(batch.next_plan().admitted) == join
 
 
 def test_a_request_larger_than_the_token_budget_keeps_no_smaller_ones_out():

@@ -1,0 +1,133 @@
+"""A rank's share of a plan: nothing of other ranks, of requests that have gone or of nobody; and what failures say."""
+
+from itertools import groupby
+
+import msgspec
+import pytest
+import torch
+
+from tests.toy_pipeline import InlineSideWork, ToyPipeline, UnluckyPipeline, toy_request
+from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, StepPlan
+from vllm_cfg_plugin.params import ImageInput
+from vllm_cfg_plugin.worker.runner import StepRunner
+
+
+class Rank:
+    """One rank's runner; keeps what it exchanged and forwarded, and what it cancelled beside the steps."""
+
+    def __init__(self, pipeline=None, rank=0, ranks=1):
+        self.pipeline = pipeline or ToyPipeline()
+        self.exchanged, self.forwarded, self.cancelled = [], [], []
+        self.pipeline.transformer.fail = self.forwarded.append
+        self.runner = StepRunner(self.pipeline, rank, ranks, self._gather, InlineSideWork(rank))
+        self.runner.side.cancel = self.cancelled.append
+        self._ranks = ranks
+
+    def _gather(self, row):
+        self.exchanged.append(row)
+        return torch.stack([row] * self._ranks)
+
+    def run(self, advance=True, **changes):
+        lists = {name: [] for name in ("retire", "admit", "encodes", "assign", "decodes")} | changes
+        return self.runner.run(StepPlan(step=0, advance=advance, **lists))
+
+    def join(self, *requests, owners=(0, 0), advance=True):
+        return self.run(
+            admit=[Admission(id, request) for id, request in enumerate(requests)],
+            encodes=[Encode(id, branch, rank) for id, _ in enumerate(requests) for branch, rank in enumerate(owners)],
+            assign=[Assign(id, owners) for id, _ in enumerate(requests)] if advance else [],
+            advance=advance,
+        )
+
+    def reports(self):
+        return [(report.id, report.branch) for report in self.runner.side.take()]
+
+
+def with_image(request):
+    return msgspec.structs.replace(request, images=[ImageInput("red", "RGB", 1, 1, b"\x03\x00\x00")])
+
+
+def test_a_rank_neither_encodes_nor_decodes_what_is_anothers():
+    rank = Rank(rank=1, ranks=2)
+    rank.join(toy_request(steps=1), owners=(0, 1))
+    rank.run(decodes=[Decode(0, 0)])
+    assert rank.reports() == [(0, 1)]
+    assert not rank.runner.states, "but it forgets the request with all the others"
+
+
+def test_nothing_is_exchanged_where_nobody_runs():
+    rank = Rank()
+    rank.run()
+    rank.join(toy_request(), advance=False)
+    rank.run()
+    assert rank.exchanged == []
+
+
+def test_a_retired_request_is_forwarded_no_more_and_its_side_work_is_cancelled():
+    rank = Rank()
+    rank.join(toy_request(steps=9), toy_request(steps=9, seed=1))
+    rank.run(retire=[0])
+    assert [len(sequences) for sequences in rank.forwarded] == [4, 2]
+    assert rank.cancelled == [0]
+    rank.run(retire=[1])
+    assert len(rank.exchanged) == 2
+
+
+def test_an_encode_for_a_request_that_failed_before_is_nobodys():
+    rank = Rank()
+    rank.run(encodes=[Encode(7, 0, 0)], advance=False)
+    assert rank.reports() == []
+
+
+@pytest.mark.parametrize("sees_images", [True, False])
+def test_a_decode_delivers_its_pixels_and_is_given_the_images_only_where_it_sees_them(sees_images):
+    class Decoder(ToyPipeline):
+        decode_sees_images = sees_images
+
+        def decode(self, latents, request, condition=()):
+            given.append([float(value) for value in condition])
+            return super().decode(latents, request, condition).permute(0, 2, 1, 3)
+
+    given = []
+    rank = Rank(Decoder())
+    rank.join(with_image(toy_request(steps=1)))
+    rank.run(decodes=[Decode(0, 0)])
+    assert rank.reports()[-1] == (0, DECODED)
+    assert given == ([[3.0]] if sees_images else [[]])
+    pixels = rank.runner.side.images[0]
+    assert pixels.unique().tolist() == [7]
+    assert pixels.is_contiguous()
+
+
+def test_a_failure_while_noise_is_drawn_is_reported_at_once():
+    rank = Rank(UnluckyPipeline())
+    ((id, why),) = rank.join(toy_request("draw_noise"), advance=False).failed
+    assert (id, why) == (0, "failed while preparing its latents: ValueError: draw_noise is out of luck")
+
+
+@pytest.mark.parametrize(
+    ("hook", "says"),
+    [
+        ("forward_group", "preparing its forward: ValueError: forward_group is out of luck"),
+        ("pack_branches", "predicting its noise: ValueError: pack_branches is out of luck"),
+        (
+            "one prediction too few",
+            "predicting its noise: ValueError: unpack_predictions returned 0 predictions of 1 branches",
+        ),
+        (
+            "a prediction of another shape",
+            "predicting its noise: ValueError: its prediction has shape [1, 3, 4], but prediction_shape says [1, 4, 4]",
+        ),
+        ("combine_branches", "stepping its latents: ValueError: combine_branches is out of luck"),
+    ],
+)
+def test_a_failure_says_what_was_being_done(hook, says):
+    ((_, why),) = Rank(UnluckyPipeline()).join(toy_request(hook)).failed
+    assert why == f"failed while {says}"
+
+
+def test_branches_of_equal_lengths_are_neighbours_in_the_forward():
+    rank = Rank()
+    rank.join(*(toy_request("ab", "cd", image_tokens=tokens) for tokens in (4, 9, 4, 9, 4)))
+    lengths = [sequence.latents.shape[1] for sequence in rank.forwarded[0]]
+    assert [(length, len([*run])) for length, run in groupby(lengths)] == [(4, 6), (9, 4)]
