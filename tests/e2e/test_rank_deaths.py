@@ -1,0 +1,126 @@
+"""Ranks are killed and stopped under traffic: clients see a delay and the same bytes, and of too many deaths an end."""
+
+import os
+import random
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import requests
+
+from benchmarks.chaos import FAULTS
+from benchmarks.endurance import processes
+from examples.vllm_server import VllmServer
+from tests.e2e.conftest import START_TIMEOUT_S
+from tests.e2e.server import Footprint
+from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
+from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
+
+pytestmark = pytest.mark.e2e
+
+CLIENTS = 16
+RESTARTS = 8  # the faults below take seven
+FLAGS = ["--cfg-parallel-size", "2", "--cfg-max-restarts", str(RESTARTS), "--cfg-step-timeout", "4"]
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    with VllmServer(model, FLAGS, tmp_path_factory.mktemp("deaths") / "server.log") as server:
+        server.wait_ready(START_TIMEOUT_S)
+        yield server
+
+
+def draw(server: VllmServer, number: int) -> tuple[int, str]:
+    """Status and body's images of one of 16 unlike requests."""
+    body = {
+        "prompt": f"a house, number {number}",
+        "size": ("64x64", "128x64", "96x96", "256x256")[number % 4],
+        "num_inference_steps": 40 + 4 * number,
+        "seed": number,
+        "true_cfg_scale": 4.0 if number % 2 else 1.0,
+        "negative_prompt": "" if number % 2 else None,
+    }
+    answer = requests.post(f"{server.url}/v1/images/generations", json=body, timeout=120)
+    return answer.status_code, answer.json()["data"][0]["b64_json"] if answer.ok else answer.text
+
+
+@pytest.fixture(scope="module")
+def calm(server) -> list[tuple[int, str]]:
+    return [draw(server, number) for number in range(CLIENTS)]
+
+
+def health_while(server: VllmServer, work) -> list[int]:
+    """The status codes of /health while `work` runs."""
+    codes, done = [], threading.Event()
+
+    def ask():
+        while not done.is_set():
+            codes.append(requests.get(f"{server.url}/health", timeout=10).status_code)
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            work()
+        finally:
+            done.set()
+        asking.result()
+    return codes
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_clients_see_a_delay_and_the_same_bytes(server, calm, fault):
+    def harmed() -> None:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            answers = [pool.submit(draw, server, number) for number in range(CLIENTS)]
+            time.sleep(0.3)
+            FAULTS[fault](server, random.Random(1))
+            assert [answer.result() for answer in answers] == calm
+
+    codes = health_while(server, harmed)
+    assert set(codes) == {200, 503}
+    assert codes[-1] == 200
+
+
+def test_ranks_that_die_while_nobody_asks_are_there_for_who_comes(server, calm):
+    before = processes(server)["CfgRank0"].pid
+    os.kill(before, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while (rank := processes(server).get("CfgRank0")) is None or rank.pid == before:
+        assert time.monotonic() < deadline, "nobody noticed"
+        time.sleep(0.1)
+    assert draw(server, 5) == calm[5]
+
+
+def test_after_too_many_deaths_the_server_ends_in_an_error_that_says_why(server, calm):
+    footprint = Footprint.of(server)
+    deadline = time.monotonic() + 60
+    while server.process.poll() is None and time.monotonic() < deadline:
+        if rank := processes(server).get("CfgRank1"):
+            rank.kill()
+        time.sleep(1)
+    assert server.process.wait(30) == 1
+    assert footprint.leftovers() == []
+    assert f"cfg_max_restarts={RESTARTS} allows no further start" in server.log_tail(400)
+
+
+def test_a_request_that_kills_ranks_fails_alone(model, monkeypatch):
+    """In this process, whose patched pipeline the ranks are forked with."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    encode = QwenImagePipeline.encode_branch
+
+    def encode_or_die(self, request, branch):
+        if request.prompts[0] == "poison":
+            os._exit(1)
+        return encode(self, request, branch)
+
+    monkeypatch.setattr(QwenImagePipeline, "encode_branch", encode_or_die)
+    params = DiffusionParams(height=64, width=64, num_inference_steps=4, seed=1)
+    with DiffusionLLM(str(model), cfg_parallel_size=2) as llm:
+        (alone,) = llm.generate("a house", params, use_tqdm=False)
+        outputs = llm.generate(["a house", "poison", "a house"], params, use_tqdm=False)
+    assert "the cfg ranks died 4 times while they worked on it" in outputs[1].error
+    for output in (outputs[0], outputs[2]):
+        assert np.array_equal(np.asarray(output.images[0]), np.asarray(alone.images[0]))
