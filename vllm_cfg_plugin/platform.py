@@ -60,6 +60,10 @@ class HostPlatform(Platform):
     def is_pin_memory_available(cls) -> bool:
         return False
 
+    def is_sleep_mode_available(self) -> bool:
+        """Our executor sleeps by ending the ranks, with the flag or without."""
+        return True
+
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Refuse what this build of vLLM can't run here.

@@ -28,7 +28,8 @@ FLAGS = ["--cfg-parallel-size", "2", "--cfg-max-restarts", str(RESTARTS), "--cfg
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    with VllmServer(model, FLAGS, tmp_path_factory.mktemp("deaths") / "server.log") as server:
+    routes_of_sleep = {"VLLM_SERVER_DEV_MODE": "1"}
+    with VllmServer(model, FLAGS, tmp_path_factory.mktemp("deaths") / "server.log", routes_of_sleep) as server:
         server.wait_ready(START_TIMEOUT_S)
         yield server
 
@@ -92,6 +93,19 @@ def test_ranks_that_die_while_nobody_asks_are_there_for_who_comes(server, calm):
         assert time.monotonic() < deadline, "nobody noticed"
         time.sleep(0.1)
     assert draw(server, 5) == calm[5]
+
+
+@pytest.mark.parametrize(("level", "left"), [(1, {"CfgTemplate"}), (2, set())])
+def test_a_sleeping_server_has_no_ranks_and_its_requests_wait(server, calm, level, left):
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(draw, server, 7)
+        time.sleep(0.2)
+        assert requests.post(f"{server.url}/sleep?level={level}&mode=keep", timeout=60).ok
+        assert requests.get(f"{server.url}/is_sleeping", timeout=10).json() == {"is_sleeping": True}
+        waiting = pool.submit(draw, server, 8)
+        assert {title for title in processes(server) if title.startswith("Cfg")} == left
+        assert requests.post(f"{server.url}/wake_up", timeout=60).ok
+        assert [running.result(), waiting.result()] == calm[7:9]
 
 
 def test_after_too_many_deaths_the_server_ends_in_an_error_that_says_why(server, calm):

@@ -35,6 +35,7 @@ from vllm_cfg_plugin.executor.template import Template
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
 
 _SIDE_WAIT_SECONDS = 0.002
+_ASLEEP = {"weights", "kv_cache"}  # vLLM's names of what a sleeping engine has let go of
 
 
 class CfgExecutor(Executor):
@@ -123,7 +124,10 @@ class CfgExecutor(Executor):
 
         Raises:
             RankDiedError: the ranks were started anew meanwhile; what the call did is undone.
+            RuntimeError: the engine sleeps.
         """
+        if self._ranks.is_asleep:
+            raise RuntimeError("the engine sleeps and has no ranks to call: wake it up first")
         number = next(self._calls)
         payload = cloudpickle.dumps((number, method, args, kwargs or {}))
         ranks = self._ranks
@@ -138,6 +142,21 @@ class CfgExecutor(Executor):
 
     def check_health(self) -> None:
         self._ranks.pool.check_health()
+
+    def sleep(self, level: int = 1) -> None:
+        """End the ranks; level 2 drops the weights too that the process they are forked from holds on a CPU."""
+        if not self.is_sleeping:
+            self._ranks.sleep()
+            if level > 1:
+                self._close_template()
+            self.sleeping_tags |= _ASLEEP
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Start the ranks again, with the tag of weights; for that of the KV cache there is nothing to do."""
+        woken = self.sleeping_tags & set(tags or _ASLEEP)
+        if "weights" in woken:
+            self._ranks.wake_up()
+        self.sleeping_tags -= woken
 
     def register_failure_callback(self, callback: FailureCallback) -> None:
         self._failure_callback = callback

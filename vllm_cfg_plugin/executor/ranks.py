@@ -50,6 +50,7 @@ class Ranks:
         self.lock = threading.RLock()
         self.is_trial = False
         self.is_restarting = False
+        self.is_asleep = False
         self._closing = threading.Event()
         # Also when the engine's process ends without a call of close(): multiprocessing then ends its children, and
         # nobody must start them anew.
@@ -97,6 +98,23 @@ class Ranks:
             time.monotonic() - began,
         )
 
+    def sleep(self) -> None:
+        """End the ranks until `wake_up`, which frees all that they hold; what was due is not answered."""
+        with self.lock:
+            self.is_asleep = True
+            self.epoch += 1
+            self.pool.kill()
+
+    def wake_up(self) -> None:
+        """Start ranks again.
+
+        Raises:
+            ConfigurationError, RankDiedError: they could not start; says why.
+        """
+        with self.lock:
+            self.pool = self._make_pool()
+            self.is_asleep = False
+
     def watch(self, on_failure: Callable[[], None]) -> None:
         """Restart ranks that die while the engine is idle, from a thread; `on_failure` if they can't be."""
         arguments = (weakref.ref(self), self._closing, on_failure)
@@ -107,7 +125,7 @@ class Ranks:
         # While the engine's thread waits for ranks it has the lock, and notices their death by itself.
         with self.lock:
             try:
-                if not self._closing.is_set():
+                if not self._closing.is_set() and not self.is_asleep:
                     self.pool.check_health()
             except RankDiedError as death:
                 try:
