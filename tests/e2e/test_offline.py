@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -53,6 +55,29 @@ def test_an_image_is_the_same_in_any_company_and_at_any_cfg_size(llm, model, cfg
 def test_bad_arguments_leave_the_engine_usable(llm):
     with pytest.raises(ValueError, match="height=63"):
         llm.generate("a house", DiffusionParams(height=63))
+    assert llm.generate("a house", FAST, use_tqdm=False)[0].error is None
+
+
+def test_threads_share_the_engine(llm):
+    seeds = range(8)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [msgspec.structs.replace(FAST, seed=seed) for seed in seeds]
+        outputs = [output for (output,) in pool.map(lambda params: llm.generate("a house", params), asked)]
+    assert [(output.error, output.metrics.seed) for output in outputs] == [(None, seed) for seed in seeds]
+
+
+def test_a_forked_process_is_refused_and_the_engine_goes_on(llm):
+    child = os.fork()
+    if not child:
+        refused = False
+        try:
+            llm.generate("a house", FAST, use_tqdm=False)
+        except CfgPluginError as error:
+            refused = "forked" in str(error)
+        finally:
+            llm.close()
+            os._exit(0 if refused else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert llm.generate("a house", FAST, use_tqdm=False)[0].error is None
 
 

@@ -4,6 +4,7 @@ import gc
 import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import av
@@ -106,6 +107,71 @@ def test_one_text_is_a_list_of_one(llm):
     )
     assert np.array_equal(np.asarray(output.images[0]), fake_pixels(request)[0])
     assert output.metrics.e2e_time_ms > 0
+
+
+def test_prompts_and_params_may_be_generators(llm):
+    outputs = llm.generate((text for text in "abc"), (DiffusionParams(seed=i) for i in range(3)), use_tqdm=False)
+    assert [output.prompt for output in outputs] == ["a", "b", "c"]
+    assert seeds(outputs) == [0, 1, 2]
+    assert llm.generate(iter([]), use_tqdm=False) == []
+    with pytest.raises(InvalidRequestError) as refused:
+        llm.generate((prompt for prompt in ["a", 3]), use_tqdm=False)
+    assert refused.value.param == "prompts[1].prompt"
+    with pytest.raises(ZeroDivisionError):
+        llm.generate((1 / number for number in [0]), use_tqdm=False)
+
+
+def test_threads_take_turns(llm, engine):
+    inside, most = [], []
+
+    def alone(request):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.001)
+        inside.pop()
+        return answer(request)
+
+    engine.behave = alone
+    with ThreadPoolExecutor(8) as pool:
+        asked = range(16)
+        outputs = pool.map(
+            lambda seed: llm.generate("a", DiffusionParams(seed=seed, n=2), use_tqdm=bool(seed % 2))[0], asked
+        )
+        assert seeds(outputs) == list(asked)
+    assert max(most) == 1
+
+
+def test_close_waits_for_a_call_that_runs(llm, engine):
+    running, may_end, closing = threading.Event(), threading.Event(), []
+
+    def slow(request):
+        running.set()
+        assert may_end.wait(10)
+        assert engine.shutdowns == 0
+        return answer(request)
+
+    engine.behave = slow
+    with ThreadPoolExecutor(2) as pool:
+        call = pool.submit(llm.generate, "a", use_tqdm=False)
+        assert running.wait(10)
+        closing = pool.submit(llm.close)
+        may_end.set()
+        assert call.result()[0].error is None
+        closing.result()
+    assert engine.shutdowns == 1
+    with pytest.raises(CfgPluginError, match="closed"):
+        llm.generate("a", use_tqdm=False)
+
+
+def test_a_forked_process_neither_uses_nor_stops_the_engine(llm, engine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(llm_module.os, "getpid", lambda: -1)
+        with pytest.raises(CfgPluginError, match="forked: make one here"):
+            llm.generate("a", use_tqdm=False)
+        llm.close()
+        llm_module._stop(engine, llm._pid)  # as at the end of the interpreter
+        assert engine.shutdowns == 0
+    assert llm.generate("a", use_tqdm=False)[0].error is None
 
 
 def test_no_prompts_no_outputs(llm):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -48,8 +50,9 @@ class _Running:
 
 
 class DiffusionLLM:
-    """A diffusion model with its engine; a context manager. Not to be shared by threads.
+    """A diffusion model with its engine; a context manager.
 
+    Threads may share it: their calls run one after the other. A process that was forked may not use it.
     One that is never closed stops its engine when it is garbage-collected or the interpreter ends.
 
     Args:
@@ -64,13 +67,15 @@ class DiffusionLLM:
     def __init__(self, model: str, cfg_parallel_size: int = 1, **engine_args: Any) -> None:
         self._engine: LLMEngine | None = None
         self._died = False
+        self._lock = threading.RLock()  # ZeroMQ's sockets end a program in which two threads use them
+        self._pid = os.getpid()
         self._ids = itertools.count()
         args = diffusion_engine_args(model, cfg_parallel_size, **engine_args)
         address = args["additional_config"]["failed_start_address"]
         with _children_ignore_ctrl_c(), failed_start_has_cause(address):
             self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
         # Newer than vLLM's own finalizers, so at exit it runs before them.
-        self._finalizer = weakref.finalize(self, _stop, self._engine)
+        self._finalizer = weakref.finalize(self, _stop, self._engine, self._pid)
         try:
             wake_on_engine_death(self._engine.engine_core)
             self._front_end = FrontEnd.from_vllm_config(self._engine.vllm_config)
@@ -87,24 +92,24 @@ class DiffusionLLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: DiffusionParams | Sequence[DiffusionParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        params: DiffusionParams | Iterable[DiffusionParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[DiffusionOutput]:
         """Generate images or videos; one output per prompt, in order.
 
         Args:
             prompts: a text, a mapping with "prompt", "negative_prompt" (which wins over that of `params`) and "image"
-                (a PIL image, a path, a file's bytes or a list of those), or a sequence of texts and mappings.
+                (a PIL image, a path, a file's bytes or a list of those), or several texts and mappings.
             params: of all prompts, or one each.
             use_tqdm: show a progress bar over the denoising steps.
 
         Raises:
             InvalidRequestError (a ValueError): an argument is wrong; nothing has run.
-            CfgPluginError: closed, or the engine died earlier. If it dies during the call, what was done is returned
-                and the rest has `.error` set, as has every other request that failed while it ran.
+            CfgPluginError: closed, of another process, or the engine died earlier. If it dies during the call, what was
+                done is returned and the rest has `.error` set, as has every other request that failed while it ran.
         """
-        engine = self._usable_engine()
+        self._usable_engine()
         texts, resolved = self._resolve(prompts, params)
         prefixes = [f"diffusion-{next(self._ids)}" for _ in texts]
         running = {
@@ -113,8 +118,8 @@ class DiffusionLLM:
             for index, request in enumerate(requests)
         }
         steps = {request_id: entry.request.steps for request_id, entry in running.items()}
-        with StepBar(self._front_end.progress_address, steps) if use_tqdm else nullcontext() as bar:
-            self._run(engine, running, bar)
+        with self._lock, StepBar(self._front_end.progress_address, steps) if use_tqdm else nullcontext() as bar:
+            self._run(self._usable_engine(), running, bar)
         by_id = iter(running.values())
         return [
             _output(self._front_end.info, prefix, text, [next(by_id) for _ in requests])
@@ -122,10 +127,10 @@ class DiffusionLLM:
         ]
 
     def _resolve(
-        self, prompts: Prompt | Sequence[Prompt], params: DiffusionParams | Sequence[DiffusionParams] | None
+        self, prompts: Prompt | Iterable[Prompt], params: DiffusionParams | Iterable[DiffusionParams] | None
     ) -> tuple[list[str], list[list[DiffusionRequest]]]:
         """The texts and each one's requests."""
-        several = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+        several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, Mapping))
         prompt_list = list(prompts) if several else [prompts]
         texts, resolved = [], []
         for index, (prompt, prompt_params) in enumerate(
@@ -168,6 +173,8 @@ class DiffusionLLM:
             raise
 
     def _usable_engine(self) -> LLMEngine:
+        if os.getpid() != self._pid:
+            raise CfgPluginError(f"this DiffusionLLM is that of process {self._pid}, which forked: make one here")
         if self._engine is None:
             raise CfgPluginError("this DiffusionLLM is closed")
         if self._died:
@@ -175,9 +182,11 @@ class DiffusionLLM:
         return self._engine
 
     def close(self) -> None:
-        """Stop the engine and its processes; may be called again."""
-        self._engine = None
-        self._finalizer()
+        """Stop the engine and its processes, when the calls that run have ended; may be called again."""
+        if os.getpid() == self._pid:
+            with self._lock:
+                self._engine = None
+                self._finalizer()
 
     def __enter__(self) -> DiffusionLLM:
         return self
@@ -188,23 +197,26 @@ class DiffusionLLM:
         self.close()
 
 
-def _stop(engine: LLMEngine) -> None:
+def _stop(engine: LLMEngine, pid: int) -> None:
+    if os.getpid() != pid:  # the end of a forked process
+        return
     engine.renderer.shutdown()
     engine.engine_core.shutdown()
     end_output_thread(engine.engine_core)
 
 
-def _spread(params: DiffusionParams | Sequence[DiffusionParams] | None, count: int) -> list[DiffusionParams]:
+def _spread(params: DiffusionParams | Iterable[DiffusionParams] | None, count: int) -> list[DiffusionParams]:
     """One `DiffusionParams` per prompt."""
     if params is None:
         params = DiffusionParams()
     if isinstance(params, DiffusionParams):
         return [params] * count
-    if not isinstance(params, Sequence) or not all(isinstance(item, DiffusionParams) for item in params):
-        raise InvalidRequestError("params", params, "a DiffusionParams or a sequence of them")
-    if len(params) != count:
-        raise InvalidRequestError("params", params, f"one DiffusionParams, or as many as there are prompts ({count})")
-    return list(params)
+    several = list(params) if isinstance(params, Iterable) else [params]
+    if not all(isinstance(item, DiffusionParams) for item in several):
+        raise InvalidRequestError("params", params, "a DiffusionParams, or several")
+    if len(several) != count:
+        raise InvalidRequestError("params", several, f"one DiffusionParams, or as many as there are prompts ({count})")
+    return several
 
 
 def _unpack(prompt: Any, params: DiffusionParams) -> tuple[Any, DiffusionParams]:
