@@ -32,11 +32,16 @@ class FakeEngine:
         self.requests: dict[str, DiffusionRequest] = {}
         self.cancelled: list[str] = []
         self.behave = None
-        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_queued_reqs=None))
+        self.vllm_config = SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_queued_reqs=None),
+            parallel_config=SimpleNamespace(data_parallel_size=1, data_parallel_size_local=1),
+            additional_config={},
+        )
         self.errored = False
         self.should_keep_api_server_alive = False
         self.queue_room = 1000
         self.is_running = True
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=None))
         self.calibration = Calibration(cost=UNCALIBRATED, token_budget=1000)
 
     async def collective_rpc(self, method):
