@@ -126,6 +126,16 @@ def test_a_failure_says_what_was_being_done(hook, says):
     assert why == f"failed while {says}"
 
 
+def test_a_branch_is_told_its_timestep_and_those_ahead():
+    rank = Rank()
+    rank.join(toy_request(negative=None, steps=4), owners=(0,))
+    rank.run()
+    timesteps = rank.pipeline.make_noise_scheduler(toy_request(steps=4)).timesteps
+    for step, (sequence,) in enumerate(rank.forwarded):
+        assert sequence.timestep == timesteps[step]
+        assert torch.equal(sequence.timesteps_ahead, timesteps[step + 1 :])
+
+
 def test_branches_of_equal_lengths_are_neighbours_in_the_forward():
     rank = Rank()
     rank.join(*(toy_request("ab", "cd", image_tokens=tokens) for tokens in (4, 9, 4, 9, 4)))
