@@ -6,7 +6,7 @@ import torch
 
 from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED
-from vllm_cfg_plugin.engine.plan import DECODED, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, SideReport
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import EnginePipeline, PromptEmbeds
 from vllm_cfg_plugin.worker.side_work import SideWork
@@ -146,7 +146,9 @@ class UnluckyPipeline(ToyPipeline):
         return super().combine_branches(predictions, request, timestep, step)
 
 
-def toy_request(prompt="a cat", negative="", steps=3, seed=0, image_tokens=4, scale=4.0, **guidance):
+def toy_request(
+    prompt="a cat", negative="", steps=3, seed=0, image_tokens=4, scale=4.0, condition_tokens=0, **guidance
+):
     """`negative`: text of the second branch, or a list of those of all further ones."""
     further = negative if isinstance(negative, list) else [negative]
     prompts = [prompt, *(text for text in further if text is not None)]
@@ -154,6 +156,7 @@ def toy_request(prompt="a cat", negative="", steps=3, seed=0, image_tokens=4, sc
         prompts=prompts,
         text_tokens=[len(p) for p in prompts],
         image_tokens=image_tokens,
+        condition_tokens=condition_tokens,
         height=2,
         width=2,
         num_inference_steps=steps,
@@ -162,12 +165,13 @@ def toy_request(prompt="a cat", negative="", steps=3, seed=0, image_tokens=4, sc
     )
 
 
-def toy_vllm_config(ranks=2, max_num_seqs=4, max_num_batched_tokens=1000):
+def toy_vllm_config(ranks=2, max_num_seqs=4, max_num_batched_tokens=1000, **settings):
+    """`settings`: further fields of `EngineSettings`."""
     config = SimpleNamespace(
-        additional_config={"cfg_parallel_size": ranks},
+        additional_config={"cfg_parallel_size": ranks, **settings},
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
     )
-    keep_calibration(config, Calibration(cost=UNCALIBRATED, token_budget=500))
+    keep_calibration(config, Calibration(cost=UNCALIBRATED, token_budget=500, default_tokens=4))
     return config
 
 
@@ -179,18 +183,21 @@ class InlineSideWork(SideWork):
         self.images = {}
         self._rank = rank
 
-    def encode(self, id, branch, work):
-        self._run(id, branch, "encoding its prompt", work)
+    def encode(self, id, branch, run, is_long=False):
+        self._do(id, branch, "encoding its prompt", run)
 
-    def decode(self, id, work):
-        self._run(id, DECODED, "decoding its image", work)
+    def decode(self, id, run, is_long=False):
+        self._do(id, DECODED, "decoding its image", run)
+
+    def forward(self, id, run):
+        self._do(id, FORWARDED, "predicting its noise", run)
 
     def cancel(self, id):
         """Nothing is ever queued."""
 
-    def _run(self, id, branch, doing, work):
+    def _do(self, id, branch, doing, run):
         try:
-            image = work()
+            image = run()
         except Exception as error:
             self.reports.append(SideReport(id, branch, self._rank, 0.0, f"failed while {doing}: {error}"))
             return

@@ -33,6 +33,10 @@ _FLAGS = {
     "max_upload_bytes": "Largest body, in bytes, of a request over HTTP.",
     "max_input_bytes_in_flight": "Bytes of all inputs, bodies and decoded images with their copies, of all requests at "
     "once (of each API server); a request that has no room now is answered with 429.",
+    "max_step_ms": (
+        "Most milliseconds that one rank's forwards may take in one step; a request that takes more by itself is "
+        "forwarded beside the steps of the others. Default: 1000, or what the model's own size takes if that is more."
+    ),
 }
 _SWITCHES = {
     "cfg_shared_weights": "One copy of the weights for all ranks of an engine. Default: on, where ranks run on a CPU.",
@@ -58,7 +62,7 @@ def add_flags(parser: argparse.ArgumentParser, on_cpu: bool) -> None:
             type=partial(_integer, least=LEAST_VALUES.get(name, 1)),
             default=argparse.SUPPRESS,
             metavar="N",
-            help=f"{text} Default: {default}.",
+            help=text if default is None else f"{text} Default: {default}.",
         )
     group.add_argument(
         "--variant",

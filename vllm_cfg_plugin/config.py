@@ -95,6 +95,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         cfg_max_restarts: how often, within ten minutes, all ranks are started anew because one has died.
         cfg_step_timeout: seconds after which ranks that owe an answer and send nothing count as dead.
         max_image_pixels, ...: what an operator allows, as in `RequestLimits`.
+        max_step_ms: milliseconds that one rank's forwards may take in one step; None: found at start-up.
         variant: of the names of the model's weight files, as in `model.fp16.safetensors`; "" for those without one.
         progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
         failed_start_address: likewise, for why the engine could not start.
@@ -113,6 +114,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_input_pixels: int = RequestLimits().max_input_pixels
     max_upload_bytes: int = RequestLimits().max_upload_bytes
     max_input_bytes_in_flight: int = RequestLimits().max_input_bytes_in_flight
+    max_step_ms: int | None = None
     variant: str = ""
     progress_address: str = ""
     failed_start_address: str = ""
@@ -134,9 +136,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             settings = msgspec.convert(ours, cls)
         except msgspec.ValidationError as error:
             raise ConfigurationError(f"additional_config: {error}") from error
-        for name in ("cfg_parallel_size", "cfg_step_timeout", "cfg_max_restarts", *RequestLimits.__struct_fields__):
+        numbers = ("cfg_parallel_size", "cfg_step_timeout", "cfg_max_restarts", "max_step_ms")
+        for name in (*numbers, *RequestLimits.__struct_fields__):
             value, least = getattr(settings, name), LEAST_VALUES.get(name, 1)
-            if value < least:
+            if value is not None and value < least:
                 raise ConfigurationError(f"{name}={value} is not valid: it must be an integer from {least} up")
         return settings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import queue
 from collections import defaultdict
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from vllm.distributed import init_distributed_environment
 from vllm.utils.network_utils import get_open_port
+from vllm.v1.request import RequestStatus
 
 from tests.families import load
 from tests.toy_pipeline import InlineSideWork, toy_vllm_config
@@ -23,9 +25,11 @@ from vllm_cfg_plugin.engine.step_result import merge_reports
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
 from vllm_cfg_plugin.worker.runner import StepRunner
+from vllm_cfg_plugin.worker.side_work import SideWork
 from vllm_cfg_plugin.worker.worker import make_all_gather
 
-Scripts = dict[str, list[tuple[int, DiffusionRequest]]]  # name -> (engine step at which it joins, request)
+# name -> (engine step, request that joins then, or the seed of a long one that is aborted once it is forwarded)
+Scripts = dict[str, list[tuple[int, DiffusionRequest | int]]]
 Traces = dict[str, dict[int, list[torch.Tensor]]]  # name -> seed -> latents after each step
 
 
@@ -49,6 +53,18 @@ class RecordingRunner(StepRunner):
         self.trace[state.request.seed].append(state.latents.clone())
 
 
+class ThreadedSideWork(SideWork):
+    """The side work of a rank, on its threads; its reports are kept."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank, torch.device("cpu"))
+        self._reports: queue.SimpleQueue[SideReport] = queue.SimpleQueue()
+        self.deliver = lambda report, pixels: self._reports.put(report)
+
+    def take(self) -> list[SideReport]:
+        return [self._reports.get() for _ in range(self._reports.qsize())]
+
+
 def run_ranks(
     model: Path,
     ranks: int,
@@ -56,13 +72,18 @@ def run_ranks(
     folder: Path,
     fault: Fault = no_fault,
     load: Callable[[Path], EnginePipeline] = load,
+    max_tokens: int = 1_000_000,
 ) -> list[Traces]:
-    """Run all scripts on `ranks` forked processes; returns every rank's traces."""
+    """Run all scripts on `ranks` forked processes; returns every rank's traces.
+
+    Args:
+        max_tokens: of a rank and step. Where there is such a limit, side work runs on threads, as in a server.
+    """
     outs = [folder / f"traces-{rank}.pt" for rank in range(ranks)]
     port = get_open_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_run_rank, args=(model, ranks, rank, port, scripts, out, fault, load))
+        context.Process(target=_run_rank, args=(model, ranks, rank, port, scripts, out, fault, load, max_tokens))
         for rank, out in enumerate(outs)
     ]
     for process in processes:
@@ -96,6 +117,7 @@ def _run_rank(
     out: Path,
     fault: Fault,
     load: Callable[[Path], EnginePipeline],
+    max_tokens: int,
 ) -> None:
     torch.set_num_threads(1)
     init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
@@ -110,22 +132,28 @@ def _run_rank(
     pipeline.pack_branches = pack_or_fail
     all_gather = make_all_gather(torch.device("cpu"))
     traces: Traces = {}
-    for name, joins in scripts.items():
-        runner = RecordingRunner(pipeline, rank, ranks, all_gather, InlineSideWork(rank))
-        _drive(runner, ranks, joins)
+    for name, script in scripts.items():
+        side = ThreadedSideWork(rank) if max_tokens < 1_000_000 else InlineSideWork(rank)
+        runner = RecordingRunner(pipeline, rank, ranks, all_gather, side)
+        _drive(runner, ranks, list(script), max_tokens)
         assert not runner.states, "every request must be forgotten after its last step, or when it failed"
         traces[name] = dict(runner.trace)
     torch.save(traces, out)
     parallel_state.destroy_model_parallel()
 
 
-def _drive(runner: StepRunner, ranks: int, joins: list[tuple[int, DiffusionRequest]]) -> None:
-    scheduler = StepScheduler(toy_vllm_config(ranks, max_num_seqs=8, max_num_batched_tokens=1_000_000))
+def _drive(runner: StepRunner, ranks: int, script: list[tuple[int, DiffusionRequest | int]], max_tokens: int) -> None:
+    scheduler = StepScheduler(toy_vllm_config(ranks, max_num_seqs=8, max_num_batched_tokens=max_tokens))
     step = 0
-    while joins or scheduler.has_requests():
-        for _, request in [join for join in joins if join[0] <= step]:
-            scheduler.add_request(vllm_request(f"request-{request.seed}", request))
-        joins = [join for join in joins if join[0] > step]
+    while script or scheduler.has_requests():
+        for entry in [entry for entry in script if entry[0] <= step]:
+            if not isinstance(entry[1], int):
+                scheduler.add_request(vllm_request(f"request-{entry[1].seed}", entry[1]))
+            elif scheduler.batch.named(f"request-{entry[1]}").id in scheduler.batch.beside:
+                scheduler.finish_requests(f"request-{entry[1]}", RequestStatus.FINISHED_ABORTED)
+            else:
+                continue
+            script.remove(entry)
         output = scheduler.schedule()
         plan = output.planned.plan
         # Every rank's scheduler is told what all ranks report, so all make the same plans.

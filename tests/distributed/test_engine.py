@@ -4,7 +4,9 @@ Same requests on 1, 2 and 3 ranks, alone and with seven others that join at rand
 every step, on every rank, and equal to diffusers' own pipeline to 1e-4.
 """
 
+import os
 import random
+import time
 
 import pytest
 import torch
@@ -140,4 +142,44 @@ def test_a_rank_that_fails_alone_costs_one_request_and_no_rank_waits(model, trac
         assert victim.seed not in by_seed, "a failed request is not stepped on any rank"
         assert len(by_seed) == len(requests) - 1
         for seed, trace in by_seed.items():
+            assert bitwise_equal(trace, traces[1][0][f"alone-{seed}"][seed])
+
+
+# ---- long requests: those of more than so many tokens on a rank are forwarded beside the steps of the others ----
+
+MAX_TOKENS = 40  # 128x64 and 96x160 px are 32 and 60 tokens, and their texts
+
+
+def is_long(request):
+    return max(map(request.sequence_tokens, range(len(request.prompts)))) > MAX_TOKENS
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_beside_the_steps_or_in_them_the_latents_are_bitwise_equal(model, traces, ranks, tmp_path):
+    requests = make_requests(model)
+    assert {is_long(request) for request in requests} == {True, False}
+    script = {"beside": [(3 * n, request) for n, request in enumerate(requests)]}
+    for by_script in run_ranks(model, ranks, script, tmp_path, max_tokens=MAX_TOKENS):
+        assert len(by_script["beside"]) == len(requests)
+        for seed, trace in by_script["beside"].items():
+            assert bitwise_equal(trace, traces[1][0][f"alone-{seed}"][seed])
+
+
+def test_an_aborted_long_forward_ends_and_costs_nobody_else_anything(model, traces, tmp_path):
+    _, small, victim, other, successor, *_ = make_requests(model)
+    assert [is_long(request) for request in (small, victim, other, successor)] == [False, True, False, True]
+
+    def endless(rank, branches):
+        """The victim's forwards end only with their cancellation, or with their process."""
+        if any(branch.request == victim for branch in branches):
+            ends = time.monotonic() + 120
+            while time.monotonic() < ends:
+                torch.zeros(1)
+            os._exit(1)
+
+    # The next long one gets the ranks when the first has left them.
+    script = {"abort": [(0, victim), (0, small), (2, other), (12, victim.seed), (13, successor)]}
+    for by_script in run_ranks(model, 2, script, tmp_path, endless, max_tokens=MAX_TOKENS):
+        assert sorted(by_script["abort"]) == sorted(request.seed for request in (small, other, successor))
+        for seed, trace in by_script["abort"].items():
             assert bitwise_equal(trace, traces[1][0][f"alone-{seed}"][seed])

@@ -72,7 +72,7 @@ def test_vllm_plugins_without_us_is_said_clearly(qwen_image_folders, monkeypatch
         diffusion_engine_args(str(qwen_image_folders["tiny"]), 2)
 
 
-FOUND = Calibration(cost=UNCALIBRATED, token_budget=1234)
+FOUND = Calibration(cost=UNCALIBRATED, token_budget=1234, default_tokens=16)
 
 
 def budget_of(model, **engine_args):

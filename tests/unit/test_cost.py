@@ -115,8 +115,10 @@ def test_a_model_that_gains_nothing_from_packing_takes_one_sequence_a_step():
 
 def test_the_slowest_rank_counts_for_everything():
     fields = dict.fromkeys(CostModel.__struct_fields__, 1.0)
-    first = Calibration(cost=CostModel(**fields | {"step_us": 5.0}), token_budget=100)
-    second = Calibration(cost=CostModel(**fields | {"token_us": 7.0}), token_budget=80)
+    first = Calibration(cost=CostModel(**fields | {"step_us": 5.0}), token_budget=100, default_tokens=16)
+    second = Calibration(cost=CostModel(**fields | {"token_us": 7.0}), token_budget=80, default_tokens=20)
     both = slowest([first, second])
-    assert both == Calibration(cost=CostModel(**fields | {"step_us": 5.0, "token_us": 7.0}), token_budget=80)
+    assert both == Calibration(
+        cost=CostModel(**fields | {"step_us": 5.0, "token_us": 7.0}), token_budget=80, default_tokens=20
+    )
     assert slowest([first]) == first

@@ -1,5 +1,7 @@
 """Modulations computed ahead: the same bits as alone, remembered, and not for ever."""
 
+import threading
+
 import pytest
 import torch
 
@@ -116,3 +118,25 @@ def test_forward_computes_ahead_only_where_asked(model, computed):
         prediction = model(**arguments, timesteps_ahead=torch.tensor(schedule(5)))[0]
         assert torch.equal(prediction, expected)
     assert [len(call) for call in computed] == [1, 6]  # nothing ahead, then all of it at once
+
+
+@torch.inference_mode()
+def test_a_thread_finds_what_is_there_while_another_one_computes(model):
+    cache, begun, may_end = ModulationCache(), threading.Event(), threading.Event()
+    none, found = torch.tensor([]), []
+    [known] = cache.get(model, [0.5], none, FLOAT)
+
+    class Slow:
+        def compute_modulations(self, timesteps, dtype):
+            begun.set()
+            assert may_end.wait(10)
+            return [known] * len(timesteps)
+
+    slow = threading.Thread(target=lambda: found.extend(cache.get(Slow(), [0.5, 0.7, 0.7], none, FLOAT)))
+    slow.start()
+    assert begun.wait(10)
+    assert cache.get(model, [0.5], none, FLOAT) == [known]
+    may_end.set()
+    slow.join()
+    assert len(found) == 3
+    assert found[1] is found[2], "spans of one modulation are told by it being one object"

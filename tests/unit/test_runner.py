@@ -12,7 +12,16 @@ from tests.toy_pipeline import (
     UnluckyPipeline,
     toy_request,
 )
-from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, StepPlan
+from vllm_cfg_plugin.engine.plan import (
+    DECODED,
+    FORWARDED,
+    Admission,
+    Assign,
+    Decode,
+    Encode,
+    Forward,
+    StepPlan,
+)
 from vllm_cfg_plugin.params import COMBINE_RULES, ImageInput
 from vllm_cfg_plugin.pipelines.base import generator_of
 from vllm_cfg_plugin.worker.runner import StepRunner
@@ -32,8 +41,9 @@ def runner(pipeline):
     return make_runner(pipeline)
 
 
-def plan(step=0, retire=(), admit=(), encodes=(), assign=(), advance=True, decodes=()):
-    return StepPlan(step, list(retire), list(admit), list(encodes), list(assign), advance, list(decodes))
+def plan(step=0, retire=(), admit=(), encodes=(), assign=(), advance=True, decodes=(), long_steps=(), forwards=()):
+    lists = [list(changes) for changes in (retire, admit, encodes, assign)]
+    return StepPlan(step, *lists, advance, list(decodes), list(long_steps), list(forwards))
 
 
 def join(requests, owners=None):
@@ -349,3 +359,103 @@ def test_a_request_whose_last_step_fails_is_not_decoded(runner, pipeline):
     report = runner.run(plan(1, decodes=[Decode(0, 0)]))
     assert [id for id, _ in report.failed] == [0]
     assert [side for side in runner.side.take() if side.branch == DECODED] == []
+
+
+# ---- long requests ----
+
+
+def forward_and_step(runner, steps, owners=(0, 0), first=1, **last):
+    """So many steps of request 0, each forwarded beside the steps; all failures."""
+    failed = []
+    for step in range(first, first + steps):
+        failed += runner.run(plan(step, advance=False, forwards=[Forward(0, owners)])).failed
+        is_last = step == first + steps - 1
+        failed += runner.run(plan(step, advance=False, long_steps=[0], **(last if is_last else {}))).failed
+    return failed
+
+
+def prepared(pipeline, requests, owners=None, **ranks):
+    """A runner that has encoded the texts of all, and stepped nobody."""
+    runner = make_runner(pipeline, **ranks)
+    whole = join(requests, owners)
+    runner.run(plan(admit=whole.admit, encodes=whole.encodes, advance=False))
+    runner.side.take()
+    return runner
+
+
+def test_forwarded_beside_the_steps_a_request_takes_the_same_steps_bit_by_bit():
+    requests = [toy_request(steps=3, interval=(0.0, 0.7)), toy_request("a dog", steps=9, seed=1)]
+    alone = make_runner(ToyPipeline())
+    alone.run(join(requests[:1]))
+    alone.run(plan(1, assign=[Assign(0, (0, 0))]))
+    alone.run(plan(2, assign=[Assign(0, (0,))]))
+    runner = prepared(ToyPipeline(), requests)
+    runner.run(plan(assign=[Assign(1, (0, 0))], forwards=[Forward(0, (0, 0))]))
+    assert [(report.id, report.branch) for report in runner.side.take()] == [(0, FORWARDED)]
+    runner.run(plan(1))
+    assert [state.index for state in runner.states.values()] == [0, 2], "its prediction is kept until it shall step"
+    runner.run(plan(2, long_steps=[0], forwards=[Forward(0, (0, 0))]))
+    runner.run(plan(3, long_steps=[0], forwards=[Forward(0, (0,))]))
+    runner.run(plan(4, long_steps=[0]))
+    assert [state.index for state in runner.states.values()] == [3, 5]
+    assert torch.equal(runner.states[0].latents, alone.states[0].latents)
+    assert runner.states[0].predictions == {}
+    runner.run(plan(5))
+    assert [state.index for state in runner.states.values()] == [3, 6], "it is no running request"
+
+
+def test_the_last_step_of_a_long_request_and_its_decode_come_in_one_plan():
+    runner = prepared(ToyPipeline(), [toy_request(steps=2)])
+    assert not forward_and_step(runner, 2, decodes=[Decode(0, 0, is_long=True)])
+    assert [(r.branch, r.error) for r in runner.side.take() if r.branch == DECODED] == [(DECODED, "")]
+    assert not runner.states
+
+
+def test_a_rank_forwards_its_own_branches_of_a_long_request_alone():
+    pipeline, counts = ToyPipeline(), []
+    pipeline.transformer.fail = lambda sequences: counts.append([sequence.branch for sequence in sequences])
+    everywhere = {"rank": 1, "ranks": 2, "all_gather": lambda row: torch.stack([row, row])}
+    runner = prepared(pipeline, [toy_request(steps=3)], [(1, 1)], **everywhere)
+    for owners in ((1, 0), (0, 1), (0, 0)):
+        runner.run(plan(advance=False, forwards=[Forward(0, owners)]))
+        assert sorted(runner.states[0].predictions) == [branch for branch, owner in enumerate(owners) if owner == 1]
+        runner.run(plan(advance=False, long_steps=[0]))
+    assert counts == [[0], [1]]
+
+
+@pytest.mark.parametrize("error", [ValueError("out of luck"), torch.OutOfMemoryError("too large")])
+def test_a_long_forward_that_fails_is_reported_beside_the_steps(error):
+    pipeline = ToyPipeline()
+    runner = prepared(pipeline, [toy_request(), toy_request("a dog", steps=9)])
+
+    def fail(sequences):
+        if sequences[0].request.prompts[0] == "a cat":
+            raise error
+
+    pipeline.transformer.fail = fail
+    report = runner.run(plan(assign=[Assign(1, (0, 0))], forwards=[Forward(0, (0, 0))]))
+    assert not report.failed
+    (side,) = runner.side.take()
+    assert (side.id, side.branch) == (0, FORWARDED)
+    assert str(error) in side.error
+    runner.run(plan(1, retire=[0]))
+    assert [state.index for state in runner.states.values()] == [2]
+
+
+def test_a_step_without_a_prediction_fails_its_request_alone_instead_of_using_zeros():
+    runner = prepared(ToyPipeline(), [toy_request(), toy_request("a dog", steps=9)])
+    runner.run(plan(assign=[Assign(1, (0, 0))], forwards=[Forward(0, (0, 0))]))
+    runner.states[0].predictions.clear()
+    assert [id for id, _ in runner.run(plan(1, long_steps=[0])).failed] == [0]
+    assert list(runner.states) == [1]
+
+
+def test_plans_for_a_long_request_that_failed_are_carried_out_without_it(pipeline):
+    runner = prepared(pipeline, [toy_request()])
+    pipeline.combine_branches = lambda *args: 1 / 0
+    assert [id for id, _ in forward_and_step(runner, 1)] == [0]
+    runner.run(plan(2, advance=False, forwards=[Forward(0, (0, 0))]))
+    assert [report.branch for report in runner.side.take()] == [FORWARDED], "the one before it failed"
+    runner.run(plan(3, advance=False, long_steps=[0]))
+    assert not runner.states, "the other ranks learn of it in the exchange"
+    assert not runner.run(plan(4, advance=False, long_steps=[0], forwards=[Forward(0, (0, 0))])).failed

@@ -9,7 +9,7 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
 from tests.toy_pipeline import toy_request, toy_vllm_config
-from vllm_cfg_plugin.engine.plan import DECODED, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, SideReport
 from vllm_cfg_plugin.engine.result import unpack_result
 from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import StepResult
@@ -31,7 +31,8 @@ def perfect_ranks(output):
     plan = output.planned.plan
     encoded = [(SideReport(e.id, e.branch, e.rank, 1.0), None) for e in plan.encodes]
     decoded = [(SideReport(d.id, DECODED, d.rank, 1.0, "", (1, 2, 2, 3)), memoryview(bytes(12))) for d in plan.decodes]
-    return StepResult(began=1.0, denoised=2.0, side=encoded + decoded)
+    forwarded = [(SideReport(f.id, FORWARDED, rank, 1.0), None) for f in plan.forwards for rank in set(f.owners)]
+    return StepResult(began=1.0, denoised=2.0, side=encoded + decoded + forwarded)
 
 
 def finish(scheduler, output, **failed):
@@ -66,7 +67,7 @@ def test_a_request_is_planned_to_its_last_step_before_any_report_of_a_step_comes
     assert [[(a.id, a.owners) for a in plan.assign] for plan in plans] == [[(0, (0, 1))], [], [], []]
     assert [len(plan.decodes) for plan in plans] == [0, 0, 1, 0]
     assert outputs[3].awaits_side_work
-    assert finish(scheduler, outputs[0]) == []
+    assert finish(scheduler, outputs[0]) == finish(scheduler, outputs[1]) == []
     (done,) = finish(scheduler, outputs[2])
     header, pixels = unpack_result(done.pooling_output)
     assert done.finish_reason == FinishReason.STOP
@@ -142,17 +143,24 @@ def test_max_num_batched_tokens_limits_the_heaviest_rank():
     assert [running_ids(scheduler.schedule()) for _ in range(2)] == [[0, 1], [0, 1]]
 
 
-def test_requests_larger_than_the_token_budget_run_one_at_a_time_and_keep_no_small_one_out():
-    scheduler = make_scheduler(max_num_batched_tokens=10)
+@pytest.mark.parametrize("limit", [{"max_num_batched_tokens": 10}, {"max_step_ms": 1}])
+def test_requests_too_large_for_a_step_run_one_at_a_time_and_keep_no_small_one_out(limit):
+    scheduler = make_scheduler(**limit)
     for name in ("huge", "huge too"):
         scheduler.add_request(vllm_request(name, toy_request(image_tokens=5000, steps=1)))
     scheduler.add_request(vllm_request("small", toy_request("x", steps=1)))
     encoded(scheduler)
-    last = scheduler.schedule()
-    assert running_ids(last) == [0, 2]
-    finish(scheduler, last)
-    encoded(scheduler)
-    assert running_ids(scheduler.schedule()) == [1]
+    output = scheduler.schedule()
+    assert running_ids(output) == [2]
+    assert [forward.id for forward in output.planned.plan.forwards] == [0]
+    finish(scheduler, output)
+    output = scheduler.schedule()
+    assert running_ids(output) == [0]
+    assert [decode.id for decode in output.planned.plan.decodes] == [0]
+    (done,) = finish(scheduler, output)
+    assert unpack_result(done.pooling_output)[0].metrics.steps == 1
+    assert [admission.id for admission in encoded(scheduler).planned.plan.admit] == [1]
+    assert [forward.id for forward in scheduler.schedule().planned.plan.forwards] == [1]
 
 
 def test_requests_without_guidance_are_spread_over_the_ranks():

@@ -1,9 +1,10 @@
-"""Encodes and decodes beside the steps: reported when done, cancelled before they begin, failures caught."""
+"""Work beside the steps: reported when done, stopped when cancelled, failures caught, short never behind long."""
 
 import os
 import queue
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -44,13 +45,94 @@ def test_a_failure_is_reported_with_what_was_being_done(side):
     assert image is None
 
 
-def test_a_long_decode_does_not_hold_up_an_encode(side):
+def pixels():
+    return torch.zeros(1, 1, 3, dtype=torch.uint8)
+
+
+LONG = {
+    "decode": lambda side, run: side.decode(3, run),
+    "long decode": lambda side, run: side.decode(3, run, is_long=True),
+    "long encode": lambda side, run: side.encode(3, 0, run, is_long=True),
+    "forward": lambda side, run: side.forward(3, run),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_work_does_not_hold_up_an_encode_nor_a_short_decode(side, name):
     may_end = threading.Event()
-    side.decode(3, lambda: may_end.wait(10) and torch.zeros(1, 1, 3, dtype=torch.uint8))
+    LONG[name](side, lambda: may_end.wait(10) and pixels())
     side.encode(4, 0, lambda: None)
-    assert side.reports.get(timeout=10)[0].id == 4
+    if name != "decode":
+        side.decode(5, pixels)
+        assert {side.reports.get(timeout=10)[0].id for _ in range(2)} == {4, 5}
+    else:
+        assert side.reports.get(timeout=10)[0].id == 4
     may_end.set()
     assert side.reports.get(timeout=10)[0].id == 3
+
+
+def test_long_forwards_and_long_decodes_do_not_wait_for_each_other(side):
+    both = threading.Barrier(2)
+
+    def meet():
+        both.wait(10)
+
+    side.forward(1, meet)
+    side.decode(2, meet, is_long=True)
+    assert {side.reports.get(timeout=10)[0].error for _ in range(2)} == {""}
+
+
+def compute_for_ever(begun):
+    """Torch operations, one of which catches what others raise, as models may; for a minute at most."""
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        try:
+            torch.zeros(2) + 1
+        except Exception:
+            raise AssertionError("a model must not see that its work was cancelled") from None
+        begun.set()
+    return pixels()
+
+
+@pytest.mark.parametrize("name", [name for name in LONG if name != "decode"])
+def test_long_work_stops_at_its_next_operation_when_it_is_cancelled(side, name):
+    begun = threading.Event()
+    LONG[name](side, lambda: compute_for_ever(begun))
+    begun.wait(10)
+    side.cancel(3)
+    LONG[name](side, pixels)  # the thread is free again; what comes later is no part of what was cancelled
+    assert side.reports.get(timeout=10)[0].error == ""
+    assert side.reports.empty()
+    assert not side._works
+
+
+def test_closing_stops_long_work(side):
+    begun, ended = threading.Event(), threading.Event()
+
+    def run():
+        try:
+            compute_for_ever(begun)
+        finally:
+            ended.set()
+
+    side.forward(3, run)
+    begun.wait(10)
+    side.close()
+    assert ended.wait(10)
+
+
+def test_stopping_when_cancelled_changes_no_bit(side):
+    layer, rows = torch.nn.Linear(64, 64), torch.randn(128, 64)
+    results = []
+
+    def run():
+        results.append(torch.nn.functional.scaled_dot_product_attention(*[layer(rows)[None, None]] * 3))
+
+    side.encode(1, 0, run)
+    side.forward(2, run)
+    for _ in range(2):
+        assert side.reports.get(timeout=10)[0].error == ""
+    assert torch.equal(*results)
 
 
 def test_what_was_cancelled_before_it_began_never_runs(side):
@@ -84,14 +166,16 @@ def test_side_threads_give_way_to_the_steps(side, started_with):
         os.nice(started_with)
         side.encode(1, 0, lambda: niceness.append(priority()))
         side.decode(2, lambda: niceness.append(priority()))
+        side.decode(3, lambda: niceness.append(priority()), is_long=True)
+        side.forward(4, lambda: niceness.append(priority()))
         niceness.append(priority())
 
     niceness = []
     thread = threading.Thread(target=step)  # whose niceness is its own
     thread.start()
     thread.join()
-    for _ in range(2):
+    for _ in range(4):
         side.reports.get(timeout=10)
-    steps, encodes, decodes = sorted(niceness)
-    assert steps < encodes < decodes
+    steps, encodes, decodes, *long = sorted(niceness)
+    assert steps < encodes < decodes < long[0] == long[1]
     assert steps >= started_with

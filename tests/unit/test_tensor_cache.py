@@ -1,6 +1,7 @@
 """The LRU cache of tensors: limited by total bytes, and by nothing else."""
 
 import copy
+import threading
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,3 +55,24 @@ def test_layouts_of_a_running_set_fit():
         for length in range(1, 257):
             cache.get(length, lambda length=length: made.append(length) or torch.zeros(length, 3))
     assert len(made) == 256
+
+
+def test_no_thread_waits_for_what_another_one_makes_and_all_get_the_same_value():
+    cache, begun, may_end = TensorCache(10**6), threading.Event(), threading.Event()
+    found = []
+
+    def make_slowly():
+        begun.set()
+        assert may_end.wait(10)
+        return torch.zeros(1)
+
+    slow = threading.Thread(target=lambda: found.append(cache.get("a", make_slowly)))
+    slow.start()
+    assert begun.wait(10)
+    assert cache.get("b", lambda: torch.ones(1)) == 1
+    first = cache.get("a", lambda: torch.zeros(1))
+    may_end.set()
+    slow.join()
+    assert found == [first]
+    assert found[0] is first
+    assert cache._bytes == 2 * (_OVERHEAD_BYTES + 4)

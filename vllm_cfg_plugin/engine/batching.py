@@ -7,15 +7,16 @@ argument, so that `benchmarks/simulate.py` runs this very code in virtual time. 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from vllm_cfg_plugin.engine.admission import WaitingLine
+from vllm_cfg_plugin.engine.admission import Room, WaitingLine
 from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.placement import Placement
-from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, SideReport, StepPlan
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, Admission, Assign, Decode, Encode, SideReport, StepPlan
 from vllm_cfg_plugin.engine.planner import rank_loads
 from vllm_cfg_plugin.engine.request import ScheduledRequest, check_plannable
 from vllm_cfg_plugin.engine.step_result import StepResult
@@ -27,15 +28,15 @@ class PlannedStep:
     """A plan and who is in it.
 
     Attributes:
-        tick: number of the denoising step that all running requests take, if the plan advances.
         admitted: requests that join.
         running: requests that take a step; the same object as long as they are the same.
+        forwarding: long requests whose next step's forwards begin.
     """
 
     plan: StepPlan
-    tick: int
     admitted: list[ScheduledRequest]
     running: tuple[ScheduledRequest, ...]
+    forwarding: list[ScheduledRequest]
 
 
 class StepBatch:
@@ -47,7 +48,11 @@ class StepBatch:
         max_tokens: most image and text tokens that one rank forwards in one step.
         cost: predicts what work costs.
         clock: seconds.
+        max_step_us: most predicted microseconds of one rank's forwards in one step.
+        max_side_us: an encode or decode that is predicted to take longer is one that no short ones wait for.
     """
+
+    placement_class = Placement
 
     def __init__(
         self,
@@ -56,10 +61,15 @@ class StepBatch:
         max_tokens: int,
         cost: CostModel,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        max_step_us: float = math.inf,
+        max_side_us: float = math.inf,
     ) -> None:
         self._ranks = ranks
         self._max_requests = max_requests
         self._max_tokens = max_tokens
+        self._max_step_us = max_step_us
+        self._max_side_us = max_side_us
         self._cost = cost
         self._clock = clock
         self._ids = count()
@@ -71,10 +81,14 @@ class StepBatch:
 
     def _meet_ranks(self) -> None:
         """Begin with ranks that know nothing."""
-        self._placement = Placement(self._ranks)
+        self._placement = self.placement_class(self._ranks, self._max_side_us)
+        # Long requests hold at most half of the places: their decodes may stand in line for minutes.
+        max_long, max_us = max(1, self._max_requests // 2), self._max_step_us - self._cost.step_us
+        self._room = Room(self._ranks, self._placement, self._max_tokens, max_us, max_long)
         self._known: dict[int, ScheduledRequest] = {}  # what the ranks know: preparing, running and draining
         self.preparing: dict[int, ScheduledRequest] = {}
         self.running: dict[int, ScheduledRequest] = {}
+        self.beside: dict[int, ScheduledRequest] = {}  # long requests that take steps, at their own pace
         self.draining: dict[int, ScheduledRequest] = {}
         self._lineup: tuple[ScheduledRequest, ...] | None = ()  # None: `running` or who holds what has changed
         self._awaited: set[int] | None = None  # preparing requests that an idle batch starts together with
@@ -94,6 +108,7 @@ class StepBatch:
             raise ValueError(f"request_id={request_id!r} is the name of another request: give each its own")
         check_plannable(spec)
         request = ScheduledRequest(request_id, client_index, next(self._ids), spec, self._cost, self._clock())
+        request.is_long = self._room.is_long(request)
         self.waiting.append(request)
         self._by_name[request_id] = request
         self._may_admit = True
@@ -126,13 +141,13 @@ class StepBatch:
             self.waiting.remove(request)
         if self.running.pop(request.id, None) is not None:
             self._lineup = None
-        self.preparing.pop(request.id, None)
-        self.draining.pop(request.id, None)
+        for stage in (self.preparing, self.beside, self.draining):
+            stage.pop(request.id, None)
         self._placement.forget(request)
         self._may_admit = True
 
     def start_over(self, has_killed: bool) -> list[ScheduledRequest]:
-        """The ranks were started anew: all that they knew waits again, in its old order and before all others.
+        """The ranks were started anew: all that they knew waits again, where it stood.
 
         Args:
             has_killed: it may be one of these requests that the old ranks died of.
@@ -160,7 +175,7 @@ class StepBatch:
 
     @property
     def awaits_side_work(self) -> bool:
-        """Whether ranks are encoding or decoding."""
+        """Whether ranks are encoding or decoding, or forwarding beside the steps."""
         return self._placement.has_side_work
 
     def next_plan(self, admit: bool = True, step: bool = True) -> PlannedStep:
@@ -172,21 +187,25 @@ class StepBatch:
         admitted = self._admit() if admit and step else []
         encodes = [encode for request in admitted for encode in self._placement.first_encodes(request)]
         assign = self._line_up(encodes) if step else []
-        running = self._lineup or ()
-        advance = step and bool(running)
+        running = self._lineup or () if step else ()
+        forwarding = self._start_long() if step else []
+        stepping = [request for request in self.beside.values() if not request.forwarding] if step else []
+        finished = (self._finished(running) if running else []) + self._step_long(stepping)
+        forwarding += [request for request in stepping if request.id in self.beside]
         plan = StepPlan(
             step=next(self._plans),
             retire=self.retired,
             admit=[Admission(request.id, request.spec) for request in admitted],
             encodes=encodes,
             assign=assign,
-            advance=advance,
-            decodes=self._finish_steps(running) if advance else [],
+            advance=bool(running),
+            decodes=self._decode(finished, running) if finished else [],
+            long_steps=[request.id for request in stepping],
+            forwards=[self._placement.forward(request) for request in forwarding],
         )
         self.retired = []
-        planned = PlannedStep(plan, self._tick, admitted, running if advance else ())
-        self._tick += advance
-        return planned
+        self._tick += plan.advance
+        return PlannedStep(plan, admitted, (*running, *stepping) if stepping else running, forwarding)
 
     def note_result(self, planned: PlannedStep, result: StepResult) -> None:
         """Note what the reports of a plan say of its requests."""
@@ -194,15 +213,20 @@ class StepBatch:
             request.is_prepared = request.id not in result.failed
         for request in planned.running:
             if request.id not in result.failed:
-                request.done_steps = planned.tick - request.first_tick + 1
+                request.done_steps += 1
                 request.began = request.began or result.began
                 request.denoised = result.denoised
+        for request in planned.forwarding:
+            request.began = request.began or result.began
 
     def note_side_report(self, report: SideReport) -> ScheduledRequest | None:
-        """Note that an encode or decode is done; returns its request if it is still here."""
+        """Note that a piece of side work is done; returns its request if it is still here."""
         self._placement.note_done(report)
         request = self._known.get(report.id)
         if request is None or report.error or report.branch == DECODED:
+            return request
+        if report.branch == FORWARDED:
+            request.forwarding.discard(report.rank)
             return request
         request.encode_ms = max(request.encode_ms, report.milliseconds)
         self._placement.note_encoded(report, request)
@@ -211,35 +235,17 @@ class StepBatch:
         return request
 
     def _admit(self) -> list[ScheduledRequest]:
-        """Requests that join now.
-
-        One that is larger than the token budget by itself does not count against it, but no rank has two of them.
-        So it need not wait until nobody runs, and it keeps no smaller ones out.
-        """
+        """Requests that join now."""
         if not self._may_admit or not self.waiting:
             return []
-        members = [*self.preparing.values(), *self.running.values()]
-        loads = _loads(members, self._ranks, lambda request: request.costs)
-        counted = [request for request in members if not request.is_oversized]
-        tokens = _loads(counted, self._ranks, lambda request: request.branch_tokens)
-        with_oversized = {owner for request in members if request.is_oversized for owner in request.owners}
+        stepping = (self.preparing, self.running, self.beside)
+        self._room.look((request for stage in stepping for request in stage.values()), self.draining.values())
 
         def try_to_join(request: ScheduledRequest) -> bool:
             if len(self._known) >= self._max_requests or not self._may_share(request):
                 return False
-            owners = self._placement.owners_of_newcomer(request, loads)
-            request.is_oversized = max(rank_loads(request.branch_tokens, owners, self._ranks)) > self._max_tokens
-            if request.is_oversized:
-                if with_oversized.intersection(owners):
-                    return False
-                with_oversized.update(owners)
-            else:
-                joined = rank_loads(request.branch_tokens, owners, self._ranks, tokens)
-                if max(joined) > self._max_tokens:
-                    return False
-                tokens[:] = joined
-            loads[:] = rank_loads(request.costs, owners, self._ranks, loads)
-            request.owners = owners
+            if not self._room.let_in(request):
+                return False
             self._start_preparing(request)
             return True
 
@@ -284,36 +290,48 @@ class StepBatch:
         An idle batch waits for the texts that are being encoded when its first request is ready, and for no others:
         the encodes have the ranks to themselves then, and all step in full packs from the start.
         """
-        ready = [request for request in self.preparing.values() if request.is_ready]
+        short = [request for request in self.preparing.values() if not request.is_long]
+        ready = [request for request in short if request.is_ready]
         if not ready or self.running:
             return ready
         if self._awaited is None:
-            self._awaited = self.preparing.keys() - {request.id for request in ready}
+            self._awaited = {request.id for request in short if not request.is_ready}
         if any(id in self.preparing and not self.preparing[id].is_ready for id in self._awaited):
             return []
         self._awaited = None
         return ready
 
-    def _finish_steps(self, running: tuple[ScheduledRequest, ...]) -> list[Decode]:
-        """Decodes of the requests whose last step this is."""
+    def _start_long(self) -> list[ScheduledRequest]:
+        """Long requests whose texts are encoded, for their first step."""
+        ready = [request for request in self.preparing.values() if request.is_long and request.is_ready]
+        for request in ready:
+            self.beside[request.id] = self.preparing.pop(request.id)
+            request.forwarding = set(request.owners)
+        return ready
+
+    def _step_long(self, stepping: Sequence[ScheduledRequest]) -> list[ScheduledRequest]:
+        """Take a step of long requests; returns those whose last it is."""
+        for request in stepping:
+            request.long_steps += 1
+        finished = [request for request in stepping if request.long_steps == request.spec.steps]
+        for request in finished:
+            del self.beside[request.id]
+        return finished
+
+    def _finished(self, running: tuple[ScheduledRequest, ...]) -> list[ScheduledRequest]:
+        """Running requests whose last step this is; they run no more."""
         if self._tick + 1 < self._next_change:
             return []
         finished = [request for request in running if request.last_tick == self._tick]
-        if not finished:
-            return []
-        loads = _loads(running, self._ranks, lambda request: request.costs)
         for request in finished:
-            self.draining[request.id] = self.running.pop(request.id)
-        self._lineup = None
+            del self.running[request.id]
+            self._lineup = None
+        return finished
+
+    def _decode(self, finished: Sequence[ScheduledRequest], running: Sequence[ScheduledRequest]) -> list[Decode]:
+        loads = [0] * self._ranks
+        for request in running:
+            loads = rank_loads(request.costs, request.owners, self._ranks, loads)
+        self.draining.update((request.id, request) for request in finished)
         self._may_admit = True
         return [self._placement.decode(request, loads) for request in finished]
-
-
-def _loads(
-    requests: Iterable[ScheduledRequest], ranks: int, sizes: Callable[[ScheduledRequest], tuple[int, ...]]
-) -> list[int]:
-    """Each rank's sum of its branches' sizes."""
-    loads = [0] * ranks
-    for request in requests:
-        loads = rank_loads(sizes(request), request.owners, ranks, loads)
-    return loads

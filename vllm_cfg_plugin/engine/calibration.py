@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from vllm_cfg_plugin.config import FIND_TOKEN_BUDGET, additional_config
+from vllm_cfg_plugin.config import FIND_TOKEN_BUDGET, EngineSettings, additional_config
 from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.logs import get_logger
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _CALIBRATION = "calibration"  # key of `additional_config`
+# A step may take so long whatever the model: short to a user, long to all that a step costs beside its forwards.
+_LEAST_STEP_US = 1e6
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,10 +29,12 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         token_budget: image and text tokens in one packed forward past which packing more gains nothing.
+        default_tokens: those of one sequence of the model's own size.
     """
 
     cost: CostModel
     token_budget: Annotated[int, msgspec.Meta(ge=1)]
+    default_tokens: Annotated[int, msgspec.Meta(ge=1)]
 
 
 def slowest(calibrations: Sequence[Calibration]) -> Calibration:
@@ -39,6 +43,7 @@ def slowest(calibrations: Sequence[Calibration]) -> Calibration:
     return Calibration(
         cost=CostModel(**{name: max(cost[name] for cost in costs) for name in CostModel.__struct_fields__}),
         token_budget=min(calibration.token_budget for calibration in calibrations),
+        default_tokens=max(calibration.default_tokens for calibration in calibrations),
     )
 
 
@@ -71,3 +76,26 @@ def token_budget(vllm_config: VllmConfig) -> int:
         "Token budget: %d tokens per rank and step (found at start-up; --max-num-batched-tokens overrides it)", found
     )
     return found
+
+
+def max_step_us(vllm_config: VllmConfig) -> float:
+    """Most microseconds of one rank's forwards in a step: what the user asked for, else as many as it takes.
+
+    That is a second, or what a guided request of the model's own size takes on one rank, so that these share steps.
+    """
+    asked = EngineSettings.from_vllm_config(vllm_config).max_step_ms
+    if asked is not None:
+        return 1e3 * asked
+    found = calibration_of(vllm_config)
+    return max(_LEAST_STEP_US, found.cost.step_us + 2 * found.cost.forward(found.default_tokens))
+
+
+def max_side_us(vllm_config: VllmConfig) -> float:
+    """An encode or decode that takes more microseconds is long.
+
+    That is more than a step may take, and more than both together take of a request of the model's own size.
+    """
+    found = calibration_of(vllm_config)
+    return max(
+        max_step_us(vllm_config), found.cost.encode(found.default_tokens) + found.cost.decode(found.default_tokens)
+    )

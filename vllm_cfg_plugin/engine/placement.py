@@ -1,4 +1,4 @@
-"""Which rank does what: homes for new texts, owners of the branches of a step, ranks for decodes. Pure.
+"""Which rank does what: homes for new texts, owners of the branches of a step, ranks for side work. Pure.
 
 Keeps what the planner's functions need from one step to the next: who holds which embeddings, and how much side work
 each rank was given. Must not import vLLM or torch.
@@ -6,11 +6,12 @@ each rank was given. Must not import vLLM or torch.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from vllm_cfg_plugin.engine import planner
-from vllm_cfg_plugin.engine.plan import DECODED, Decode, Encode, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, Decode, Encode, Forward, SideReport
 from vllm_cfg_plugin.engine.planner import Item
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 
@@ -19,14 +20,20 @@ _REMEMBERED_PROMPTS = 1024
 
 
 class Placement:
-    """The work of one engine's ranks."""
+    """The work of one engine's ranks.
 
-    def __init__(self, ranks: int) -> None:
+    Args:
+        max_side_us: an encode or decode that is predicted to take longer is long.
+    """
+
+    def __init__(self, ranks: int, max_side_us: float = math.inf) -> None:
         self._ranks = ranks
+        self._max_side_us = max_side_us
         self._everywhere = frozenset(range(ranks))
         self._encoded_on: OrderedDict[tuple[str | int, ...], set[int]] = OrderedDict()
-        self._side_work: dict[tuple[int, int, int], int] = {}  # (id, branch, rank) -> predicted microseconds
-        self._backlogs = [0] * ranks  # predicted microseconds of side work
+        # (id, branch, rank) -> whether it is long, predicted microseconds
+        self._side_work: dict[tuple[int, int, int], tuple[bool, int]] = {}
+        self._backlogs = ([0] * ranks, [0] * ranks)  # predicted microseconds of short and of long side work
 
     @property
     def has_side_work(self) -> bool:
@@ -77,17 +84,35 @@ class Placement:
 
     def _encode(self, request: ScheduledRequest, branch: int, rank: int) -> Encode:
         request.asked[branch].add(rank)
-        self._give(request.id, branch, rank, request.cost.encode(request.spec.text_tokens[branch]))
-        return Encode(request.id, branch, rank)
+        cost = request.encode_cost(branch)
+        is_long = cost > self._max_side_us
+        self._give(request.id, branch, rank, is_long, cost)
+        return Encode(request.id, branch, rank, is_long)
 
     def decode(self, request: ScheduledRequest, loads: Sequence[int]) -> Decode:
-        """The decode of a request, on the rank with least to do."""
-        rank = planner.choose_side_rank(self._backlogs, loads)
-        self._give(request.id, DECODED, rank, request.cost.decode(request.spec.image_tokens))
-        return Decode(request.id, rank)
+        """The decode of a request, on the rank where it is done first."""
+        cost = request.cost.decode(request.spec.image_tokens)
+        is_long = cost > self._max_side_us
+        short, long = self._backlogs
+        if is_long:
+            backlogs = [sum(both) for both in zip(short, long, strict=True)]
+        else:  # it waits for no long work, but shares the core with it
+            backlogs = [before + min(beside, before + cost) for before, beside in zip(short, long, strict=True)]
+        rank = planner.choose_side_rank(backlogs, loads)
+        self._give(request.id, DECODED, rank, is_long, cost)
+        return Decode(request.id, rank, is_long)
+
+    def forward(self, request: ScheduledRequest) -> Forward:
+        """The forwards of a long request's next step."""
+        owners = request.owners[: request.spec.branches_at(request.long_steps)]
+        request.forwarding = set(owners)
+        for rank, cost in enumerate(planner.rank_loads(request.costs[: len(owners)], owners, self._ranks)):
+            if rank in request.forwarding:
+                self._give(request.id, FORWARDED, rank, True, cost)
+        return Forward(request.id, owners)
 
     def note_done(self, report: SideReport) -> None:
-        self._backlogs[report.rank] -= self._side_work.pop((report.id, report.branch, report.rank), 0)
+        self._take_back(report.id, report.branch, report.rank)
 
     def note_encoded(self, report: SideReport, request: ScheduledRequest) -> None:
         """A rank holds the text of a branch."""
@@ -100,9 +125,13 @@ class Placement:
 
     def forget(self, request: ScheduledRequest) -> None:
         """A request left: what it still had queued at the ranks is cancelled there, and no report of it is awaited."""
-        for id, branch, rank in [key for key in self._side_work if key[0] == request.id]:
-            self._backlogs[rank] -= self._side_work.pop((id, branch, rank))
+        for key in [key for key in self._side_work if key[0] == request.id]:
+            self._take_back(*key)
 
-    def _give(self, id: int, branch: int, rank: int, microseconds: int) -> None:
-        self._side_work[id, branch, rank] = microseconds
-        self._backlogs[rank] += microseconds
+    def _give(self, id: int, branch: int, rank: int, is_long: bool, microseconds: int) -> None:
+        self._side_work[id, branch, rank] = is_long, microseconds
+        self._backlogs[is_long][rank] += microseconds
+
+    def _take_back(self, id: int, branch: int, rank: int) -> None:
+        is_long, microseconds = self._side_work.pop((id, branch, rank), (False, 0))
+        self._backlogs[is_long][rank] -= microseconds

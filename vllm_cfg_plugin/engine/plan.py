@@ -21,11 +21,16 @@ class Admission(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Encode(msgspec.Struct, array_like=True, frozen=True):
-    """Cfg rank `rank` encodes the text of a branch, beside the steps, and says so in a side report."""
+    """Cfg rank `rank` encodes the text of a branch, beside the steps, and says so in a side report.
+
+    Attributes:
+        is_long: it may take longer than a step, so no short work may wait for it.
+    """
 
     id: int
     branch: int
     rank: int
+    is_long: bool = False
 
 
 class Assign(msgspec.Struct, array_like=True, frozen=True):
@@ -39,17 +44,37 @@ class Assign(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Decode(msgspec.Struct, array_like=True, frozen=True):
-    """After its last step, in this plan, all ranks forget request `id`; `rank` decodes it beside the steps."""
+    """After its last step, in this plan, all ranks forget request `id`; `rank` decodes it beside the steps.
+
+    Attributes:
+        is_long: as an encode's.
+    """
 
     id: int
     rank: int
+    is_long: bool = False
+
+
+class Forward(msgspec.Struct, array_like=True, frozen=True):
+    """For the next step of a long request cfg rank `owners[b]` forwards branch b, beside the steps.
+
+    Each of these ranks says so in one side report, and keeps its predictions until a plan names the request in
+    `long_steps`.
+    """
+
+    id: int
+    owners: tuple[int, ...]
 
 
 class StepPlan(msgspec.Struct, array_like=True, frozen=True):
-    """All changes of one engine step, the same message for every rank; carried out in the order of the fields.
+    """All changes of one engine step, the same message for every rank.
+
+    Carried out in the order of the fields, but for `long_steps`, which go with `advance`.
 
     Attributes:
         advance: every running request takes one denoising step, and one that has taken its last runs no more.
+        long_steps: long requests whose forwards are done; they take a denoising step in the same exchange.
+        forwards: of long requests, for the step after that.
     """
 
     step: int
@@ -59,9 +84,20 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     assign: list[Assign]
     advance: bool
     decodes: list[Decode]
+    long_steps: list[int] = []
+    forwards: list[Forward] = []
 
     def is_empty(self) -> bool:
-        return not (self.advance or self.retire or self.admit or self.encodes or self.assign or self.decodes)
+        return not (
+            self.advance
+            or self.retire
+            or self.admit
+            or self.encodes
+            or self.assign
+            or self.decodes
+            or self.long_steps
+            or self.forwards
+        )
 
 
 class StepReport(msgspec.Struct, array_like=True, frozen=True):
@@ -81,10 +117,10 @@ class StepReport(msgspec.Struct, array_like=True, frozen=True):
 
 
 class SideReport(msgspec.Struct, array_like=True, frozen=True):
-    """One encode or decode is done; sent when it is, whatever the steps do.
+    """One encode, decode or long request's forward is done; sent when it is, whatever the steps do.
 
     Attributes:
-        branch: the branch that was encoded; DECODED for a decode.
+        branch: the branch that was encoded; DECODED for a decode, FORWARDED for all of a rank's branches of a step.
         error: why it could not be done; '' if it was.
         shape: of what was decoded, whose pixels follow as one frame: uint8 [number, height, width, channels].
     """
@@ -98,6 +134,7 @@ class SideReport(msgspec.Struct, array_like=True, frozen=True):
 
 
 DECODED = -1
+FORWARDED = -2
 
 encode = msgspec.msgpack.Encoder().encode
 decode_plan = msgspec.msgpack.Decoder(StepPlan).decode

@@ -22,6 +22,8 @@ _DEATHS_ALONE = 2
 class ScheduledRequest:
     """Life: waiting -> preparing (texts are being encoded) -> running (steps) -> draining (its image is not back yet).
 
+    A long request's forwards run beside the steps of the others; it is `beside` where those are running.
+
     Attributes:
         request_id, client_index: vLLM's names for the request and for who asked.
         id: our integer name for it, used in plans.
@@ -30,12 +32,14 @@ class ScheduledRequest:
         encode_ms: milliseconds of the text that took longest.
         overtaken: requests that came later and were admitted earlier.
         deaths, deaths_alone: how often ranks died while they knew it, beside others and nobody else.
-        is_oversized: it alone gives some rank more tokens than the budget.
+        is_long: it alone would give some rank more work in a step than a step may have.
         owners: cfg rank that forwards each branch, or will once it steps.
         assigned: the owners that the ranks were told last.
         is_prepared: every rank has reported that it has drawn its noise.
         asked, holders: for each branch the ranks that were told to encode its text, and those that have.
-        first_tick: number of the engine's step that is its first.
+        first_tick: number of the engine's step that is its first; of a long request nothing.
+        long_steps: denoising steps of a long request that are planned.
+        forwarding: ranks that have not yet reported their forwards of a long request's next step.
         done_steps: its steps that all ranks have reported.
     """
 
@@ -53,22 +57,25 @@ class ScheduledRequest:
     overtaken: int = 0
     deaths: int = 0
     deaths_alone: int = 0
-    is_oversized: bool = False
+    is_long: bool = False
     owners: tuple[int, ...] = ()
     assigned: tuple[int, ...] = ()
     is_prepared: bool = False
     asked: list[set[int]] = field(default_factory=list)
     holders: list[set[int]] = field(default_factory=list)
     first_tick: int = 0
+    long_steps: int = 0
+    forwarding: set[int] = field(default_factory=set)
     done_steps: int = 0
 
     def start_over(self) -> None:
         """Wait again: what the ranks knew of it is gone."""
         self.admitted = self.began = self.denoised = self.encode_ms = 0.0
         self.owners = self.assigned = ()
-        self.is_oversized = self.is_prepared = False
+        self.is_prepared = False
         self.asked, self.holders = [], []
-        self.first_tick = self.done_steps = 0
+        self.first_tick = self.long_steps = self.done_steps = 0
+        self.forwarding = set()
 
     @property
     def is_suspect(self) -> bool:
@@ -88,6 +95,17 @@ class ScheduledRequest:
     def costs(self) -> tuple[int, ...]:
         return tuple(self.cost.forward(tokens) for tokens in self.branch_tokens)
 
+    @cached_property
+    def work(self) -> int:
+        """Predicted microseconds of all that it asks of ranks: what is least goes first."""
+        encodes = sum(self.encode_cost(branch) for branch in range(len(self.costs)))
+        return self.spec.steps * sum(self.costs) + encodes + self.cost.decode(self.spec.image_tokens)
+
+    def encode_cost(self, branch: int) -> int:
+        """Predicted microseconds to encode a branch's text and, as if they were decoded, the images."""
+        images = self.cost.decode(self.spec.condition_tokens) if self.spec.condition_tokens else 0
+        return self.cost.encode(self.spec.text_tokens[branch]) + images
+
     @property
     def last_tick(self) -> int:
         return self.first_tick + self.spec.steps - 1
@@ -102,7 +120,12 @@ class ScheduledRequest:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it may step: every rank has its noise, and some rank holds the text of each branch."""
+        """Whether it may step: every rank has its noise, and some rank holds the text of each branch.
+
+        A long request's branches stay where they are, so it must be their owners.
+        """
+        if self.is_long and not all(owner in held for owner, held in zip(self.owners, self.holders, strict=True)):
+            return False
         return self.is_prepared and all(self.holders)
 
     def metrics(self, now: float, decode_ms: float = 0.0) -> RequestMetrics:

@@ -17,7 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.batching import PlannedStep, StepBatch
-from vllm_cfg_plugin.engine.calibration import calibration_of, token_budget
+from vllm_cfg_plugin.engine.calibration import calibration_of, max_side_us, max_step_us, token_budget
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport
 from vllm_cfg_plugin.engine.progress import ProgressPublisher
@@ -41,7 +41,7 @@ class StepSchedulerOutput(SchedulerOutput):
 
     Attributes:
         planned: the plan for the ranks, which may be empty.
-        awaits_side_work: there is nothing to tell the ranks, but an encode or decode to wait for.
+        awaits_side_work: there is nothing to tell the ranks, but side work to wait for.
         epoch: of the ranks that the plan is for.
         is_trial: it is known what they may die of.
     """
@@ -73,7 +73,14 @@ class StepScheduler(SchedulerInterface):
         settings = EngineSettings.from_vllm_config(vllm_config)
         limits = vllm_config.scheduler_config
         cost = calibration_of(vllm_config).cost
-        self.batch = StepBatch(settings.cfg_parallel_size, limits.max_num_seqs, token_budget(vllm_config), cost)
+        self.batch = StepBatch(
+            settings.cfg_parallel_size,
+            limits.max_num_seqs,
+            token_budget(vllm_config),
+            cost,
+            max_step_us=max_step_us(vllm_config),
+            max_side_us=max_side_us(vllm_config),
+        )
         self._include_finished_set = include_finished_set
         self._log_stats = log_stats
         self._progress = ProgressPublisher(settings.progress_address) if settings.progress_address else None

@@ -93,6 +93,7 @@ def calibrate(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration:
             decode_token_us=decode_token_us,
         ),
         token_budget=max(default_tokens, find_token_budget([run.sample for run in packs])),
+        default_tokens=default_tokens,
     )
 
 

@@ -1,4 +1,4 @@
-"""One engine step on one rank: forget, admit, assign, forward, exchange, advance; texts and images go to side work.
+"""One engine step on one rank: forget, admit, assign, forward, exchange, advance; what may take long is side work.
 
 Every rank carries out the same plan; what differs is which branches it owns, which texts it encodes and which images
 it decodes. A failure is noted in the request's state and never leaves a verb: the rank always joins the step's
@@ -8,14 +8,15 @@ collective comes in as a function.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, StepPlan, StepReport
+from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, Forward, StepPlan, StepReport
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of
@@ -37,11 +38,13 @@ class Lineup:
     Attributes:
         layout: of the exchange.
         mine: this rank's forwards, neighbours of equal shape side by side: they share an attention call.
+        forwarded: what this rank has forwarded beside the steps.
     """
 
     states: list[RequestState]
     layout: ExchangeLayout
     mine: list[Slot]
+    forwarded: list[Slot]
 
 
 class StepRunner:
@@ -50,7 +53,7 @@ class StepRunner:
     Args:
         rank, ranks: this process in the cfg group.
         all_gather: [row] of every rank -> [ranks, row].
-        side: where encodes and decodes run and are reported.
+        side: where encodes, decodes and long forwards run and are reported.
     """
 
     def __init__(self, pipeline: EnginePipeline, rank: int, ranks: int, all_gather: AllGather, side: SideWork) -> None:
@@ -66,6 +69,7 @@ class StepRunner:
         self._failures: list[tuple[int, str]] = []  # to be reported
         self._all_gather = all_gather
         self._like = pipeline.prediction_like
+        self._text_lock = threading.Lock()  # tokenizers serve one thread at a time
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepReport:
@@ -79,9 +83,12 @@ class StepRunner:
             self._encode(encode)
         for assign in plan.assign:
             self._assign(assign)
-        if plan.advance and self._running:
-            self._step()
+        long = [self.states[id] for id in plan.long_steps if id in self.states]
+        if long or (plan.advance and self._running):
+            self._step(long)
         denoised = time.monotonic()
+        for forward in plan.forwards:
+            self._forward_beside(forward)
         for decode in plan.decodes:
             self._decode(decode)
         failures, self._failures = self._failures, []
@@ -111,17 +118,20 @@ class StepRunner:
     def _encode(self, encode: Encode) -> None:
         state = self.states.get(encode.id)
         if encode.rank == self.rank and state is not None:
-            self.side.encode(encode.id, encode.branch, partial(self._encode_branch, state, encode.branch))
+            run = partial(self._encode_branch, state, encode.branch)
+            self.side.encode(encode.id, encode.branch, run, encode.is_long)
 
     def _encode_branch(self, state: RequestState, branch: int) -> None:
         """Runs beside the steps."""
         request = state.request
+
+        def encode() -> PromptEmbeds:
+            with self._text_lock:
+                return self.pipeline.encode_branch(request, branch)
+
         state.condition = self._condition(request)
-        encode = partial(self.pipeline.encode_branch, request, branch)
         embeds = self.embeddings.get(request.embeds_key(branch), encode)
-        for tensor in (*embeds.tensors, *state.condition):
-            if tensor.is_cuda:  # made on the side stream, read on the stepping one
-                tensor.record_stream(torch.cuda.default_stream(tensor.device))
+        _hand_over((*embeds.tensors, *state.condition))
         state.prompt_embeds[branch] = embeds
 
     def _condition(self, request: DiffusionRequest) -> list[torch.Tensor]:
@@ -142,7 +152,7 @@ class StepRunner:
     def _decode(self, decode: Decode) -> None:
         state = self._forget(decode.id)
         if decode.rank == self.rank and state is not None and not state.error:
-            self.side.decode(decode.id, partial(self._decode_latents, state))
+            self.side.decode(decode.id, partial(self._decode_latents, state), decode.is_long)
 
     def _decode_latents(self, state: RequestState) -> torch.Tensor:
         """Runs beside the steps."""
@@ -151,21 +161,48 @@ class StepRunner:
         condition = self._condition(state.request) if self.pipeline.decode_sees_images else []
         return self.pipeline.decode(state.latents, state.request, condition).contiguous()
 
-    # ---- one denoising step of all running requests ----
+    def _forward_beside(self, forward: Forward) -> None:
+        state = self.states.get(forward.id)
+        if state is None:
+            return
+        state.owners = forward.owners
+        mine = [branch for branch, rank in enumerate(forward.owners) if rank == self.rank]
+        if mine and not state.error:
+            self.side.forward(forward.id, partial(self._forward_branches, state, mine))
 
-    def _step(self) -> None:
-        self._lineup = lineup = self._lineup or self._line_up()
+    def _forward_branches(self, state: RequestState, branches: Iterable[int]) -> None:
+        """Runs beside the steps; one after the other, as long ones gain nothing from sharing a forward."""
+        for branch in branches:
+            (outcome,) = self._predict([_branch_input(state, branch)])
+            prediction = _checked_prediction(outcome, state.prediction_shape)
+            _hand_over([prediction])
+            state.predictions[branch] = prediction
+
+    # ---- one denoising step of all running requests, and of long ones whose forwards are done ----
+
+    def _step(self, long: Sequence[RequestState]) -> None:
+        if long:
+            lineup = self._line_up(long)
+        else:
+            self._lineup = lineup = self._lineup or self._line_up(())
         predictions = self._forward(lineup)
+        for slot in lineup.forwarded:
+            state = lineup.states[slot[0]]
+            try:
+                predictions[slot] = state.predictions.pop(slot[1])
+            except KeyError as error:
+                self._note_failure(state, "looking for its prediction", error)
         self._exchange_and_advance(lineup, predictions)
 
-    def _line_up(self) -> Lineup:
-        states = list(self._running.values())
+    def _line_up(self, long: Sequence[RequestState]) -> Lineup:
+        states = [*self._running.values(), *long]
         layout = ExchangeLayout.of(
             [state.owners for state in states], [state.prediction_shape for state in states], self.ranks
         )
-        mine = [cell.slot for cell in layout.cells if cell.rank == self.rank]
+        owned = [cell.slot for cell in layout.cells if cell.rank == self.rank]
+        mine = [slot for slot in owned if slot[0] < len(self._running)]
         mine.sort(key=lambda slot: _lengths(states[slot[0]].request, slot[1]))
-        return Lineup(states, layout, mine)
+        return Lineup(states, layout, mine, [slot for slot in owned if slot[0] >= len(self._running)])
 
     def _forward(self, lineup: Lineup) -> dict[Slot, torch.Tensor]:
         """One packed forward of this rank's branches for each model that forwards some of them."""
@@ -245,6 +282,13 @@ class StepRunner:
         if not state.error:  # its other branch may have failed just before
             state.error = f"failed while {doing}: {type(error).__name__}: {error}"
             self._failures.append((state.id, state.error))
+
+
+def _hand_over(tensors: Iterable[torch.Tensor]) -> None:
+    """What was made on a side stream is read on the stepping one."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.default_stream(tensor.device))
 
 
 def _branch_input(state: RequestState, branch: int) -> BranchInput:

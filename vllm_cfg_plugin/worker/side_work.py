@@ -1,39 +1,56 @@
-"""Text encodings and decodes beside the step loop: threads of their own that yield the rank's core to the steps.
+"""Work beside the step loop: threads of their own that yield the rank's core to the steps.
 
-An encode or a decode can take as long as many steps, and inside a step all ranks would wait for it. So each kind has a
-thread, of a lower priority than the thread that steps: it runs while that one waits (for the other ranks, or for a
-plan) and gets a small share of the core otherwise. On an accelerator it queues its kernels on a stream of its own.
-Must not import vLLM.
+An encode or a decode can take as long as many steps, and inside a step all ranks would wait for it; so can a forward
+of a long request. So each kind has a thread, of a lower priority than the thread that steps: it runs while that one
+waits (for the other ranks, or for a plan) and gets a small share of the core otherwise. What is long has threads of
+its own, of the lowest priority, so that no short work stands in line behind it; and it stops when it is cancelled. On
+an accelerator each thread queues its kernels on a stream of its own. Must not import vLLM.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from vllm_cfg_plugin.engine.plan import DECODED, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, SideReport
 from vllm_cfg_plugin.logs import get_logger
 
 logger = get_logger(__name__)
 
-# On Linux threads of niceness 0, 2 and 5 weigh 1024, 655 and 335. So where all three want the core the steps get half
-# of it. Encodes weigh more, because the sooner a request may step, the fuller are the packs.
+# On Linux threads of niceness 0, 2, 5 and 10 weigh 1024, 655, 335 and 110. So where the first three want the core the
+# steps get half of it. Encodes weigh more, because the sooner a request may step, the fuller are the packs.
 _ENCODE_NICENESS = 2
 _DECODE_NICENESS = 5
+_LONG_NICENESS = 10
 
 # Sends a report and, after a decode, its pixels: uint8 [number, height, width, channels]. Called on the threads of this
 # module.
 Deliver = Callable[[SideReport, torch.Tensor | None], None]
 
 
+@dataclass(eq=False)
+class _Work:
+    """A piece of work of one request; `branch` as in its report."""
+
+    id: int
+    branch: int
+    doing: str
+    run: Callable[[], torch.Tensor | None]
+    is_cancelled: bool = False
+
+
 class SideWork:
-    """The encodes and decodes of one rank.
+    """The encodes, decodes and long forwards of one rank.
 
     Attributes:
         deliver: where reports go; set before the first piece of work comes.
@@ -45,48 +62,80 @@ class SideWork:
         self._rank = rank
         self._encoder = SideThread("cfg-encode", device, _ENCODE_NICENESS)
         self._decoder = SideThread("cfg-decode", device, _DECODE_NICENESS)
-        self._queued: dict[int, list[Future[None]]] = {}
+        self._long_coder = SideThread("cfg-long-code", device, _LONG_NICENESS)
+        self._forwarder = SideThread("cfg-forward", device, _LONG_NICENESS)
+        self._works: set[_Work] = set()
+        self._lock = threading.Lock()
 
-    def encode(self, id: int, branch: int, work: Callable[[], None]) -> None:
-        """Run `work`, which encodes branch `branch` of request `id`, and report."""
-        self._submit(self._encoder, id, branch, "encoding its prompt", work)
+    def encode(self, id: int, branch: int, run: Callable[[], None], is_long: bool = False) -> None:
+        """Call `run`, which encodes branch `branch` of request `id`, and report."""
+        self._submit(self._long_coder if is_long else self._encoder, _Work(id, branch, "encoding its prompt", run))
 
-    def decode(self, id: int, work: Callable[[], torch.Tensor]) -> None:
-        """Run `work`, which decodes request `id` to uint8 [number, height, width, channels] on the CPU, and report."""
-        self._submit(self._decoder, id, DECODED, "decoding its image", work)
+    def decode(self, id: int, run: Callable[[], torch.Tensor], is_long: bool = False) -> None:
+        """Call `run`, which decodes request `id` to uint8 [number, height, width, channels] on the CPU, and report."""
+        self._submit(self._long_coder if is_long else self._decoder, _Work(id, DECODED, "decoding its image", run))
+
+    def forward(self, id: int, run: Callable[[], None]) -> None:
+        """Call `run`, which forwards this rank's branches of long request `id`, and report."""
+        self._submit(self._forwarder, _Work(id, FORWARDED, "predicting its noise", run))
 
     def cancel(self, id: int) -> None:
-        """Drop what has not begun of a request; the report of what has begun comes all the same."""
-        for future in self._queued.pop(id, ()):
-            future.cancel()
+        """Drop a request's work: what has not begun never does, what is long stops, and there is no report of it."""
+        with self._lock:
+            for work in self._works:
+                work.is_cancelled |= work.id == id
 
     def close(self) -> None:
-        for thread in (self._encoder, self._decoder):
+        with self._lock:
+            for work in self._works:
+                work.is_cancelled = True
+        for thread in (self._encoder, self._decoder, self._long_coder, self._forwarder):
             thread.close()
 
-    def _submit(
-        self, thread: SideThread, id: int, branch: int, doing: str, work: Callable[[], torch.Tensor | None]
-    ) -> None:
-        # Filled in place: a short decode may have ended, and forgotten its list, before the next line is done.
-        self._queued.setdefault(id, []).append(thread.submit(self._run, id, branch, doing, work, thread))
+    def _submit(self, thread: SideThread, work: _Work) -> None:
+        with self._lock:
+            self._works.add(work)
+        thread.submit(self._run, thread, work)
 
-    def _run(
-        self, id: int, branch: int, doing: str, work: Callable[[], torch.Tensor | None], thread: SideThread
-    ) -> None:
+    def _run(self, thread: SideThread, work: _Work) -> None:
         began = time.monotonic()
-        if branch == DECODED:
-            self._queued.pop(id, None)
+        pixels, message = None, ""
         try:
-            pixels = work()
+            with _StopWhenCancelled(work) if thread in (self._long_coder, self._forwarder) else nullcontext():
+                pixels = None if work.is_cancelled else work.run()
             thread.synchronize()
+        except _Cancelled:
+            logger.debug("Request %d left while %s", work.id, work.doing)
         except Exception as error:
-            logger.error("A request failed while %s", doing, exc_info=error)
-            message = f"failed while {doing}: {type(error).__name__}: {error}"
-            self.deliver(SideReport(id, branch, self._rank, 0.0, message), None)
+            logger.error("A request failed while %s", work.doing, exc_info=error)
+            message = f"failed while {work.doing}: {type(error).__name__}: {error}"
+        with self._lock:
+            self._works.remove(work)
+        if work.is_cancelled:
             return
+        milliseconds = 0.0 if message else 1e3 * (time.monotonic() - began)
         shape = () if pixels is None else tuple(pixels.shape)
-        milliseconds = 1e3 * (time.monotonic() - began)
-        self.deliver(SideReport(id, branch, self._rank, milliseconds, "", shape), pixels)
+        self.deliver(SideReport(work.id, work.branch, self._rank, milliseconds, message, shape), pixels)
+
+
+class _Cancelled(BaseException):
+    """Ends a piece of work; no `Exception`, so that nothing below takes it for a failure of its own."""
+
+
+class _StopWhenCancelled(TorchFunctionMode):
+    """Within it this thread's next torch function raises `_Cancelled` once its work is cancelled.
+
+    It changes no bit. It costs 2 us a function, some percent of a forward of a second: short work goes without.
+    """
+
+    def __init__(self, work: _Work) -> None:
+        super().__init__()
+        self._work = work
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._work.is_cancelled:
+            raise _Cancelled
+        return func(*args, **(kwargs or {}))
 
 
 class SideThread:
@@ -98,9 +147,9 @@ class SideThread:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(1, name, self._prepare)
 
-    def submit(self, run: Callable[..., None], *args: object) -> Future[None]:
+    def submit(self, run: Callable[..., None], *args: object) -> None:
         ready = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
-        return self._pool.submit(self._on_stream, ready, run, args)
+        self._pool.submit(self._on_stream, ready, run, args)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -28,6 +28,7 @@ class RequestState:
         prompt_embeds: of the branches this rank was told to encode.
         condition: what the request's images became, on ranks that encoded a branch.
         owners: cfg rank that forwards each branch, those of this step only; empty until it runs.
+        predictions: of a long request's next step, those of the branches that this rank forwarded.
         index: timesteps taken.
         error: why it can't go on here; '' while it can. The other ranks learn of it in the next exchange.
     """
@@ -41,6 +42,7 @@ class RequestState:
     prompt_embeds: dict[int, PromptEmbeds] = field(default_factory=dict)
     condition: Sequence[torch.Tensor] = ()
     owners: tuple[int, ...] = ()
+    predictions: dict[int, torch.Tensor] = field(default_factory=dict)
     index: int = 0
     error: str = ""
 

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from threading import Lock
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -55,32 +56,45 @@ class TimestepModulated(Protocol):
 
 
 class ModulationCache:
-    """LRU cache of the modulations of one model whose weights do not change."""
+    """LRU cache of the modulations of one model whose weights do not change; safe for threads.
+
+    A deep copy is a new, empty cache: that of a model whose copy may change.
+    """
 
     def __init__(self) -> None:
         self._entries: OrderedDict[tuple[float, torch.dtype], Modulation] = OrderedDict()
+        self._lock = Lock()
 
     def get(
         self, model: TimestepModulated, timesteps: Sequence[float], ahead: torch.Tensor, dtype: torch.dtype
     ) -> list[Modulation]:
         """The modulation of each timestep; where one is missing, `ahead` fills the rows that would be padding."""
-        missing = [t for t in dict.fromkeys(timesteps) if (t, dtype) not in self._entries]
-        if missing:
+        distinct = dict.fromkeys(timesteps)
+        with self._lock:
+            found = {t: entry for t in distinct if (entry := self._entries.get((t, dtype))) is not None}
+            missing = [t for t in distinct if t not in found]
             later = (t for t in dict.fromkeys(ahead.tolist()) if (t, dtype) not in self._entries and t not in missing)
             rows = [*missing, *islice(later, -len(missing) % ROW_MULTIPLE)]
+        # Outside the lock, so that no thread waits for one of lower priority.
+        computed = dict(zip(rows, model.compute_modulations(rows, dtype), strict=True)) if rows else {}
+        found |= {t: computed[t] for t in missing}
+        with self._lock:
+            for t in rows[len(missing) :]:
+                self._entries[t, dtype] = computed[t]
             # Those needed now go in last, so that they stay.
-            for t, modulation in reversed([*zip(rows, model.compute_modulations(rows, dtype), strict=True)]):
-                self._entries[t, dtype] = modulation
-        found = []
-        for t in timesteps:
-            self._entries.move_to_end((t, dtype))
-            found.append(self._entries[t, dtype])
-        self._evict()
-        return found
+            for t in distinct:
+                self._entries[t, dtype] = found[t]
+                self._entries.move_to_end((t, dtype))
+            self._evict()
+        return [found[t] for t in timesteps]
 
     def clear(self) -> None:
         """To be called when weights or adapters change."""
-        self._entries.clear()
+        with self._lock:
+            self._entries.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
 
     def _evict(self) -> None:
         size = max((entry.nbytes for entry in self._entries.values()), default=1)

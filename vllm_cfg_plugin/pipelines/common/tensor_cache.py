@@ -19,7 +19,8 @@ _OVERHEAD_BYTES = 4096
 class TensorCache(Generic[Value]):
     """LRU cache of values made of tensors, limited by total bytes; the latest value stays whatever its size.
 
-    Safe for threads. A deep copy is a new, empty cache: that of a model whose copy may change.
+    Safe for threads, and none waits for what another one makes. A deep copy is a new, empty cache: that of a model
+    whose copy may change.
 
     Args:
         capacity_bytes: of all tensors, and some for each value.
@@ -37,7 +38,12 @@ class TensorCache(Generic[Value]):
             if (value := self._entries.get(key)) is not None:
                 self._entries.move_to_end(key)
                 return value
-            value = self._entries[key] = make()
+        made = make()
+        with self._lock:
+            value = self._entries.setdefault(key, made)
+            self._entries.move_to_end(key)
+            if value is not made:  # another thread was faster
+                return value
             self._bytes += _size(value)
             while self._bytes > self._capacity_bytes and len(self._entries) > 1:
                 _, evicted = self._entries.popitem(last=False)
