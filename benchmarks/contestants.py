@@ -38,7 +38,7 @@ class Machine:
     """What every contestant runs on.
 
     Attributes:
-        max_requests, max_tokens: limits per rank: requests known, and tokens in one step.
+        max_requests, max_tokens, max_step_us: limits per rank: requests known, and tokens and microseconds in one step.
     """
 
     ranks: int
@@ -46,6 +46,7 @@ class Machine:
     overheads: Overheads
     max_requests: int
     max_tokens: int
+    max_step_us: float = 1e6
 
 
 class FixedPlacement(Placement):
@@ -71,9 +72,10 @@ class StrictLine(WaitingLine):
         self._may_join = may_join
 
     def take(self, try_to_join: Callable[[ScheduledRequest], bool]) -> Iterator[ScheduledRequest]:
-        before = [*self._batch.preparing.values(), *self._batch.running.values()]
+        stages = (self._batch.preparing, self._batch.running, self._batch.beside)
+        before = [request for stage in stages for request in stage.values()]
         joining: list[ScheduledRequest] = []
-        for request in list(self._requests.values()):
+        for request in self.in_order():
             if not self._may_join(request, before, joining) or not try_to_join(request):
                 return
             self.remove(request)
@@ -101,24 +103,22 @@ def _shape(spec: DiffusionRequest) -> Hashable:
 class FixedPairs(StepBatch):
     """Rank 0 forwards positive, rank 1 negative branches."""
 
-    def __init__(self, ranks: int, *args: Any) -> None:
-        super().__init__(ranks, *args)
-        self._placement = FixedPlacement(ranks)
+    placement_class = FixedPlacement
 
 
 class EqualShapes(StepBatch):
     """Only requests of one shape run together."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **limits: Any) -> None:
+        super().__init__(*args, **limits)
         self.waiting = StrictLine(self, _has_their_shape)
 
 
 class WholeRequests(StepBatch):
     """Nobody joins while somebody runs."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **limits: Any) -> None:
+        super().__init__(*args, **limits)
         self.waiting = StrictLine(self, _finds_nobody)
 
 
@@ -140,7 +140,15 @@ class Contestant:
         ranks = self.ranks or machine.ranks
 
         def make_batch(clock: Callable[[], float]) -> StepBatch:
-            return self.batch(ranks, machine.max_requests * ranks, machine.max_tokens, machine.cost, clock)
+            return self.batch(
+                ranks,
+                machine.max_requests * ranks,
+                machine.max_tokens,
+                machine.cost,
+                clock,
+                max_step_us=machine.max_step_us,
+                max_side_us=machine.max_step_us,
+            )
 
         return [
             VirtualEngine(make_batch, VirtualRanks(ranks, machine.cost, machine.overheads), machine.overheads.engine_us)

@@ -15,7 +15,7 @@ from benchmarks.contestants import (
     request,
     serve,
 )
-from benchmarks.virtual_ranks import SIDE_WEIGHT, STEP_WEIGHT, Core, Overheads, SideTask
+from benchmarks.virtual_ranks import LONG_WEIGHT, SIDE_WEIGHT, STEP_WEIGHT, Core, Overheads, SideTask
 from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.plan import DECODED
 
@@ -142,3 +142,14 @@ def test_side_work_slows_the_stepping_thread_by_its_weight_and_has_the_core_whil
     core.wait(core.now + 1.0)
     assert [report.branch for _, report in core.reports] == [0, DECODED]
     assert core.texts == {"text"}
+
+
+def test_a_long_request_takes_the_sum_of_its_costs_and_costs_a_small_one_its_weight():
+    spec, small = request(512, 3, True), request(64, 20, True, name="small")
+    forwards = [COST.step_us + COST.forward(spec.image_tokens + tokens) for tokens in spec.text_tokens]
+    served = seconds_alone(2, spec, COST, Overheads())
+    assert 1e3 * served.metrics.denoise_ms == pytest.approx(3 * max(forwards), abs=0.1)
+    alone = seconds_alone(2, small, COST, Overheads())
+    both = serve(OURS, machine(2), [Arrival(0.0, spec), Arrival(100_000.0, small)])
+    (beside,) = [one for one in both if one.spec == small]
+    assert beside.metrics.denoise_ms < (1 + LONG_WEIGHT / STEP_WEIGHT) * alone.metrics.denoise_ms + 1e-3
