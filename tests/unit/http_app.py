@@ -42,7 +42,7 @@ class FakeEngine:
         self.queue_room = 1000
         self.is_running = True
         self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=None))
-        self.calibration = Calibration(cost=UNCALIBRATED, token_budget=1000)
+        self.calibration = Calibration(cost=UNCALIBRATED, token_budget=1000, default_tokens=16)
 
     async def collective_rpc(self, method):
         """A call of the ranks, whose answers come as vLLM's wire brings them."""

@@ -190,7 +190,7 @@ def test_every_limit_is_among_these():
 )
 def test_an_error_names_the_flag_that_the_operator_may_raise(engine, monkeypatch, name, limits, info, fields, param):
     second = structs.replace(UNCALIBRATED, step_us=0, token_us=10**6 / 20 / 65)  # of one result of 20 steps
-    engine.calibration = Calibration(cost=second, token_budget=9)
+    engine.calibration = Calibration(cost=second, token_budget=9, default_tokens=16)
     app = make_app(engine, monkeypatch, info, structs.replace(RequestLimits(), **limits))
     assert_refused(ask_for(app, info, fields), param, f"--{name.replace('_', '-')}")
     assert engine.requests == {}

@@ -48,7 +48,7 @@ class FakeEngine:
 
     def collective_rpc(self, method):
         assert method == "calibrate"
-        return [Calibration(cost=self.cost, token_budget=1000)]
+        return [Calibration(cost=self.cost, token_budget=1000, default_tokens=16)]
 
     def add_request(self, request_id, prompt, params):
         self.waiting[request_id] = msgspec.convert(params.extra_kwargs, DiffusionRequest)

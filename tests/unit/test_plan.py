@@ -53,5 +53,5 @@ def test_an_empty_plan_says_so():
 def test_reports_merge_into_the_whole_span_and_the_first_failure():
     a = StepReport(1, 0, 10.0, 11.0, [(6, "here")])
     b = StepReport(1, 1, 9.0, 12.0, [(6, "there"), (8, "too")])
-    result = merge_reports([a, b], [])
+    result = merge_reports([a, b], 0, [])
     assert (result.began, result.denoised, result.failed) == (9.0, 12.0, {6: "here", 8: "too"})

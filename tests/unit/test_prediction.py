@@ -68,7 +68,7 @@ def test_a_noise_scheduler_that_forwards_twice_in_a_step():
 @pytest.mark.parametrize("form", [lambda rank: rank, msgspec.to_builtins])
 def test_the_slowest_rank_counts_however_the_answers_came(form):
     ranks = [
-        Calibration(cost=msgspec.structs.replace(UNCALIBRATED, **costs), token_budget=9)
+        Calibration(cost=msgspec.structs.replace(UNCALIBRATED, **costs), token_budget=9, default_tokens=16)
         for costs in ({"step_us": 5}, {"token_us": 7})
     ]
     cost = cost_from_ranks([form(rank) for rank in ranks])
@@ -78,7 +78,7 @@ def test_the_slowest_rank_counts_however_the_answers_came(form):
 @pytest.fixture
 def engine():
     engine = FakeEngine()
-    engine.calibration = Calibration(cost=SLOW, token_budget=9)
+    engine.calibration = Calibration(cost=SLOW, token_budget=9, default_tokens=16)
     return engine
 
 
