@@ -160,5 +160,5 @@ def _drive(runner: StepRunner, ranks: int, script: list[tuple[int, DiffusionRequ
         answers: list[tuple[StepReport, list[SideReport]]] = [None] * ranks
         dist.all_gather_object(answers, (runner.run(plan), runner.side.take()))
         side = [(report, memoryview(b"")) for _, reports in answers for report in reports]
-        scheduler.update_from_output(output, merge_reports([report for report, _ in answers], side))
+        scheduler.update_from_output(output, merge_reports([report for report, _ in answers], 0, side))
         step += 1
