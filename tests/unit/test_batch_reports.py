@@ -119,9 +119,10 @@ def test_requests_join_as_long_as_no_rank_has_more_than_the_token_budget(ranks, 
     assert len(batch.next_plan().admitted) == join
 
 
-def test_a_request_larger_than_the_token_budget_keeps_no_smaller_ones_out():
+@pytest.mark.parametrize("sizes", [(5000, 40, 40), (40, 40, 5000)])
+def test_a_request_larger_than_the_token_budget_keeps_no_smaller_ones_out_and_joins_them(sizes):
     batch = StepBatch(1, 8, 100, UNCALIBRATED)
-    for name, tokens in (("huge", 5000), ("small", 40), ("other", 40)):
-        batch.add(name, 0, toy_request(negative=None, image_tokens=tokens))
+    for number, tokens in enumerate(sizes):
+        batch.add(str(number), 0, toy_request(negative=None, image_tokens=tokens))
         batch.next_plan()
     assert len(batch.preparing) == 3
