@@ -22,7 +22,7 @@ from vllm_cfg_plugin.logs import get_logger
 
 logger = get_logger(__name__)
 
-_LOOK_SECONDS = 1.0  # sentinels are other ones after a restart
+_LOOK_SECONDS = 1.0  # then look again whom to watch: after a restart there are other processes
 
 
 class Ranks:
