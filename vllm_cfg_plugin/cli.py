@@ -32,7 +32,7 @@ _FLAGS = {
     "max_input_pixels": "Largest image, in pixels, that a request may bring along; four times as many in all, times n.",
     "max_upload_bytes": "Largest body, in bytes, of a request over HTTP.",
     "max_input_bytes_in_flight": "Bytes of all inputs, bodies and decoded images with their copies, of all requests at "
-    "once (of each API server); a request that has no room now is answered with 429.",
+    "once, and of answers until they are read (of each API server); a request without room is answered with 429.",
     "max_step_ms": (
         "Most milliseconds that one rank's forwards may take in one step; a request that takes more by itself is "
         "forwarded beside the steps of the others. Default: 1000, or what the model's own size takes if that is more."

@@ -21,6 +21,7 @@ from vllm_cfg_plugin.engine.calibration import Calibration
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
+from vllm_cfg_plugin.entrypoints import error_route
 from vllm_cfg_plugin.entrypoints import service as serving
 from vllm_cfg_plugin.params import RequestLimits
 
@@ -367,6 +368,52 @@ def test_a_video_holds_its_image_until_its_end(engine, monkeypatch):
     asyncio.run(run())
     assert held[0] == held[2] > 3 * CAT_BYTES
     assert held[1] == held[3] == 0
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_an_answer_counts_until_its_client_has_read_it_or_left(engine, monkeypatch, is_read):
+    """The server behind `send` takes a piece when there is room for it in the connection."""
+    app = edit_app(engine, monkeypatch)
+    content_type, body = encoded([CAT])
+    scope = {"type": "http", "method": "POST", "path": EDITS, "query_string": b""}
+    scope["headers"] = [(b"content-type", content_type.encode())]
+    sent, held = [], []
+
+    async def run():
+        may_go_on = asyncio.Event()
+
+        async def receive():
+            while held:
+                await asyncio.sleep(1)
+            held.append(app.state.input_budget.held)
+            return {"type": "http.request", "body": body}
+
+        async def send(message):
+            sent.append(message)
+            held.append(app.state.input_budget.held)
+            if len(sent) == 3:
+                await may_go_on.wait()
+
+        monkeypatch.setattr(error_route, "_PIECE_BYTES", 1000)
+        task = asyncio.create_task(app(scope, receive, send))
+        while len(sent) < 3:
+            await asyncio.sleep(0.001)
+        if is_read:
+            may_go_on.set()
+        else:
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+    length = int(dict(sent[0]["headers"])[b"content-length"])
+    assert held[2] == length > 5000  # of the answer, and of the input no more
+    assert app.state.input_budget.held == 0
+    if is_read:
+        whole = b"".join(message["body"] for message in sent[1:])
+        assert len(whole) == length
+        assert json.loads(whole)["data"]
+        assert max(len(message["body"]) for message in sent[1:]) == 1000
+        assert [bool(message.get("more_body")) for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
 
 
 @pytest.mark.parametrize("ending", ["damaged", "failed", "left"])

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 
 from vllm_cfg_plugin.entrypoints.fields import schema_error
@@ -26,6 +27,8 @@ from vllm_cfg_plugin.errors import (
     VideoNotFoundError,
 )
 
+_PIECE_BYTES = 2**18
+
 
 class OpenAIErrorRoute(APIRoute):
     """A route whose wrong bodies and failed requests are answered with OpenAI's error object.
@@ -34,6 +37,11 @@ class OpenAIErrorRoute(APIRoute):
     No body is read beyond what the operator allows, `max_upload_bytes` and `input_budget` of the application's state,
     nor while the engine's queue is full. The request's part of that budget is its `state.hold`, until its answer.
     """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count the answer too, until its client has read it."""
+        with InputHold(scope["app"].state.input_budget) as answer:
+            await super().handle(scope, receive, _in_pieces(send, answer))
 
     def most_bytes(self, allowed: int) -> int:
         """Of a body, where the operator allows so many."""
@@ -70,6 +78,20 @@ class TextRoute(OpenAIErrorRoute):
 
     def most_bytes(self, allowed: int) -> int:
         return min(allowed, MOST_TEXT_BYTES)
+
+
+def _in_pieces(send: Send, hold: InputHold) -> Send:
+    """The server takes a piece when the last one is on its way, and would take a whole body at once."""
+
+    async def send_in_pieces(message: Message) -> None:
+        body = message.get("body", b"")
+        hold.count(len(body))
+        *pieces, last = range(0, len(body), _PIECE_BYTES) or [0]
+        for start in pieces:
+            await send({**message, "body": body[start : start + _PIECE_BYTES], "more_body": True})
+        await send({**message, "body": body[last:]} if body else message)
+
+    return send_in_pieces
 
 
 def _forget_frames(error: BaseException | None) -> None:

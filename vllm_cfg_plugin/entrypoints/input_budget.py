@@ -1,4 +1,7 @@
-"""What clients' inputs may take of a server's memory, all requests together. Knows no HTTP; must not import vLLM."""
+"""What clients' inputs and answers may take of a server's memory, all requests together. Knows no HTTP.
+
+Must not import vLLM.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ _LARGE = 2**26  # trimming takes 20 ms
 
 
 class InputBudget:
-    """Bytes of the inputs of all requests that are being read or are in the engine.
+    """Bytes of the inputs of all requests that are being read or are in the engine, and of answers on their way.
 
     Attributes:
         limit: most of them.
@@ -48,13 +51,17 @@ class InputHold:
             raise InvalidRequestError(param, f"{self._size + size} bytes with all copies", allowed)
         if self._budget.held + size > limit:
             raise ServerBusyError(
-                f"the inputs of other requests leave no room for {size} bytes more: all together may take {limit} "
-                f"bytes ({_FLAG}); try again later"
+                f"other requests' inputs, and answers that clients have yet to read, leave no room for {size} bytes "
+                f"more: all together may take {limit} bytes ({_FLAG}); try again later"
             )
 
     def add(self, size: int, param: str) -> None:
         """Hold so many bytes more; raises as `check`."""
         self.check(size, param)
+        self.count(size)
+
+    def count(self, size: int) -> None:
+        """Hold so many bytes more that are there already, whether or not there is room for them."""
         self._size += size
         self._budget.held += size
 
