@@ -66,6 +66,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.engine_overhead --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.trace_steps --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.burst --quick --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.fairness --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.simulate --quick --out $(BENCH_OUT)
 
 # Every family against diffusers' own pipeline: model | mode | max abs diff | bitwise across cfg sizes.

@@ -36,7 +36,7 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     # Results that are being made or wait for it, over HTTP and of all replicas; vLLM's own default has no end.
     "max_num_queued_reqs": 1024,
     # Image and text tokens per rank and step: sharing a step gains nothing once it is compute-bound and makes everybody
-    # wait for everybody, so past this budget first come is first served.
+    # wait for everybody, so past this budget requests wait.
     "max_num_batched_tokens": FIND_TOKEN_BUDGET,
     # Seconds for running requests to finish after SIGTERM; vLLM's own default aborts them at once.
     "shutdown_timeout": 5,
@@ -57,7 +57,7 @@ UNUSABLE_OPTIONS: dict[str, str] = {
     "distributed_executor_backend": "this plugin starts the ranks itself",
     "worker_cls": "this plugin has its own",
     "scheduler_cls": "this plugin has its own",
-    "scheduling_policy": "requests are served in the order in which they come",
+    "scheduling_policy": "the shortest request goes first, and none is overtaken often",
     "quantization": _WEIGHTS_AS_THEY_ARE,
     "quantization_config": _WEIGHTS_AS_THEY_ARE,
     "load_format": _WEIGHTS_AS_THEY_ARE,

@@ -69,7 +69,8 @@ class EnginePipeline(CFGParallelMixin, ABC):
     """A pipeline that the engine can run: many requests' branches in one forward, everything else request by request.
 
     The engine makes one `predict_noise(**pack_branches(...))` call a step for every group of branches, then, request by
-    request, `combine_branches`, which calls the mixin's hooks, and `step_latents`.
+    request, `combine_branches`, which calls the mixin's hooks, and `step_latents`. What belongs to large requests runs
+    beside that: two threads at once may call `predict_noise` and its two companions, `encode_images` and `decode`.
 
     Attributes:
         scheduler: the checkpoint's noise scheduler: what those of requests are made from.
