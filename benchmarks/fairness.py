@@ -29,6 +29,7 @@ from examples.vllm_server import VllmServer
 HUGE = (2048, 200)  # side and steps
 DECODED_SIDES = (1024, 1440, 1728)
 SMALL_STEPS = 10
+FLAGS = ["--cfg-parallel-size", "2", "--max-request-seconds", "1000000"]  # by default the huge one is refused
 HEAD_START_S = 5.0
 IDLE_SHARE = 0.05  # of a core, by all ranks, of a server that has nothing to do
 LEAST_S = 1.0
@@ -75,7 +76,7 @@ class Client:
     async def gone(self) -> tuple[float, float]:
         """Seconds until the server counts no running request, and until its ranks compute nothing."""
         began = time.perf_counter()
-        while await self._running():
+        while await self.running():
             await asyncio.sleep(0.05)
         counted = time.perf_counter() - began
         before = self._cpu_seconds()
@@ -86,7 +87,8 @@ class Client:
                 return counted, time.perf_counter() - began - LEAST_S
             before = now
 
-    async def _running(self) -> float:
+    async def running(self) -> float:
+        """Requests that the server counts as running."""
         async with self._session.get(f"{self._url}/metrics") as response:
             found = re.search(r"^vllm:num_requests_running{.*} (\S+)$", await response.text(), re.MULTILINE)
         return float(found[1]) if found else 0.0
@@ -108,6 +110,8 @@ async def measure(client: Client, requests: int, rounds: int) -> tuple[list[list
             for side in (64, 256):
                 name = f"beside {HUGE[0]}x{HUGE[0]}, {HUGE[1]} steps"
                 taken.setdefault((name, side), []).extend(await client.ask_in_turn(side, requests))
+            if not await client.running():
+                raise RuntimeError(f"{name}: it was done before the small requests were, so these figures say nothing")
         gone.append(await client.gone())
         async with client.beside(*((side, 1) for side in DECODED_SIDES)):
             for side in (64, 256):
@@ -127,7 +131,7 @@ async def run(args: argparse.Namespace) -> tuple[list[list[object]], list[tuple[
     timeout = aiohttp.ClientTimeout(total=None)
     with ExitStack() as stack:
         model, logs = stack.enter_context(model_folder(args.model)), stack.enter_context(tempfile.TemporaryDirectory())
-        server = stack.enter_context(VllmServer(model, ["--cfg-parallel-size", "2"], Path(logs) / "server.log"))
+        server = stack.enter_context(VllmServer(model, FLAGS, Path(logs) / "server.log"))
         server.wait_ready(START_TIMEOUT_S)
         pin_ranks(server, CORES)
         async with aiohttp.ClientSession(timeout=timeout) as session:

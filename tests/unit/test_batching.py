@@ -426,6 +426,13 @@ def test_a_rank_has_one_long_request_at_a_time():
     assert {id: len(owners) for id, owners in forwards_of(batch, ranks).items()}[2] == 5
 
 
+def test_a_small_request_goes_to_the_rank_without_a_long_one():
+    batch = long_batch(max_tokens=300)
+    batch.add("long", 0, toy_request("a", None, image_tokens=LONG))
+    batch.add("small", 0, toy_request("b", None))
+    assert [request.owners for request in batch.next_plan().admitted] == [(0,), (1,)]
+
+
 def test_long_requests_that_wait_for_a_rank_keep_no_small_ones_out():
     batch, ranks = long_batch(max_tokens=300, max_requests=100), PlayedRanks(2, long_delay=10**6)
     for n in range(LOOK_AHEAD + 2):

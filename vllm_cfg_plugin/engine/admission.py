@@ -123,7 +123,11 @@ class Room:
 
     def let_in(self, request: ScheduledRequest) -> bool:
         """Give a request its owners if it fits; no rank has two long ones, for which the others' limits don't hold."""
-        owners = self._placement.owners_of_newcomer(request, self._long_costs if request.is_long else self._costs)
+        if request.is_long:
+            loads = self._long_costs
+        else:  # of two ranks with equal loads the one that has no long request
+            loads = [cost + bool(long) for cost, long in zip(self._costs, self._long_costs, strict=True)]
+        owners = self._placement.owners_of_newcomer(request, loads)
         if request.is_long:
             fits = self._long < self._max_long and not any(self._long_costs[owner] for owner in owners)
         else:
