@@ -23,6 +23,7 @@ from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.entrypoints import error_route
 from vllm_cfg_plugin.entrypoints import service as serving
+from vllm_cfg_plugin.entrypoints.input_budget import InputBudget, InputHold
 from vllm_cfg_plugin.params import RequestLimits
 
 VIDEOS = "/v1/videos"
@@ -414,6 +415,23 @@ def test_an_answer_counts_until_its_client_has_read_it_or_left(engine, monkeypat
         assert json.loads(whole)["data"]
         assert max(len(message["body"]) for message in sent[1:]) == 1000
         assert [bool(message.get("more_body")) for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
+
+
+def test_a_file_that_is_sent_in_parts_counts_part_by_part():
+    budget, held = InputBudget(1000), []
+
+    async def send(message):
+        held.append(budget.held)
+
+    async def run():
+        with InputHold(budget) as hold:
+            counting = error_route._in_pieces(send, hold)
+            for _ in range(3):
+                await counting({"type": "http.response.body", "body": b"x" * 100, "more_body": True})
+            await counting({"type": "http.response.body", "body": b""})
+
+    asyncio.run(run())
+    assert held == [100, 100, 100, 0]
 
 
 @pytest.mark.parametrize("ending", ["damaged", "failed", "left"])

@@ -90,6 +90,7 @@ def _in_pieces(send: Send, hold: InputHold) -> Send:
         for start in pieces:
             await send({**message, "body": body[start : start + _PIECE_BYTES], "more_body": True})
         await send({**message, "body": body[last:]} if body else message)
+        hold.count(-len(body))
 
     return send_in_pieces
 

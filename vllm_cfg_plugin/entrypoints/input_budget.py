@@ -61,7 +61,7 @@ class InputHold:
         self.count(size)
 
     def count(self, size: int) -> None:
-        """Hold so many bytes more that are there already, whether or not there is room for them."""
+        """Hold so many bytes more, or fewer, that are there already, whether or not there is room for them."""
         self._size += size
         self._budget.held += size
 
