@@ -106,6 +106,15 @@ class FixedPairs(StepBatch):
     placement_class = FixedPlacement
 
 
+class FirstCome(StepBatch):
+    """Who came first goes first, and not who is done first."""
+
+    def add(self, *args: Any) -> ScheduledRequest:
+        request = super().add(*args)
+        request.work = 0  # all are equally long
+        return request
+
+
 class EqualShapes(StepBatch):
     """Only requests of one shape run together."""
 
@@ -172,7 +181,7 @@ RIVALS = (
 def contestants(ranks: int) -> list[Contestant]:
     """All that differ on so many ranks."""
     replicas = [Contestant(f"ours, replicas of {size}", size) for size in (2, 4, 8) if size < ranks]
-    return [Contestant("ours", 0), *replicas, *RIVALS]
+    return [Contestant("ours", 0), Contestant("ours, first come first", 0, FirstCome), *replicas, *RIVALS]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ leaves out are --exchange-us and its neighbours; their defaults were measured on
 joins; the engine's cost per step with such forwards.
 
 Contestants; all batch steps with the same code, encode and decode beside the steps and have equal limits per rank:
-  ours: one engine of all ranks; "replicas of 2" and so on: engines of so many.
+  ours: one engine of all ranks; "replicas of 2" and so on: engines of so many; "first come first": the shortest request
+    that waits does not go first.
   DP replicas: one-rank engines.
   fixed pairs: two-rank engines; rank 0 forwards positive, rank 1 negative branches, and a request without guidance is
     forwarded by both.
@@ -71,6 +72,7 @@ class Result:
     contestant: str
     offered_s: float
     images_s: float
+    mean: float
     p50: float
     p95: float
     p99: float
@@ -97,6 +99,7 @@ def run(contestant: Contestant, machine: Machine, kind: str, load: float, args: 
         contestant=contestant.name,
         offered_s=count / end,
         images_s=sum(one.finished <= end for one in served) / end,
+        mean=statistics.fmean(latencies),
         p50=percentile(latencies, 50),
         p95=percentile(latencies, 95),
         p99=percentile(latencies, 99),

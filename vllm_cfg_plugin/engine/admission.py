@@ -70,7 +70,7 @@ class WaitingLine:
 def _take(line: Line, try_to_join: Callable[[ScheduledRequest], bool]) -> Iterator[ScheduledRequest]:
     in_line = list(islice(line.values(), LOOK_AHEAD))
     last = _last_that_may_join(in_line)
-    for request in sorted(in_line, key=lambda request: request.work):
+    for request in sorted(in_line, key=_turn):
         if request.id > last or not try_to_join(request):
             continue
         del line[request.id]
@@ -79,6 +79,12 @@ def _take(line: Line, try_to_join: Callable[[ScheduledRequest], bool]) -> Iterat
             earlier.overtaken += earlier.id < request.id
         last = _last_that_may_join(in_line)
         yield request
+
+
+def _turn(request: ScheduledRequest) -> tuple[bool, int]:
+    """The shortest first; but before them who was overtaken half as often as may be: then others only fill gaps."""
+    has_aged = request.overtaken >= MAX_OVERTAKEN // 2
+    return not has_aged, request.id if has_aged else request.work
 
 
 def _last_that_may_join(in_line: Sequence[ScheduledRequest]) -> float:
