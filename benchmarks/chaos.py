@@ -24,6 +24,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 
+from benchmarks import traffic
 from benchmarks.common import EMOJI, machine, report, start
 from benchmarks.endurance import (
     CLIENTS,
@@ -38,6 +39,7 @@ from benchmarks.endurance import (
 from benchmarks.systems import START_TIMEOUT_S
 from examples.vllm_server import VllmServer
 
+JOBS = 24
 FLAGS = ["--cfg-parallel-size", "2", "--cfg-max-restarts", "1000", "--cfg-step-timeout", "5"]
 
 
@@ -101,10 +103,10 @@ async def harm(server: VllmServer, every: float, until: float) -> tuple[Counter[
 async def endure(server: VllmServer, seconds: float, every: float, clients: int) -> tuple[Record, Counter[str], int]:
     timeout, connector = aiohttp.ClientTimeout(total=300), aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        traffic = Traffic(server.url, session)
-        await traffic.learn()
+        requests = Traffic(server.url, session, traffic.mixed_jobs(JOBS, seed=9))
+        await requests.learn()
         (faults, ranks), record = await asyncio.gather(
-            harm(server, every, time.monotonic() + seconds), traffic.run(seconds, clients)
+            harm(server, every, time.monotonic() + seconds), requests.run(seconds, clients)
         )
         return record, faults, ranks
 

@@ -1,13 +1,14 @@
-"""What chaos.py and soak.py share: a server under steady traffic whose every image is known beforehand.
+"""What chaos.py and soak.py share: a server under steady traffic, its answers and its memory.
 
-Each client of a closed loop sends the next of a fixed list of jobs as soon as its last one is answered, and compares
-the image with the one that the same server drew before anything was done to it.
+Each client of a closed loop sends the next of a list of jobs as soon as its last one is answered. Of jobs that were
+drawn before anything was done to the server, it compares the image.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import re
 import time
 from collections import Counter
@@ -17,13 +18,11 @@ from dataclasses import dataclass, field
 import aiohttp
 import psutil
 
-from benchmarks import traffic
 from benchmarks.common import Job, percentile
 from benchmarks.systems import request_body
 from examples.vllm_server import VllmServer
 
 CLIENTS = 16
-JOBS = 24
 MEGABYTE = 2**20
 # Process titles, and what stands for processes that are replaced.
 _TITLE = re.compile(r"CfgRank\d+|CfgTemplate|EngineCore|vllm serve")
@@ -57,12 +56,13 @@ class Traffic:
 
     Args:
         url: of the server.
+        jobs: to be sent in turn, again and again.
     """
 
-    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, url: str, session: aiohttp.ClientSession, jobs: Sequence[Job]) -> None:
         self._url = f"{url}/v1/images/generations"
         self._session = session
-        self._jobs = traffic.mixed_jobs(JOBS, seed=9)
+        self._jobs = jobs
         self._known: dict[Job, str] = {}
 
     async def learn(self) -> None:
@@ -76,7 +76,7 @@ class Traffic:
     async def run(self, seconds: float, clients: int = CLIENTS) -> Record:
         """A closed loop for so long; ends when the last request is answered."""
         record, end = Record(), time.monotonic() + seconds
-        jobs = iter(self._jobs * int(1 + seconds * 50 / JOBS))
+        jobs = itertools.cycle(self._jobs)
 
         async def client() -> None:
             while time.monotonic() < end:
@@ -94,7 +94,7 @@ class Traffic:
         else:
             if status != 200:
                 record.failures[f"HTTP {status}"] += 1
-            record.wrong += status == 200 and digest != self._known[job]
+            record.wrong += status == 200 and digest != self._known.get(job, digest)
         record.seconds.append(time.monotonic() - began)
 
     async def _ask(self, job: Job) -> tuple[int, str]:
