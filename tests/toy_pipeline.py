@@ -181,6 +181,7 @@ class InlineSideWork(SideWork):
     def __init__(self, rank=0):
         self.reports = []
         self.images = {}
+        self.kept = []
         self._rank = rank
 
     def encode(self, id, branch, run, is_long=False):
@@ -191,6 +192,11 @@ class InlineSideWork(SideWork):
 
     def forward(self, id, run):
         self._do(id, FORWARDED, "predicting its noise", run)
+
+    def deliver(self, report, frame):
+        """What is kept of a request."""
+        self.reports.append(report)
+        self.kept.append(frame)
 
     def cancel(self, id):
         """Nothing is ever queued."""

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 import requests
 
@@ -17,6 +18,9 @@ from examples.vllm_server import VllmServer
 from tests.e2e.conftest import START_TIMEOUT_S
 from tests.e2e.server import Footprint
 from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
+from vllm_cfg_plugin.engine import plan as wire
+from vllm_cfg_plugin.executor import channel
+from vllm_cfg_plugin.executor.rank_pool import RankPool
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
 
 pytestmark = pytest.mark.e2e
@@ -138,3 +142,27 @@ def test_a_request_that_kills_ranks_fails_alone(model, monkeypatch):
     assert "the cfg ranks died 4 times while they worked on it" in outputs[1].error
     for output in (outputs[0], outputs[2]):
         assert np.array_equal(np.asarray(output.images[0]), np.asarray(alone.images[0]))
+
+
+def test_a_video_goes_on_from_where_it_was_kept(video_model, monkeypatch):
+    """A rank of this process's engine is killed after the seventh of twelve steps."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    params = DiffusionParams(height=32, width=32, num_frames=9, num_inference_steps=12, guidance_scale=5.0, seed=1)
+    send, advanced = RankPool.send_to_all, []
+
+    def send_and_kill(self, kind, number, payload, merge):
+        pending = send(self, kind, number, payload, merge)
+        if kind == channel.PLAN and wire.decode_plan(payload).advance:
+            advanced.append(number)
+            if len(advanced) == 7:
+                pending.result()
+                titles = {process: " ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)}
+                next(process for process, title in titles.items() if "CfgRank1" in title).kill()
+        return pending
+
+    with DiffusionLLM(str(video_model), cfg_parallel_size=2) as llm:
+        (calm,) = llm.generate("a cat", params, use_tqdm=False)
+        monkeypatch.setattr(RankPool, "send_to_all", send_and_kill)
+        (harmed,) = llm.generate("a cat", params, use_tqdm=False)
+    assert np.array_equal(np.asarray(harmed.frames), np.asarray(calm.frames))
+    assert 12 < len(advanced) <= 12 + 4, "steps 6 and 7 were taken again, and plans were under way"

@@ -9,7 +9,7 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
 from tests.toy_pipeline import toy_request, toy_vllm_config
-from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, KEPT, SideReport
 from vllm_cfg_plugin.engine.result import unpack_result
 from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import StepResult
@@ -363,3 +363,21 @@ def test_the_executor_is_told_when_ranks_may_die_of_a_request():
         assert not scheduler.schedule().is_trial
         lose(scheduler, scheduler.schedule(), epoch)
     assert scheduler.schedule().is_trial
+
+
+def test_a_kept_request_goes_on_from_there_and_no_further_than_its_end():
+    scheduler = make_scheduler()
+    scheduler.add_request(vllm_request("a", toy_request(steps=4)))
+    encoded(scheduler)
+    output = scheduler.schedule()
+    kept = StepResult(side=[(SideReport(0, KEPT, 0, 0.0, "", (2,)), memoryview(b"latents"))])
+    scheduler.update_from_output(output, kept)
+    assert lose(scheduler, scheduler.schedule(), epoch=1) == []
+    again = scheduler.schedule()
+    assert [admission.kept for admission in again.planned.plan.admit] == [b"latents"]
+    result = perfect_ranks(again)
+    result.epoch = 1
+    scheduler.update_from_output(again, result)
+    plans = [scheduler.schedule().planned.plan for _ in range(3)]
+    assert [plan.advance for plan in plans] == [True, True, False]
+    assert [len(plan.decodes) for plan in plans] == [0, 1, 0]

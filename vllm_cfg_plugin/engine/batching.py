@@ -16,7 +16,17 @@ from itertools import count
 from vllm_cfg_plugin.engine.admission import Room, WaitingLine
 from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.placement import Placement
-from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, Admission, Assign, Decode, Encode, SideReport, StepPlan
+from vllm_cfg_plugin.engine.plan import (
+    DECODED,
+    FORWARDED,
+    KEPT,
+    Admission,
+    Assign,
+    Decode,
+    Encode,
+    SideReport,
+    StepPlan,
+)
 from vllm_cfg_plugin.engine.planner import rank_loads
 from vllm_cfg_plugin.engine.request import ScheduledRequest, check_plannable
 from vllm_cfg_plugin.engine.step_result import StepResult
@@ -195,7 +205,7 @@ class StepBatch:
         plan = StepPlan(
             step=next(self._plans),
             retire=self.retired,
-            admit=[Admission(request.id, request.spec) for request in admitted],
+            admit=[Admission(request.id, request.spec, request.kept) for request in admitted],
             encodes=encodes,
             assign=assign,
             advance=bool(running),
@@ -223,7 +233,7 @@ class StepBatch:
         """Note that a piece of side work is done; returns its request if it is still here."""
         self._placement.note_done(report)
         request = self._known.get(report.id)
-        if request is None or report.error or report.branch == DECODED:
+        if request is None or report.error or report.branch in (DECODED, KEPT):
             return request
         if report.branch == FORWARDED:
             request.forwarding.discard(report.rank)
@@ -267,7 +277,7 @@ class StepBatch:
         """Let the requests whose texts are encoded join the steps, and level who forwards what if anything changed."""
         started = self._who_starts()
         for request in started:
-            request.first_tick = self._tick
+            request.first_tick = self._tick - request.kept_steps
             self.running[request.id] = self.preparing.pop(request.id)
         if not started and self._lineup is not None and self._tick < self._next_change:
             return []

@@ -14,10 +14,15 @@ from vllm_cfg_plugin.params import DiffusionRequest
 
 
 class Admission(msgspec.Struct, array_like=True, frozen=True):
-    """A request joins; every rank draws its noise and makes its noise scheduler. `id` names it in all later plans."""
+    """A request joins; every rank draws its noise and makes its noise scheduler. `id` names it in all later plans.
+
+    Attributes:
+        kept: of a request that earlier ranks have worked on, where it goes on; see `worker/kept_state.py`.
+    """
 
     id: int
     request: DiffusionRequest
+    kept: bytes = b""
 
 
 class Encode(msgspec.Struct, array_like=True, frozen=True):
@@ -120,9 +125,11 @@ class SideReport(msgspec.Struct, array_like=True, frozen=True):
     """One encode, decode or long request's forward is done; sent when it is, whatever the steps do.
 
     Attributes:
-        branch: the branch that was encoded; DECODED for a decode, FORWARDED for all of a rank's branches of a step.
+        branch: the branch that was encoded; DECODED for a decode, FORWARDED for all of a rank's branches of a step;
+            KEPT when a frame follows that lets the request go on from here after a restart of the ranks.
         error: why it could not be done; '' if it was.
-        shape: of what was decoded, whose pixels follow as one frame: uint8 [number, height, width, channels].
+        shape: of what was decoded, whose pixels follow as one frame: uint8 [number, height, width, channels]; of what
+            is kept the steps taken.
     """
 
     id: int
@@ -135,6 +142,7 @@ class SideReport(msgspec.Struct, array_like=True, frozen=True):
 
 DECODED = -1
 FORWARDED = -2
+KEPT = -3
 
 encode = msgspec.msgpack.Encoder().encode
 decode_plan = msgspec.msgpack.Decoder(StepPlan).decode

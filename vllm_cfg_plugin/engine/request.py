@@ -41,6 +41,7 @@ class ScheduledRequest:
         long_steps: denoising steps of a long request that are planned.
         forwarding: ranks that have not yet reported their forwards of a long request's next step.
         done_steps: its steps that all ranks have reported.
+        kept_steps, kept: where it goes on when ranks start anew: after how many steps, and with what.
     """
 
     request_id: str
@@ -67,6 +68,8 @@ class ScheduledRequest:
     long_steps: int = 0
     forwarding: set[int] = field(default_factory=set)
     done_steps: int = 0
+    kept_steps: int = 0
+    kept: bytes = b""
 
     def start_over(self) -> None:
         """Wait again: what the ranks knew of it is gone."""
@@ -74,7 +77,8 @@ class ScheduledRequest:
         self.owners = self.assigned = ()
         self.is_prepared = False
         self.asked, self.holders = [], []
-        self.first_tick = self.long_steps = self.done_steps = 0
+        self.first_tick = 0
+        self.long_steps = self.done_steps = self.kept_steps
         self.forwarding = set()
 
     @property

@@ -19,7 +19,7 @@ from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.batching import PlannedStep, StepBatch
 from vllm_cfg_plugin.engine.calibration import calibration_of, max_side_us, max_step_us, token_budget
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
-from vllm_cfg_plugin.engine.plan import DECODED, SideReport
+from vllm_cfg_plugin.engine.plan import KEPT, SideReport
 from vllm_cfg_plugin.engine.progress import ProgressPublisher
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
@@ -189,7 +189,10 @@ class StepScheduler(SchedulerInterface):
         request = self.batch.note_side_report(report)
         if report.error:
             return self._failed(request, report.error)
-        if report.branch != DECODED or request is None or pixels is None:  # None: aborted meanwhile
+        if request is None or pixels is None:  # None: aborted meanwhile
+            return []
+        if report.branch == KEPT:
+            (request.kept_steps,), request.kept = report.shape, bytes(pixels)
             return []
         return self._finished(request, report, pixels)
 

@@ -92,10 +92,13 @@ class Template:
     def _wait_for_answer(self, timeout: float | None) -> None:
         kind = _ENDED
         while kind == _ENDED:
+            ready = wait([self._connection, self._process.sentinel], timeout)
+            if not ready:
+                self._process.kill()
+                raise RankDiedError(f"the process that forks the ranks does not answer within {timeout} s")
+            if self._connection not in ready:
+                raise RankDiedError(self._how_it_ended())
             try:
-                if not self._connection.poll(timeout):
-                    self._process.kill()
-                    raise RankDiedError(f"the process that forks the ranks does not answer within {timeout} s")
                 kind, text = self._connection.recv()
             except (EOFError, OSError):
                 raise RankDiedError(self._how_it_ended()) from None
@@ -157,8 +160,9 @@ def run_template(vllm_config: VllmConfig, connection: Connection, engines_end: C
 def _serve(vllm_config: VllmConfig, connection: Connection) -> None:
     context = multiprocessing.get_context("fork")
     ranks: RankProcesses | None = None
+    ended = ""  # what has been said of them
     while True:
-        watched = [] if ranks is None or ranks.why_ended() else ranks.sentinels
+        watched = [] if ranks is None or ended else ranks.sentinels
         if connection not in wait([connection, *watched]):
             # Its exit code comes a moment after its sentinel.
             if ranks is not None and (ended := ranks.why_ended()):
@@ -173,4 +177,5 @@ def _serve(vllm_config: VllmConfig, connection: Connection) -> None:
         elif ranks is not None:
             ranks.end(asked)
             ranks = None
+        ended = ""
         connection.send((_DONE, ""))

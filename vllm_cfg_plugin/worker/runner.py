@@ -22,6 +22,7 @@ from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of
 from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
 from vllm_cfg_plugin.worker.exchange import AllGather, ExchangeLayout, Slot, exchange_predictions
+from vllm_cfg_plugin.worker.kept_state import is_due, keep, resume
 from vllm_cfg_plugin.worker.side_work import SideWork
 from vllm_cfg_plugin.worker.state import RequestState
 
@@ -112,6 +113,8 @@ class StepRunner:
             state.latents = self.pipeline.draw_noise(state.request, state.generator)
             state.noise_scheduler = self.pipeline.make_noise_scheduler(state.request)
             state.prediction_shape = self.pipeline.prediction_shape(state.request)
+            if admission.kept:
+                resume(state, admission.kept)
         except Exception as error:
             self._note_failure(state, "preparing its latents", error)  # the engine lets it join no step then
 
@@ -266,6 +269,8 @@ class StepRunner:
             except Exception as error:
                 self._note_failure(state, "stepping its latents", error)
             state.index += 1
+            if state.owners[0] == self.rank and not state.error and is_due(state):
+                self.side.report_kept(state.id, state.index, keep(state))
             if state.is_denoised:
                 self._leave(state.id)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, KEPT, SideReport
 from vllm_cfg_plugin.logs import get_logger
 
 logger = get_logger(__name__)
@@ -33,8 +33,8 @@ _ENCODE_NICENESS = 2
 _DECODE_NICENESS = 5
 _LONG_NICENESS = 10
 
-# Sends a report and, after a decode, its pixels: uint8 [number, height, width, channels]. Called on the threads of this
-# module.
+# Sends a report and, after a decode, its pixels: uint8 [number, height, width, channels]; or what is kept of a request:
+# uint8 [bytes].
 Deliver = Callable[[SideReport, torch.Tensor | None], None]
 
 
@@ -78,6 +78,10 @@ class SideWork:
     def forward(self, id: int, run: Callable[[], None]) -> None:
         """Call `run`, which forwards this rank's branches of long request `id`, and report."""
         self._submit(self._forwarder, _Work(id, FORWARDED, "predicting its noise", run))
+
+    def report_kept(self, id: int, steps: int, kept: torch.Tensor) -> None:
+        """Send what lets a request go on after so many steps; called on the stepping thread."""
+        self.deliver(SideReport(id, KEPT, self._rank, 0.0, "", (steps,)), kept)
 
     def cancel(self, id: int) -> None:
         """Drop a request's work: what has not begun never does, what is long stops, and there is no report of it."""
