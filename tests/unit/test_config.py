@@ -9,8 +9,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_cfg_plugin.config import FIND_TOKEN_BUDGET, UNUSABLE_OPTIONS, EngineSettings
 from vllm_cfg_plugin.engine import calibration
-from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration, token_budget
-from vllm_cfg_plugin.engine.cost import UNCALIBRATED
+from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration, max_side_us, max_step_us, token_budget
+from vllm_cfg_plugin.engine.cost import UNCALIBRATED, CostModel
 from vllm_cfg_plugin.entrypoints.engine_args import diffusion_engine_args
 from vllm_cfg_plugin.entrypoints.llm import DiffusionLLM
 from vllm_cfg_plugin.errors import ConfigurationError
@@ -100,6 +100,29 @@ def test_the_token_budget_is_what_start_up_found_and_is_said(qwen_image_folders,
 def test_the_callers_token_budget_wins(qwen_image_folders, said, tokens):
     assert budget_of(str(qwen_image_folders["tiny"]), max_num_batched_tokens=tokens) == tokens
     assert not said
+
+
+SLOW = CostModel(
+    step_us=10, token_us=100_000, square_us=0, encode_us=0, encode_token_us=0, decode_us=2e6, decode_token_us=200_000
+)  # the model's own size takes 1.6 s to forward, and 5.2 s to decode
+
+
+@pytest.mark.parametrize(
+    ("cost", "asked", "step_us", "side_us"),
+    [
+        (UNCALIBRATED, {}, 1e6, 1e6),
+        (UNCALIBRATED, {"max_step_ms": 20}, 20e3, 20e3),
+        (SLOW, {}, 10 + 2 * 1.6e6, 5.2e6),
+        (SLOW, {"max_step_ms": 20}, 20e3, 5.2e6),
+    ],
+)
+def test_a_step_may_take_a_second_or_what_the_models_own_size_needs_or_what_the_operator_says(
+    cost, asked, step_us, side_us
+):
+    vllm_config = SimpleNamespace(additional_config=asked)
+    keep_calibration(vllm_config, Calibration(cost=cost, token_budget=100, default_tokens=16))
+    assert max_step_us(vllm_config) == pytest.approx(step_us)
+    assert max_side_us(vllm_config) == pytest.approx(side_us, abs=2)
 
 
 @pytest.mark.parametrize(

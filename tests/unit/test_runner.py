@@ -1,5 +1,8 @@
 """The step loop on one rank: requests join and leave, and one request's failure is its own."""
 
+import queue
+import time
+
 import msgspec
 import pytest
 import torch
@@ -23,8 +26,9 @@ from vllm_cfg_plugin.engine.plan import (
     StepPlan,
 )
 from vllm_cfg_plugin.params import COMBINE_RULES, ImageInput
-from vllm_cfg_plugin.pipelines.base import generator_of
+from vllm_cfg_plugin.pipelines.base import PromptEmbeds, generator_of
 from vllm_cfg_plugin.worker.runner import StepRunner
+from vllm_cfg_plugin.worker.side_work import SideWork
 
 
 def make_runner(pipeline, rank=0, ranks=1, all_gather=lambda row: row.unsqueeze(0)):
@@ -459,3 +463,26 @@ def test_plans_for_a_long_request_that_failed_are_carried_out_without_it(pipelin
     runner.run(plan(3, advance=False, long_steps=[0]))
     assert not runner.states, "the other ranks learn of it in the exchange"
     assert not runner.run(plan(4, advance=False, long_steps=[0], forwards=[Forward(0, (0, 0))])).failed
+
+
+def test_texts_of_short_and_long_requests_are_encoded_one_at_a_time():
+    """Tokenizers fail when two threads use them."""
+    pipeline, inside, together = ToyPipeline(), [], []
+
+    def encode(request, branch):
+        inside.append(branch)
+        together.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return PromptEmbeds(torch.zeros(1, 3))
+
+    pipeline.encode_branch = encode
+    side, reports = SideWork(0, torch.device("cpu")), queue.Queue()
+    side.deliver = lambda report, pixels: reports.put(report)
+    runner = StepRunner(pipeline, 0, 1, lambda row: row.unsqueeze(0), side)
+    whole = join([toy_request("a"), toy_request("b")])
+    encodes = [Encode(e.id, e.branch, e.rank, is_long=e.id == 1) for e in whole.encodes]
+    runner.run(plan(admit=whole.admit, encodes=encodes, advance=False))
+    assert [reports.get(timeout=10).error for _ in encodes] == [""] * 4
+    assert set(together) == {1}
+    side.close()
