@@ -516,3 +516,16 @@ def test_the_shortest_goes_first_and_nobody_is_overtaken_for_ever():
     half = MAX_OVERTAKEN // 2
     assert [lengths[id] for id in admitted[:half]] == [1, *[2] * (half - 1)]
     assert admitted[half] == 0, "it would be passed by more only while it does not fit"
+
+
+def test_a_long_request_that_was_kept_goes_on_from_there_when_ranks_start_anew():
+    batch, ranks = long_batch(max_tokens=300), PlayedRanks(2)
+    long = batch.add("long", 0, toy_request(steps=5, image_tokens=LONG, interval=(0.0, 0.6)))
+    while ranks.steps[long.id] < 3:
+        turn(batch, ranks)
+    long.kept_steps, long.kept = 2, b"latents"
+    assert batch.start_over(has_killed=False) == []
+    ranks = PlayedRanks(2)
+    ranks.steps[long.id] = 2
+    assert forwards_of(batch, ranks) == {long.id: [(0, 1), (0,), (0,)]}
+    assert long.done_steps == 5
