@@ -83,6 +83,8 @@ class Template:
         Raises:
             RankDiedError: the process has ended, or does not answer.
         """
+        if not self._process.is_alive():  # its ranks may still hold its pipes
+            raise RankDiedError(self._how_it_ended())
         try:
             self._connection.send(what)
         except OSError:
@@ -92,13 +94,10 @@ class Template:
     def _wait_for_answer(self, timeout: float | None) -> None:
         kind = _ENDED
         while kind == _ENDED:
-            ready = wait([self._connection, self._process.sentinel], timeout)
-            if not ready:
-                self._process.kill()
-                raise RankDiedError(f"the process that forks the ranks does not answer within {timeout} s")
-            if self._connection not in ready:
-                raise RankDiedError(self._how_it_ended())
             try:
+                if not self._connection.poll(timeout):
+                    self._process.kill()
+                    raise RankDiedError(f"the process that forks the ranks does not answer within {timeout} s")
                 kind, text = self._connection.recv()
             except (EOFError, OSError):
                 raise RankDiedError(self._how_it_ended()) from None
