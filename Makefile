@@ -24,7 +24,7 @@ PYTEST := PYTHONPATH=$(CURDIR)/$(OTHER_VLLM) $(PYTEST)
 endif
 endif
 
-.PHONY: install demo test smoke unit bench parity check format clean
+.PHONY: install demo test smoke unit bench endurance parity check format clean
 
 install: $(STAMP)
 
@@ -68,6 +68,12 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.burst --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.fairness --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.simulate --quick --out $(BENCH_OUT)
+
+# Ranks killed under traffic, then rude traffic: two minutes here; `MINUTES=30` for the runs that the README quotes.
+MINUTES := 1
+endurance: $(STAMP)
+	$(BIN)/python -m benchmarks.chaos --minutes $(MINUTES) --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --out $(BENCH_OUT)
 
 # Every family against diffusers' own pipeline: model | mode | max abs diff | bitwise across cfg sizes.
 parity: $(STAMP)

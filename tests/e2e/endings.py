@@ -17,6 +17,8 @@ ENDINGS: dict[str, Callable[[VllmServer], None]] = {
     "kill -9 of EngineCore": lambda server: engine_core(server).kill(),
 }
 
+EXIT_CODES = {"SIGTERM": 0, "SIGINT": 0, "kill -9 of the API server": -signal.SIGKILL, "kill -9 of EngineCore": 1}
+
 
 def end_amid_a_request(server: VllmServer, ending: str, path: str = "/v1/images/generations", **request: Any) -> None:
     """End a server while it works on a request, which must take longer than a few seconds.
@@ -41,5 +43,6 @@ def end_amid_a_request(server: VllmServer, ending: str, path: str = "/v1/images/
     client.join()
     server.stop()
     assert footprint.leftovers() == [], server.log_tail()
+    assert server.process.returncode == EXIT_CODES[ending], server.log_tail()
     assert answers[0] in (0, 200, 500, 503)
     assert answers[0] == 0 or ending != "kill -9 of the API server"
