@@ -19,7 +19,7 @@ from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.batching import PlannedStep, StepBatch
 from vllm_cfg_plugin.engine.calibration import calibration_of, max_side_us, max_step_us, token_budget
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
-from vllm_cfg_plugin.engine.plan import KEPT, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, KEPT, SideReport
 from vllm_cfg_plugin.engine.progress import ProgressPublisher
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
@@ -193,8 +193,7 @@ class StepScheduler(SchedulerInterface):
             return []
         if report.branch == KEPT:
             (request.kept_steps,), request.kept = report.shape, bytes(pixels)
-            return []
-        return self._finished(request, report, pixels)
+        return self._finished(request, report, pixels) if report.branch == DECODED else []
 
     def _finished(self, request: ScheduledRequest, report: SideReport, pixels: memoryview) -> list[ClientOutput]:
         self.batch.finish(request)
