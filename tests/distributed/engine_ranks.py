@@ -19,7 +19,7 @@ from tests.families import load
 from tests.toy_pipeline import InlineSideWork, toy_vllm_config
 from tests.unit.test_scheduler import vllm_request
 from vllm_cfg_plugin.distributed import parallel_state
-from vllm_cfg_plugin.engine.plan import SideReport, StepReport
+from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepReport
 from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import merge_reports
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -159,6 +159,7 @@ def _drive(runner: StepRunner, ranks: int, script: list[tuple[int, DiffusionRequ
         # Every rank's scheduler is told what all ranks report, so all make the same plans.
         answers: list[tuple[StepReport, list[SideReport]]] = [None] * ranks
         dist.all_gather_object(answers, (runner.run(plan), runner.side.take()))
-        side = [(report, memoryview(b"")) for _, reports in answers for report in reports]
+        reports = [report for _, taken in answers for report in taken]
+        side = [(report, memoryview(b"") if report.branch == DECODED else None) for report in reports]
         scheduler.update_from_output(output, merge_reports([report for report, _ in answers], 0, side))
         step += 1
