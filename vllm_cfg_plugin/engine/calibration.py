@@ -22,6 +22,7 @@ logger = get_logger(__name__)
 _CALIBRATION = "calibration"  # key of `additional_config`
 # A step may take so long whatever the model: short to a user, long to all that a step costs beside its forwards.
 _LEAST_STEP_US = 1e6
+_STEPS_OF_A_HANG = 10
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +89,12 @@ def max_step_us(vllm_config: VllmConfig) -> float:
         return 1e3 * asked
     found = calibration_of(vllm_config)
     return max(_LEAST_STEP_US, found.cost.step_us + 2 * found.cost.forward(found.default_tokens))
+
+
+def step_timeout_s(vllm_config: VllmConfig) -> float:
+    """Seconds after which ranks that are to report a step hang: as asked, but no less than ten steps may take."""
+    asked = EngineSettings.from_vllm_config(vllm_config).cfg_step_timeout
+    return max(asked, _STEPS_OF_A_HANG * max_step_us(vllm_config) / 1e6)
 
 
 def max_side_us(vllm_config: VllmConfig) -> float:

@@ -6,7 +6,6 @@ import multiprocessing
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any
@@ -20,7 +19,7 @@ from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.compat import release_inherited_wakeup, report_failed_start
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine import plan as wire
-from vllm_cfg_plugin.engine.calibration import keep_calibration, slowest
+from vllm_cfg_plugin.engine.calibration import keep_calibration, slowest, step_timeout_s
 from vllm_cfg_plugin.engine.plan import StepPlan, StepReport
 from vllm_cfg_plugin.engine.step_result import SideResult, StepResult, merge_reports
 from vllm_cfg_plugin.errors import RankDiedError
@@ -57,7 +56,7 @@ class CfgExecutor(Executor):
             self._choose_start(settings),
             self.parallel_config.world_size,
             _read_answer,
-            float(settings.cfg_step_timeout),
+            partial(step_timeout_s, self.vllm_config),
         )
         try:
             self._ranks = ranks = Ranks(make_pool, RestartLimit(settings.cfg_max_restarts))
@@ -258,8 +257,10 @@ class SideAnswer(Future[StepResult]):
     def _wait(self, pool: RankPool) -> list[SideResult]:
         # While an answer to a plan is due, the engine waits for that one, and side reports come with it.
         if not pool.side_messages and not pool.has_pending:
-            with suppress(TimeoutError):
+            try:
                 pool.pump(_SIDE_WAIT_SECONDS)
+            except TimeoutError:
+                pool.check_silence()
         return take_side_results(pool)
 
 
@@ -284,6 +285,8 @@ def take_side_results(pool: RankPool) -> list[SideResult]:
 def _read_answer(kind: bytes, frames: Frames) -> tuple[tuple[bytes, int], Any]:
     """Which message a rank's frames answer, and with what."""
     (payload,) = frames
+    if kind == channel.PONG:
+        return (channel.PING, 0), None
     if kind == channel.REPORT:
         report = wire.decode_report(payload)
         return (channel.PLAN, report.step), report

@@ -121,6 +121,8 @@ def _serve(worker: WorkerWrapperBase, rank: int, socket: zmq.Socket[bytes]) -> N
             socket.send_multipart([channel.REPORT, wire.encode(report)])
         elif kind == channel.CALL:
             socket.send_multipart([channel.ANSWER, cloudpickle.dumps(_call(worker, payload))])
+        elif kind == channel.PING:
+            socket.send_multipart([channel.PONG, b""])
         elif kind == channel.STOP:
             logger.debug("cfg rank %d stops", rank)
             return

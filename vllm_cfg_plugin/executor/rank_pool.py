@@ -6,12 +6,14 @@ so a rank finds its next plan waiting. One thread at a time uses a pool: a pendi
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import uuid
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any
 
 import zmq
@@ -34,7 +36,8 @@ class RankPool:
     Args:
         start_ranks: makes the processes.
         read_answer: what a rank's message answers.
-        answer_seconds: a rank that owes an answer and sends nothing for so long counts as dead.
+        answer_seconds: ranks that owe an answer to a plan and send nothing for so long count as dead; called when the
+            first plan is sent.
 
     Attributes:
         processes: of the ranks.
@@ -46,10 +49,12 @@ class RankPool:
         RankDiedError: the process of a rank ended while it started.
     """
 
-    def __init__(self, start_ranks: StartRanks, ranks: int, read_answer: ReadAnswer, answer_seconds: float) -> None:
+    def __init__(
+        self, start_ranks: StartRanks, ranks: int, read_answer: ReadAnswer, answer_seconds: Callable[[], float]
+    ) -> None:
         self._ranks = ranks
         self._read_answer = read_answer
-        self._answer_seconds = answer_seconds
+        self._find_answer_seconds = answer_seconds
         self._pending: dict[tuple[bytes, int], PendingAnswer] = {}
         self.side_messages: list[Frames] = []
         self._context = zmq.Context()
@@ -101,7 +106,7 @@ class RankPool:
         """
         if not self._pending:
             self.heard = time.monotonic()  # nothing was due until now
-        pending = self._pending[kind, number] = PendingAnswer(self, self._ranks, merge)
+        pending = self._pending[kind, number] = PendingAnswer(self, kind, merge)
         for rank in range(self._ranks):
             try:
                 self._socket.send_multipart([channel.identity(rank), kind, payload])
@@ -137,20 +142,34 @@ class RankPool:
             elif timeout is not None:
                 raise TimeoutError(f"no answer from the cfg ranks within {timeout} s")
 
-    def wait_for_answer(self, deadline: float | None) -> None:
+    @cached_property
+    def _answer_seconds(self) -> float:
+        return self._find_answer_seconds()
+
+    def check_silence(self) -> None:
+        """Have ranks that have said nothing for long say that they live; what is due may just take its time.
+
+        Raises:
+            RankDiedError: one of them does not.
+        """
+        if time.monotonic() - self.heard > self._answer_seconds:
+            self.send_to_all(channel.PING, 0, b"", list).result()
+
+    def wait_for_answer(self, deadline: float | None, is_prompt: bool) -> None:
         """Pump once, for an answer that is due.
 
         Args:
             deadline: of the caller, `time.monotonic()`.
+            is_prompt: ranks that send nothing for `answer_seconds` hang.
 
         Raises:
             RankDiedError: a rank's process ended, or no rank has sent anything for `answer_seconds`.
             TimeoutError: the deadline has passed.
         """
-        silent_at = self.heard + self._answer_seconds
+        silent_at = self.heard + self._answer_seconds if is_prompt else math.inf
         until = silent_at if deadline is None else min(silent_at, deadline)
         try:
-            self.pump(max(0.0, until - time.monotonic()))
+            self.pump(None if until == math.inf else max(0.0, until - time.monotonic()))
         except TimeoutError as error:
             if until != silent_at:
                 raise
@@ -188,20 +207,20 @@ class RankPool:
 class PendingAnswer(Future[Any]):
     """One message's answers from every rank; its `result()` pumps the pool's socket until they are all there."""
 
-    def __init__(self, pool: RankPool, ranks: int, merge: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, pool: RankPool, kind: bytes, merge: Callable[[list[Any]], Any]) -> None:
         super().__init__()
         self._pool = pool
         self._answers: dict[int, Any] = {}
-        self._ranks = ranks
+        self._is_prompt = kind != channel.CALL  # a method may take as long as it takes
         self._merge = merge
 
     def add(self, rank: int, answer: Any) -> bool:
         """Store one rank's answer; True when it was the last."""
         self._answers[rank] = answer
-        if len(self._answers) < self._ranks:
+        if len(self._answers) < len(self._pool):
             return False
         try:
-            self.set_result(self._merge([self._answers[rank] for rank in range(self._ranks)]))
+            self.set_result(self._merge([self._answers[rank] for rank in range(len(self._pool))]))
         except Exception as error:
             self.set_exception(error)
         return True
@@ -209,5 +228,5 @@ class PendingAnswer(Future[Any]):
     def result(self, timeout: float | None = None) -> Any:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.done():
-            self._pool.wait_for_answer(deadline)
+            self._pool.wait_for_answer(deadline, self._is_prompt)
         return super().result()
