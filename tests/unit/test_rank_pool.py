@@ -72,7 +72,7 @@ def test_the_answers_of_all_ranks_are_merged(make_pool):
 
 
 def test_a_rank_that_reports_no_plan_hangs(make_pool):
-    with pytest.raises(RankDiedError, match="sent nothing for 0.3 s .--cfg-step-timeout."):
+    with pytest.raises(RankDiedError, match=r"sent nothing for 0.3 s \(--cfg-step-timeout\)"):
         make_pool(hanging=[1]).send_to_all(channel.PLAN, 0, b"plan", list).result()
 
 
