@@ -24,6 +24,7 @@ from typing import Any
 
 import zmq
 from pydantic import ValidationError
+from tqdm import tqdm
 
 from vllm_cfg_plugin.errors import ConfigurationError, one_line
 
@@ -85,6 +86,16 @@ def let_have_children() -> None:
     `executor/lifeline.py`). Exit condition: it allows that to those who say so.
     """
     multiprocessing.process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+
+
+def unshare_progress_lock() -> None:
+    """Give this process, which was forked, a lock of its own for progress bars.
+
+    Symptom: after a kill -9 of one process the next progress bar of another, such as that of loading the model again,
+    waits for ever. Cause: tqdm's lock is a semaphore that forked processes share, and who is killed does not release
+    it. Exit condition: tqdm makes a new one after a fork.
+    """
+    tqdm.set_lock(threading.RLock())
 
 
 def wake_on_engine_death(client: Any) -> None:

@@ -5,6 +5,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from tqdm import tqdm
 
 from vllm_cfg_plugin.errors import ConfigurationError, RankDiedError
 from vllm_cfg_plugin.executor import rank_processes, template
@@ -19,6 +20,13 @@ def no_pipeline(vllm_config):
     if vllm_config == "broken":
         raise ConfigurationError("no such checkpoint")
     yield
+
+
+@contextmanager
+def pipeline_with_a_bar(vllm_config):
+    """Killed while it draws."""
+    with tqdm.get_lock():
+        yield
 
 
 def end_or_stay(vllm_config, rank, address, init_method):
@@ -77,6 +85,16 @@ def test_a_template_that_dies_is_made_again(make_template):
     assert "the process that forks the ranks" in wait_for_end(ranks)
     ranks.end(0.0)
     assert made.start_ranks(MEETING).why_ended() == ""
+
+
+def test_a_template_that_is_killed_while_it_draws_a_progress_bar_stops_no_other_bar(make_template, monkeypatch):
+    monkeypatch.setattr(template, "pipeline_for_forks", pipeline_with_a_bar)
+    lock = tqdm.get_lock()
+    made = make_template("stay")
+    made.start_ranks(MEETING)
+    made.close()
+    assert lock.mp_lock.acquire(timeout=5)
+    lock.mp_lock.release()
 
 
 def test_a_pipeline_that_cannot_be_loaded_says_why(make_template):

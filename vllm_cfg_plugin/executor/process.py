@@ -33,7 +33,11 @@ logger = get_logger(__name__)
 
 def run_worker(vllm_config: VllmConfig, rank: int, address: str, init_method: str) -> None:
     """Entry point of the process of `rank`; ends the process when told to stop."""
-    from vllm_cfg_plugin.compat import release_inherited_listeners, silence_all_gather_deprecation
+    from vllm_cfg_plugin.compat import (
+        release_inherited_listeners,
+        silence_all_gather_deprecation,
+        unshare_progress_lock,
+    )
 
     die_with_parent()
     silence_all_gather_deprecation()
@@ -43,6 +47,7 @@ def run_worker(vllm_config: VllmConfig, rank: int, address: str, init_method: st
     # The stepping thread must not wait for Python's 5 ms when a side thread has the interpreter.
     sys.setswitchinterval(0.0005)
     release_inherited_listeners()
+    unshare_progress_lock()
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, channel.identity(rank))

@@ -15,7 +15,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
-from vllm_cfg_plugin.compat import let_have_children, release_inherited_listeners
+from vllm_cfg_plugin.compat import let_have_children, release_inherited_listeners, unshare_progress_lock
 from vllm_cfg_plugin.errors import ConfigurationError, RankDiedError, one_line
 from vllm_cfg_plugin.executor.lifeline import die_with_parent
 from vllm_cfg_plugin.executor.rank_processes import Meeting, OwnProcesses, RankProcesses, end_processes
@@ -145,6 +145,7 @@ def run_template(vllm_config: VllmConfig, connection: Connection, engines_end: C
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     release_inherited_listeners()
+    unshare_progress_lock()
     let_have_children()
     try:
         with pipeline_for_forks(vllm_config):
