@@ -172,3 +172,27 @@ def test_the_watching_thread_keeps_nothing_alive():
     del ranks
     gc.collect()
     assert gone.wait(10)
+
+
+def test_ranks_that_sleep_are_not_missed_and_are_watched_again_when_they_wake_up():
+    begun, made = threading.Event(), []
+
+    def pools():
+        made.append(FakePool())
+        if len(made) == 3:
+            begun.set()
+        return made[-1]
+
+    ranks = make_ranks(pools=pools)
+    ranks.watch(lambda: pytest.fail("they could be started"))
+    ranks.sleep()
+    made[0].die()
+    del made[0].processes.sentinels  # nobody may look at them any more
+    assert ranks.sentinels == []
+    assert ranks.are_well()
+    assert (ranks.epoch, len(made)) == (1, 1)
+    ranks.wake_up()
+    made[1].die()
+    assert begun.wait(10)
+    ranks.close()
+    assert ranks.epoch == 2

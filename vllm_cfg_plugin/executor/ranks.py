@@ -120,6 +120,12 @@ class Ranks:
         arguments = (weakref.ref(self), self._closing, on_failure)
         threading.Thread(target=_watch, args=arguments, daemon=True, name="cfg-rank-monitor").start()
 
+    @property
+    def sentinels(self) -> list[Any]:
+        """What is ready when a rank may have ended; empty where there is none."""
+        with self.lock:
+            return [] if self.is_asleep or self._closing.is_set() else self.pool.processes.sentinels
+
     def are_well(self) -> bool:
         """Have dead ranks started anew; False if they can't be."""
         # While the engine's thread waits for ranks it has the lock, and notices their death by itself.
@@ -151,7 +157,7 @@ def _watch(watched: weakref.ref[Ranks], closing: threading.Event, on_failure: Ca
         ranks = watched()
         if ranks is None:
             return
-        sentinels = ranks.pool.processes.sentinels
+        sentinels = ranks.sentinels
         del ranks  # this thread must not keep them alive
         multiprocessing.connection.wait(sentinels, _LOOK_SECONDS)
         ranks = watched()
