@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,8 +20,9 @@ from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of
 from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
-from vllm_cfg_plugin.worker.exchange import AllGather, ExchangeLayout, Slot, exchange_predictions
+from vllm_cfg_plugin.worker.exchange import AllGather, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.kept_state import is_due, keep, resume
+from vllm_cfg_plugin.worker.lineup import Lineup, branch_input, checked_prediction
 from vllm_cfg_plugin.worker.side_work import SideWork
 from vllm_cfg_plugin.worker.state import RequestState
 
@@ -30,22 +30,6 @@ logger = get_logger(__name__)
 
 EMBEDDING_CACHE_BYTES = 256 * 2**20
 CONDITION_CACHE_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class Lineup:
-    """The requests that step together, and what follows from that; all ranks have the same.
-
-    Attributes:
-        layout: of the exchange.
-        mine: this rank's forwards, neighbours of equal shape side by side: they share an attention call.
-        forwarded: what this rank has forwarded beside the steps.
-    """
-
-    states: list[RequestState]
-    layout: ExchangeLayout
-    mine: list[Slot]
-    forwarded: list[Slot]
 
 
 class StepRunner:
@@ -176,8 +160,8 @@ class StepRunner:
     def _forward_branches(self, state: RequestState, branches: Iterable[int]) -> None:
         """Runs beside the steps; one after the other, as long ones gain nothing from sharing a forward."""
         for branch in branches:
-            (outcome,) = self._predict([_branch_input(state, branch)])
-            prediction = _checked_prediction(outcome, state.prediction_shape)
+            (outcome,) = self._predict([branch_input(state, branch)])
+            prediction = checked_prediction(outcome, state.prediction_shape)
             _hand_over([prediction])
             state.predictions[branch] = prediction
 
@@ -198,14 +182,7 @@ class StepRunner:
         self._exchange_and_advance(lineup, predictions)
 
     def _line_up(self, long: Sequence[RequestState]) -> Lineup:
-        states = [*self._running.values(), *long]
-        layout = ExchangeLayout.of(
-            [state.owners for state in states], [state.prediction_shape for state in states], self.ranks
-        )
-        owned = [cell.slot for cell in layout.cells if cell.rank == self.rank]
-        mine = [slot for slot in owned if slot[0] < len(self._running)]
-        mine.sort(key=lambda slot: _lengths(states[slot[0]].request, slot[1]))
-        return Lineup(states, layout, mine, [slot for slot in owned if slot[0] >= len(self._running)])
+        return Lineup.of([*self._running.values()], long, self.rank, self.ranks)
 
     def _forward(self, lineup: Lineup) -> dict[Slot, torch.Tensor]:
         """One packed forward of this rank's branches for each model that forwards some of them."""
@@ -214,7 +191,7 @@ class StepRunner:
             for slot, outcome in zip(inputs, self._predict([*inputs.values()]), strict=True):
                 state = lineup.states[slot[0]]
                 try:
-                    predictions[slot] = _checked_prediction(outcome, state.prediction_shape)
+                    predictions[slot] = checked_prediction(outcome, state.prediction_shape)
                 except Exception as error:
                     self._note_failure(state, "predicting its noise", error)
         return predictions
@@ -228,8 +205,8 @@ class StepRunner:
             if state.error:
                 continue
             try:
-                branch_input = _branch_input(state, branch)
-                groups.setdefault(self.pipeline.forward_group(branch_input), {})[slot] = branch_input
+                inputs = branch_input(state, branch)
+                groups.setdefault(self.pipeline.forward_group(inputs), {})[slot] = inputs
             except Exception as error:
                 self._note_failure(state, "preparing its forward", error)
         return [*groups.values()]
@@ -294,31 +271,3 @@ def _hand_over(tensors: Iterable[torch.Tensor]) -> None:
     for tensor in tensors:
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.default_stream(tensor.device))
-
-
-def _branch_input(state: RequestState, branch: int) -> BranchInput:
-    timesteps = state.noise_scheduler.timesteps
-    return BranchInput(
-        request=state.request,
-        latents=state.latents,
-        embeds=state.prompt_embeds[branch],
-        timestep=timesteps[state.index],
-        branch=branch,
-        condition=state.condition,
-        timesteps_ahead=timesteps[state.index + 1 :],
-    )
-
-
-def _checked_prediction(outcome: torch.Tensor | Exception, shape: tuple[int, ...]) -> torch.Tensor:
-    """The prediction, which every rank reads out of the exchange in this shape."""
-    if isinstance(outcome, Exception):
-        raise outcome
-    if outcome.shape != (1, *shape):
-        raise ValueError(f"its prediction has shape {list(outcome.shape)}, but prediction_shape says {[1, *shape]}")
-    return outcome
-
-
-def _lengths(request: DiffusionRequest, branch: int) -> tuple[int, int]:
-    """Tokens of a branch's image (with its conditions) and text."""
-    text_tokens = request.text_tokens[branch]
-    return request.sequence_tokens(branch) - text_tokens, text_tokens
