@@ -29,6 +29,10 @@ class VideoPipeline(ToyPipeline):
         scheduler.set_timesteps(request.num_inference_steps)
         return scheduler
 
+    def step_latents(self, scheduler, noise_pred, *arguments):
+        """Of small predictions: beside large latents the noise of a step would vanish."""
+        return super().step_latents(scheduler, noise_pred.clamp(-1, 1), *arguments)
+
 
 def video(frames=5):
     return msgspec.structs.replace(toy_request(steps=STEPS, seed=3), num_frames=frames)
@@ -60,3 +64,19 @@ def test_images_are_not_kept():
     runner = make_runner(ToyPipeline())
     run(runner, join([video(frames=1)]), STEPS)
     assert runner.side.kept == []
+
+
+def test_a_video_that_cannot_be_kept_costs_nobody_anything():
+    class Unkept(VideoPipeline):
+        def make_noise_scheduler(self, request):
+            scheduler = super().make_noise_scheduler(request)
+            scheduler.sampler = lambda: None
+            return scheduler
+
+    runner = make_runner(Unkept(NOISE_SCHEDULERS["of several steps"]))
+    failed = runner.run(join([video(), video(frames=1)])).failed
+    for number in range(1, STEPS):
+        failed += runner.run(plan(number)).failed
+    assert failed == []
+    assert runner.side.kept == []
+    assert [state.index for state in runner.states.values()] == [STEPS] * 2

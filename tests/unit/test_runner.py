@@ -486,3 +486,17 @@ def test_texts_of_short_and_long_requests_are_encoded_one_at_a_time():
     assert [reports.get(timeout=10).error for _ in encodes] == [""] * 4
     assert set(together) == {1}
     side.close()
+
+
+@pytest.mark.parametrize("shape", [None, 4, (4.0, 3), (2, "a"), (-1, 4), [4, 3]])
+def test_a_shape_that_is_none_fails_its_request_before_it_steps(shape):
+    class Shapeless(ToyPipeline):
+        def prediction_shape(self, request):
+            return shape if request.prompts[0] == "unlucky" else super().prediction_shape(request)
+
+    runner = make_runner(Shapeless())
+    admitted = join([toy_request("unlucky"), toy_request()])
+    report = runner.run(plan(admit=admitted.admit, encodes=admitted.encodes, advance=False))
+    assert [id for id, _ in report.failed] == [0]
+    assert "prediction_shape returned" in report.failed[0][1]
+    assert runner.run(plan(1, retire=[0], assign=[admitted.assign[1]])).failed == []

@@ -1,6 +1,7 @@
 """How far a video is, as bytes: the engine keeps them, so that a video need not begin again when ranks do.
 
-Must not import vLLM.
+Tensors and plain values only, no pickled objects: what a noise scheduler is made of follows from the request, and what
+its steps changed is of such types. Must not import vLLM.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_cfg_plugin.worker.state import RequestState
 
 KEEP_EVERY_STEPS = 5
+# Of a noise scheduler, what no step changes: its configuration, and what `set_timesteps` computed with numpy.
+_CONSTANT = (dict, np.ndarray, np.generic)
 
 
 def is_due(state: RequestState) -> bool:
@@ -21,10 +25,18 @@ def is_due(state: RequestState) -> bool:
 
 
 def keep(state: RequestState) -> torch.Tensor:
-    """Everything that its next steps depend on and that does not follow from the request: uint8 [bytes]."""
+    """Everything that its next steps depend on and that does not follow from the request: uint8 [bytes].
+
+    Raises:
+        TypeError: its noise scheduler has become something that can't be kept.
+    """
+    changed = {name: value for name, value in vars(state.noise_scheduler).items() if not isinstance(value, _CONSTANT)}
+    for name, value in changed.items():
+        if not _is_plain(value):
+            raise TypeError(f"{type(state.noise_scheduler).__name__}.{name} is a {type(value).__name__}")
     generator = None if state.generator is None else state.generator.get_state()
     buffer = io.BytesIO()
-    torch.save((state.index, state.latents, state.noise_scheduler, generator), buffer)
+    torch.save((state.index, state.latents, changed, generator), buffer)
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
@@ -36,7 +48,13 @@ def resume(state: RequestState, kept: bytes) -> None:
         """Some parts are on the CPU wherever the latents are."""
         return storage if location == "cpu" else storage.cuda(device)
 
-    index, latents, noise_scheduler, generator = torch.load(io.BytesIO(kept), place, weights_only=False)
-    state.index, state.latents, state.noise_scheduler = index, latents, noise_scheduler
+    state.index, state.latents, changed, generator = torch.load(io.BytesIO(kept), place, weights_only=True)
+    vars(state.noise_scheduler).update(changed)
     if state.generator is not None:
         state.generator.set_state(generator)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.Tensor))

@@ -56,6 +56,17 @@ def branch_input(state: RequestState, branch: int) -> BranchInput:
     )
 
 
+def checked_shape(shape: object) -> tuple[int, ...]:
+    """The shape of a request's predictions, from which all ranks compute the layout of the exchange.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(shape, tuple) or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"prediction_shape returned {shape!r}, and not a tuple of integers from 1 up")
+    return shape
+
+
 def checked_prediction(outcome: torch.Tensor | Exception, shape: tuple[int, ...]) -> torch.Tensor:
     """The prediction, which every rank reads out of the exchange in this shape."""
     if isinstance(outcome, Exception):

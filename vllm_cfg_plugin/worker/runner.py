@@ -22,7 +22,7 @@ from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEm
 from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
 from vllm_cfg_plugin.worker.exchange import AllGather, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.kept_state import is_due, keep, resume
-from vllm_cfg_plugin.worker.lineup import Lineup, branch_input, checked_prediction
+from vllm_cfg_plugin.worker.lineup import Lineup, branch_input, checked_prediction, checked_shape
 from vllm_cfg_plugin.worker.side_work import SideWork
 from vllm_cfg_plugin.worker.state import RequestState
 
@@ -96,7 +96,7 @@ class StepRunner:
             state.generator = generator_of(state.request)
             state.latents = self.pipeline.draw_noise(state.request, state.generator)
             state.noise_scheduler = self.pipeline.make_noise_scheduler(state.request)
-            state.prediction_shape = self.pipeline.prediction_shape(state.request)
+            state.prediction_shape = checked_shape(self.pipeline.prediction_shape(state.request))
             if admission.kept:
                 resume(state, admission.kept)
         except Exception as error:
@@ -247,9 +247,15 @@ class StepRunner:
                 self._note_failure(state, "stepping its latents", error)
             state.index += 1
             if state.owners[0] == self.rank and not state.error and is_due(state):
-                self.side.report_kept(state.id, state.index, keep(state))
+                self._keep(state)
             if state.is_denoised:
                 self._leave(state.id)
+
+    def _keep(self, state: RequestState) -> None:
+        try:
+            self.side.report_kept(state.id, state.index, keep(state))
+        except Exception as error:
+            logger.warning("A video would begin again after a restart, as it can't be kept: %s", error)
 
     def _advance(self, state: RequestState, predictions: Sequence[torch.Tensor]) -> None:
         """Combine the branches and step the request's own noise scheduler, through the pipeline's hooks."""
