@@ -194,6 +194,14 @@ def test_more_timesteps_than_described_are_refused(model):
         check_noise_scheduler(model.ours, model.info)
 
 
+def test_an_error_without_text_is_named(model, tmp_path):
+    if model.family.class_name != "FluxPipeline":
+        pytest.skip("one family is enough")
+    asserts = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(ConfigurationError, match="can't be set to 3 steps: AssertionError"):
+        check_servable(model.checkpoint(tmp_path, asserts))
+
+
 def test_steps_that_a_schedule_has_not_are_refused_by_name(model, tmp_path):
     stretched = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
     if model.family.class_name != "ZImagePipeline":

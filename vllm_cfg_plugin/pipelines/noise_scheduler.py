@@ -37,8 +37,8 @@ def timestep_counter(checkpoint: Checkpoint, set_timesteps: SetTimesteps) -> Cal
         except InvalidRequestError:
             raise
         except Exception as error:
-            reason = f"{type(scheduler).__name__} can't be set to {num_inference_steps} steps: {error}"
-            raise ValueError(reason) from error
+            name, reason = type(scheduler).__name__, str(error) or type(error).__name__  # an assertion has no text
+            raise ValueError(f"{name} can't be set to {num_inference_steps} steps: {reason}") from error
         if not torch.isfinite(timesteps).all():
             raise ValueError(f"the timesteps of {type(scheduler).__name__} are not finite for {num_inference_steps}")
         return len(timesteps)
