@@ -100,3 +100,20 @@ def test_a_quantization_that_cannot_run_names_component_and_method(model, compon
     quantization = {"quant_method": "torchao", "quant_type": "int8wo"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
     assert f"{component}/ is quantized by torchao, which can't run here: " in refusal(model)
+
+
+@pytest.mark.parametrize("quantization", [{}, [], False])
+def test_a_quantization_that_says_nothing_is_refused_as_diffusers_refuses_it(model, quantization):
+    path = model / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+    named = "an unnamed method" if quantization == {} else repr(quantization)
+    assert f"transformer/ is quantized by {named}, which can't run here: " in refusal(model)
+    with pytest.raises((ValueError, TypeError, AttributeError)):
+        QwenImagePipeline.from_pretrained(str(model))
+
+
+def test_an_empty_quantization_of_a_text_encoder_is_none_as_it_is_to_transformers(model):
+    path = model / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {}}))
+    check_servable(Checkpoint(str(model)))
+    QwenImagePipeline.from_pretrained(str(model))

@@ -157,8 +157,8 @@ def _why_not_found(checkpoint: Checkpoint, component: str, folder: Path) -> str:
 def _check_quantization(checkpoint: Checkpoint, component: str, library: str, class_name: str) -> None:
     """What its library can run here may run; each library's own quantizer knows."""
     config = (checkpoint.read_json(f"{component}/config.json") or {}).get("quantization_config")
-    of = _model_library(library, class_name) if config else ""
-    if not of:
+    of = _model_library(library, class_name) if config is not None else ""
+    if not of or (of == "transformers" and not config):  # an empty one is none to some of its models; not to diffusers
         return
     method = config.get("quant_method") or "an unnamed method" if isinstance(config, dict) else repr(config)
     try:
