@@ -28,11 +28,18 @@ _MAX_SCALE = 1000  # far beyond any use; much larger ones would only overflow
 _OPTIONAL = (*_SCALES, "guidance_scale_2", "num_frames", "layers", "max_sequence_length")
 
 
+def is_read(name: str, info: PipelineInfo) -> bool:
+    """Whether this model reads a field of a request."""
+    if name in GUIDANCE_FIELDS:
+        return name in info.guidance_fields
+    return name not in _OPTIONAL or name in info.options or name in (info.cfg_scale, info.distilled_scale)
+
+
 def check_known_fields(asked: DiffusionParams, info: PipelineInfo) -> None:
-    """Refuse what this model does not read: it would be ignored."""
+    """Reject what this model does not read: it would be ignored."""
     for name in _OPTIONAL:
         value = getattr(asked, name)
-        if value is UNSET or name in info.options or name in (info.cfg_scale, info.distilled_scale):
+        if value is UNSET or is_read(name, info):
             continue
         remedy = f": this model's guidance scale is {info.cfg_scale}" if name in _SCALES else ": this model has none"
         raise InvalidRequestError(name, value, f"absent{remedy}")
@@ -42,7 +49,7 @@ def check_known_fields(asked: DiffusionParams, info: PipelineInfo) -> None:
 
 
 def check_image_count(count: int, info: PipelineInfo, limits: RequestLimits) -> None:
-    """Refuse a number of images that the model does not take; needs none of them decoded.
+    """Check that the model takes this number of images; needs none of them decoded.
 
     Raises:
         InvalidRequestError: of "image".

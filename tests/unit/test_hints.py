@@ -47,7 +47,6 @@ def refusal(app, path, name, value=1):
         ("scheduler", "the noise scheduler is the checkpoint's own"),
         ("random_seed", "did you mean seed?"),
         ("format", "did you mean output_format?"),
-        ("max_length", "did you mean max_sequence_length?"),
         ("true_cfg_scal", "did you mean true_cfg_scale?"),
         ("mask", "POST /v1/images/edits has it"),
         ("input_image", "POST /v1/images/edits takes images"),
@@ -58,8 +57,43 @@ def test_images(app_of, name, says):
     assert says in refusal(app_of(INFO), GENERATIONS, name)
 
 
+def test_a_text_limit_is_hinted_at_where_the_model_reads_one(app_of):
+    info = replace(INFO, options=frozenset({"max_sequence_length"}))
+    assert "did you mean max_sequence_length?" in refusal(app_of(info), GENERATIONS, "max_length")
+
+
 def test_what_no_field_is_like_gets_no_hint(app_of):
     assert refusal(app_of(INFO), GENERATIONS, "xyzzy").endswith("no field of that name")
+
+
+@pytest.mark.parametrize(
+    ("info", "path", "name", "meant"),
+    [
+        (INFO, GENERATIONS, "guidanceScale", "true_cfg_scale"),
+        (INFO, GENERATIONS, "guidance_scal", "true_cfg_scale"),
+        (INFO, GENERATIONS, "trueCfgScale", "true_cfg_scale"),
+        (VIDEO_INFO, VIDEOS, "trueCfgScale", "guidance_scale"),
+        (VIDEO_INFO, VIDEOS, "true_cfg_scal", "guidance_scale"),
+        (replace(INFO, distilled_scale="guidance_scale"), GENERATIONS, "guidanceScale", "guidance_scale"),
+        (replace(INFO, distilled_scale="guidance_scale"), GENERATIONS, "trueCfgScale", "true_cfg_scale"),
+    ],
+)
+def test_a_scale_that_the_model_does_not_read_is_not_what_was_meant(app_of, info, path, name, meant):
+    assert refusal(app_of(info), path, name).endswith(f"; did you mean {meant}?")
+
+
+@pytest.mark.parametrize("name", ["combineRule", "combin_rule", "guidance_scal_2", "maxSequenceLength", "max_tokens"])
+def test_no_hint_names_a_field_that_the_model_does_not_read(app_of, name):
+    info = replace(INFO, options=frozenset(), guidance_fields=frozenset())
+    assert "combine_rule" not in (message := refusal(app_of(info), GENERATIONS, name).partition(";")[2])
+    assert "_2" not in message
+    assert "max_sequence" not in message
+
+
+def test_no_hint_for_what_is_like_a_field_by_chance(app_of):
+    response = edit(app_of(EDIT_INFO), {"sigmas": "1"})
+    assert_refused(response, "sigmas", "sigmas=")
+    assert response.json()["error"]["message"].endswith("no field of that name")
 
 
 @pytest.mark.parametrize(

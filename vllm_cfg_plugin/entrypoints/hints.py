@@ -11,9 +11,11 @@ import re
 from collections.abc import Collection
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
+from vllm_cfg_plugin.field_checks import is_read
 
 _STEPS = ("steps", "num_steps", "n_steps", "sample_steps", "sampling_steps", "inference_steps", "ddim_steps")
 _SCALES = ("cfg_scale", "cfg", "scale", "guidance", "unconditional_guidance_scale", "text_guidance_scale")
+_OUR_SCALES = ("true_cfg_scale", "guidance_scale")  # a model may read one of them only
 _SIDES = ("height", "width", "aspect_ratio", "resolution", "image_size", "dimensions")
 _NEGATIVES = ("negative", "neg_prompt", "negative_text", "uncond_prompt", "text_negative")
 _COUNTS = (
@@ -59,6 +61,7 @@ _REMEDIES = {
     "size": 'size is the field, as "WIDTHxHEIGHT"',
     "n": "n is the number of results",
 }
+_ALIKE = 0.7  # difflib's own 0.6 takes "sigmas" for "mask"
 
 
 def hint(name: str, fields: Collection[str], info: PipelineInfo, images: str) -> str:
@@ -74,12 +77,15 @@ def hint(name: str, fields: Collection[str], info: PipelineInfo, images: str) ->
         return "the noise scheduler is the checkpoint's own: scheduler/scheduler_config.json says which"
     if snake in _LAST_IMAGES:
         return f"a last image is the second {images}" if images and info.max_images > 1 else ""
-    ours = snake if snake in fields else _FIELDS.get(snake)
-    ours = info.cfg_scale if snake in _SCALES else ours
     if snake in _IMAGES:
         return f"did you mean {images}?" if images else "POST /v1/images/edits takes images"
-    if ours in _REMEDIES and ours in fields:
-        return _REMEDIES[ours]
+    read = [field for field in fields if is_read(field, info)]
+    known = [*read, *_OUR_SCALES]
+    ours = snake if snake in known else _FIELDS.get(snake)
     if ours is None:
-        ours = next(iter(difflib.get_close_matches(snake, fields, n=1)), "")
-    return f"did you mean {ours}?" if ours in fields else ""
+        ours = next(iter(difflib.get_close_matches(snake, known, n=1, cutoff=_ALIKE)), "")
+    if snake in _SCALES or (ours in _OUR_SCALES and ours not in read):
+        ours = info.cfg_scale
+    if ours in _REMEDIES and ours in read:
+        return _REMEDIES[ours]
+    return f"did you mean {ours}?" if ours in read else ""
