@@ -1,6 +1,8 @@
 """Our Wan pipelines against diffusers' own, called directly and through the engine's contract."""
 
 import json
+import re
+import shutil
 
 import diffusers
 import numpy as np
@@ -149,6 +151,19 @@ def test_an_images_shape_decides_the_videos_where_nobody_says(get_model):
     model = get_model("5b-image")
     request = contract.make_request(model.folder, "a cat", [Image.new("RGB", (300, 700))], num_inference_steps=2)
     assert (request.height, request.width) == (96, 32)  # of 64 x 64 pixels
+
+
+@pytest.mark.parametrize("shape", [(1, 300), (300, 1)])
+def test_an_image_whose_shape_makes_too_long_a_video_is_named(get_model, tmp_path, shape):
+    folder = shutil.copytree(get_model("5b-image").folder, tmp_path / "model")
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_max_seq_len": 4}))  # 128 pixels
+    images = [Image.new("RGB", shape)]
+    said = f"image='{shape[0]}x{shape[1]}' is not valid: it must be at most about 4 times as long as wide, "
+    with pytest.raises(InvalidRequestError, match=re.escape(said + "or sent with a size of the video")):
+        contract.make_request(folder, "a cat", images, num_inference_steps=2)
+    request = contract.make_request(folder, "a cat", images, num_inference_steps=2, height=64, width=64)
+    assert (request.height, request.width) == (64, 64)
 
 
 def test_experts_take_turns(get_model):

@@ -55,7 +55,7 @@ class WanImageToVideoPipeline(WanBase, DiffusersWanImageToVideoPipeline):
             min_images=least,
             max_images=most,
             condition_tokens=lambda sizes: (0, embedding_tokens * len(sizes)),
-            default_size=lambda sizes: _size_like(sizes[0], area, info.size_multiple),
+            default_size=lambda sizes: _size_like(sizes[0], area, info.size_multiple, info.max_side),
         )
 
     def _requests(self, call: CallArguments) -> list[DiffusionRequest]:
@@ -136,9 +136,16 @@ class WanImageToVideoPipeline(WanBase, DiffusersWanImageToVideoPipeline):
         return [condition, *embeds]
 
 
-def _size_like(image: ImageSize, area: int, multiple: int) -> ImageSize:
-    """(height, width) of about this area with an image's aspect ratio, as diffusers' examples choose it."""
+def _size_like(image: ImageSize, area: int, multiple: int, max_side: int) -> ImageSize:
+    """(height, width) of about this area with an image's aspect ratio, as diffusers' examples choose it.
+
+    Raises:
+        InvalidRequestError: an image so long that a side would be above `max_side`.
+    """
     width, height = image
     sides = round(sqrt(area * height / width)), round(sqrt(area * width / height))
     fitted_height, fitted_width = (max(side // multiple, 1) * multiple for side in sides)
+    if max(fitted_height, fitted_width) > max_side:
+        times = f"at most about {max_side**2 / area:.2g} times as long as wide"
+        raise InvalidRequestError("image", f"{width}x{height}", f"{times}, or sent with a size of the video")
     return fitted_height, fitted_width
