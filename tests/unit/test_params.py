@@ -61,6 +61,15 @@ def test_a_scale_without_negative_prompt_says_why_guidance_is_off():
     assert "no negative prompt" in request.guidance_off
 
 
+def test_an_interval_between_two_steps_says_why_guidance_is_off():
+    asked = {"negative_prompt": "bad", "true_cfg_scale": 4.0, "num_inference_steps": 4}
+    (request,) = resolve(**asked, guidance_interval=(0.3, 0.45))
+    assert not request.guided
+    assert request.guidance_off == "none of 4 steps is in the guidance interval [0.3, 0.45]"
+    (request,) = resolve(**asked, guidance_interval=(0.3, 0.5))
+    assert (request.guided, request.guidance_off) == (True, "")
+
+
 def test_null_negative_prompt_overrides_a_models_default():
     guided_by_default = PipelineInfo(
         **{

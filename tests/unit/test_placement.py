@@ -34,6 +34,13 @@ def test_a_short_decode_waits_for_no_long_one_but_prefers_a_rank_without():
     assert [(short.rank, short.is_long) for short in shorts] == [(1, False), (0, False), (1, False), (1, False)]
 
 
+def test_a_long_decode_waits_for_the_short_ones_too():
+    placement = Placement(2, max_side_us=50)
+    assert placement.decode(scheduled(0, image_tokens=10), IDLE).rank == 0
+    long = placement.decode(scheduled(1, image_tokens=1000), IDLE)
+    assert (long.rank, long.is_long) == (1, True)
+
+
 def test_long_forwards_are_awaited_from_each_owner_until_they_are_done_or_forgotten():
     placement, request = Placement(2), scheduled(0)
     request.owners = (0, 1)
