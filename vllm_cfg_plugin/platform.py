@@ -66,7 +66,7 @@ class HostPlatform(Platform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Refuse what this build of vLLM can't run here.
+        """Check that this build of vLLM can run the model here.
 
         Raises:
             ConfigurationError: the model is not a diffusion pipeline.

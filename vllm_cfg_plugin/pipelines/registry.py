@@ -155,7 +155,7 @@ def check_servable(checkpoint: Checkpoint, variant: str = "") -> None:
 
 
 def _check_noise_schedule(checkpoint: Checkpoint, info: PipelineInfo) -> None:
-    """Refuse a noise scheduler that this family can't set to the model's own number of steps."""
+    """Check that this family can set the noise scheduler to the model's own number of steps."""
     steps = info.default_params.num_inference_steps
     try:
         info.num_timesteps(2 if steps is msgspec.UNSET else steps)  # one is too few for some

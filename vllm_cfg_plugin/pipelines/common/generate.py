@@ -144,7 +144,7 @@ def branch_texts(prompt: str | list[str], negative_prompt: str | list[str] | Non
         negative_prompt: None without guidance.
 
     Raises:
-        InvalidRequestError: as many negative prompts as there are not prompts.
+        InvalidRequestError: there are several negative prompts, and not one for each prompt.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if negative_prompt is None:
