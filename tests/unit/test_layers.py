@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 PACKAGE = "vllm_cfg_plugin"
 ROOT = Path(__file__).parents[2] / PACKAGE
 
@@ -25,9 +27,11 @@ PIPELINES = {"common": 1, "registry": 2, "noise_scheduler": 2, "base": 2, "weigh
 
 
 def imports(tree):
-    """(line, module) of every import of the package, wherever it stands in the file."""
+    """(line, module) of every import of the package, wherever it stands in the file; dots first if it is relative."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield node.lineno, "." * node.level + (node.module or "")
+        elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
             yield from ((node.lineno, f"{PACKAGE}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{PACKAGE}."):
             yield node.lineno, node.module
@@ -49,6 +53,9 @@ def wrong_ways():
             continue
         layer, inner, family = place(parts)
         for line, module in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            if module.startswith("."):  # whose layer can't be seen at a glance
+                yield f"{path.relative_to(ROOT)}:{line} imports the relative {module}"
+                continue
             target_layer, target_inner, target_family = place(module.split(".")[1:])
             is_up = (target_layer, target_inner) < (layer, inner)
             is_across = family and target_family and family != target_family
@@ -65,8 +72,17 @@ def test_imports_point_downwards():
     assert list(wrong_ways()) == []
 
 
-def test_the_check_sees_an_import_that_points_up(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("imported", "seen"),
+    [
+        (f"{PACKAGE}.worker", f"{PACKAGE}.worker"),
+        ("..worker", "the relative ..worker"),
+        ("..", "the relative .."),
+        (".", "the relative ."),
+    ],
+)
+def test_the_check_sees_an_import_that_points_up_or_is_relative(tmp_path, monkeypatch, imported, seen):
     (tmp_path / "engine").mkdir()
-    (tmp_path / "engine" / "plan.py").write_text(f"def f():\n    from {PACKAGE}.worker import runner\n")
+    (tmp_path / "engine" / "plan.py").write_text(f"def f():\n    from {imported} import runner\n")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    assert list(wrong_ways()) == [f"engine/plan.py:2 imports {PACKAGE}.worker"]
+    assert list(wrong_ways()) == [f"engine/plan.py:2 imports {seen}"]
