@@ -141,6 +141,12 @@ def end_output_thread(client: Any) -> None:
         client.outputs_queue.get_nowait()
 
 
+def ends_its_engines(client: Any) -> bool:
+    """Whether an API server stops its engines itself; one of several is stopped beside them."""
+    core = getattr(client, "engine_core", None)
+    return core is None or core.resources.engine_manager is not None
+
+
 def note_engine_client(client: Any) -> None:
     """Have `run_and_fail_if_engine_died` know of an API server's engine client, an `AsyncLLM`."""
     manager = client.engine_core.resources.engine_manager
@@ -164,6 +170,29 @@ def run_and_fail_if_engine_died(run: Callable[[Any], None], args: Any) -> None:
     run(args)
     if _deaths or any(manager.failed_proc_name for manager in _engine_managers):
         raise SystemExit("the engine died; the log says why")
+
+
+def answer_rejected_requests() -> None:
+    """Have EngineCore's own answers to pooling requests carry an output, which is empty: the request was aborted.
+
+    Symptom: one request that comes while the engine drains after a SIGTERM fails all that are running. Cause:
+    EngineCore rejects it with an answer without `pooling_output`, on which the API server's output handler asserts.
+    Exit condition: the handler takes such an answer.
+    """
+    import torch
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.engine.core import EngineCoreProc
+
+    def send(engine: Any, request_ids: list[str], client_index: int, reason: Any, error: Any = None) -> None:
+        details = {} if error is None else {"error": error}  # vLLM 0.32 knows none
+        outputs = [
+            EngineCoreOutput(id, [], pooling_output=torch.empty(0), finish_reason=reason, **details)
+            for id in request_ids
+        ]
+        message = EngineCoreOutputs(finished_requests=set(request_ids), outputs=outputs)
+        engine.output_queue.put_nowait((client_index, message))
+
+    EngineCoreProc._send_finish_outputs_to_client = send  # type: ignore[method-assign]
 
 
 def report_failed_start(address: str) -> None:

@@ -124,6 +124,10 @@ class RankDiedError(CfgPluginError, RuntimeError):
     """The process of a cfg rank ended without being asked to."""
 
 
+class RanksRestartedError(RankDiedError):
+    """The cfg ranks were started anew during a call: what it did is undone."""
+
+
 def one_line(error: BaseException) -> str:
     """An error for a message that crosses processes: ours by its text alone, others with their class."""
     text = str(error) if isinstance(error, CfgPluginError) else f"{type(error).__name__}: {error}"

@@ -35,6 +35,7 @@ class FakeEngine:
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_queued_reqs=None),
             parallel_config=SimpleNamespace(data_parallel_size=1, data_parallel_size_local=1),
+            shutdown_timeout=0,
             additional_config={},
         )
         self.errored = False

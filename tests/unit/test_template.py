@@ -29,7 +29,7 @@ def pipeline_with_a_bar(vllm_config):
         yield
 
 
-def end_or_stay(vllm_config, rank, address, init_method):
+def end_or_stay(vllm_config, rank, address, init_method, is_template):
     """What the second rank does says the configuration."""
     if rank == 1 and vllm_config == "exit at once":
         os._exit(3)

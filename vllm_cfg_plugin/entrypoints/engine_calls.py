@@ -6,6 +6,7 @@ n results are n engine requests that run at once; when one fails, or the caller 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,10 +34,12 @@ class EngineCalls:
 
     Args:
         is_stopping: whether the server has begun to shut down.
+        drain_s: seconds that engines work on then; 0 where a server stops when they have done so.
     """
 
-    def __init__(self, engine: EngineClient, is_stopping: Callable[[], bool]) -> None:
+    def __init__(self, engine: EngineClient, is_stopping: Callable[[], bool], drain_s: float = 0.0) -> None:
         self._engine = engine
+        self._drain_s = drain_s
         self._is_stopping = is_stopping
         self._promised = 0  # places in the engine's queue of requests that it does not count yet
 
@@ -99,9 +102,12 @@ class EngineCalls:
 
     async def _unless_stopping(self, work: Work, request_id: str) -> list[GeneratedImage]:
         """Without this a server that shuts down would wait for images that a stopped engine never makes."""
+        drained_at = math.inf
         while not work.done():
             await asyncio.wait({work}, timeout=_SHUTDOWN_POLL_S)
-            if self._is_stopping() and not work.done():
+            if self._is_stopping():
+                drained_at = min(drained_at, time.monotonic() + self._drain_s)
+            if time.monotonic() >= drained_at and not work.done():
                 raise _shutting_down(request_id)
         if isinstance(work.exception(), EngineDeadError):
             # A server that shuts down stops its engine first and says so a moment later.

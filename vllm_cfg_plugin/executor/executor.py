@@ -6,6 +6,7 @@ import multiprocessing
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any
@@ -16,13 +17,13 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.abstract import Executor, FailureCallback
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.compat import release_inherited_wakeup, report_failed_start
+from vllm_cfg_plugin.compat import answer_rejected_requests, release_inherited_wakeup, report_failed_start
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine import plan as wire
-from vllm_cfg_plugin.engine.calibration import keep_calibration, slowest, step_timeout_s
+from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration, slowest, step_timeout_s
 from vllm_cfg_plugin.engine.plan import StepPlan, StepReport
 from vllm_cfg_plugin.engine.step_result import SideResult, StepResult, merge_reports
-from vllm_cfg_plugin.errors import RankDiedError
+from vllm_cfg_plugin.errors import RankDiedError, RanksRestartedError
 from vllm_cfg_plugin.executor import channel
 from vllm_cfg_plugin.executor.health import address_of, answer_health
 from vllm_cfg_plugin.executor.lifeline import die_with_parent
@@ -34,6 +35,7 @@ from vllm_cfg_plugin.executor.template import Template
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
 
 _SIDE_WAIT_SECONDS = 0.002
+_CALL_AGAIN = "the cfg ranks were started anew during the call: what it did is undone; call it again"
 _ASLEEP = {"weights", "kv_cache"}  # vLLM's names of what a sleeping engine has let go of
 
 
@@ -49,6 +51,7 @@ class CfgExecutor(Executor):
             # The API server started this process. Without this, killing it with -9 would leave the engine behind.
             die_with_parent()
             release_inherited_wakeup()
+            answer_rejected_requests()
             if settings.failed_start_address:
                 report_failed_start(settings.failed_start_address)
         make_pool = partial(
@@ -67,9 +70,16 @@ class CfgExecutor(Executor):
             address = address_of(settings.health_address, self.parallel_config.data_parallel_index)
             answer_health(address, lambda: not ranks.is_restarting)
         # For the scheduler, which vLLM makes later and gives nothing but this configuration.
-        keep_calibration(self.vllm_config, slowest(self.collective_rpc("calibrate")))
+        keep_calibration(self.vllm_config, slowest(self._calibrate()))
         # Weakly: the monitor thread must not keep an executor alive that its engine let go of.
         self._ranks.watch(partial(_call_if_alive, weakref.WeakMethod(self._notify_failure)))
+
+    def _calibrate(self) -> list[Calibration]:
+        """What every rank measures; ranks that die of it are started anew as often as may be."""
+        while True:
+            with suppress(RanksRestartedError):
+                calibrations: list[Calibration] = self.collective_rpc("calibrate")
+                return calibrations
 
     def _choose_start(self, settings: EngineSettings) -> StartRanks:
         """Fork on a CPU, which saves every rank the imports; elsewhere vLLM's choice: CUDA does not survive a fork."""
@@ -122,7 +132,7 @@ class CfgExecutor(Executor):
         """Call a worker method by name, or a function with the worker as its first argument, on every rank.
 
         Raises:
-            RankDiedError: the ranks were started anew meanwhile; what the call did is undone.
+            RanksRestartedError: the ranks were started anew meanwhile; what the call did is undone.
             RuntimeError: the engine sleeps.
         """
         if self._ranks.is_asleep:
@@ -135,7 +145,7 @@ class CfgExecutor(Executor):
                 pending = ranks.pool.send_to_all(channel.CALL, number, payload, _merge_calls)
             except RankDiedError as error:
                 ranks.restart(error)
-                raise
+                raise RanksRestartedError(_CALL_AGAIN) from error
             future = CallAnswer(ranks, pending)
         return future if non_block else future.result(timeout)
 
@@ -146,9 +156,14 @@ class CfgExecutor(Executor):
         """End the ranks; level 2 drops the weights too that the process they are forked from holds on a CPU."""
         if not self.is_sleeping:
             self._ranks.sleep()
-            if level > 1:
-                self._close_template()
             self.sleeping_tags |= _ASLEEP
+        if level > 1:
+            self._close_template()
+
+    def reset_encoder_cache(self) -> None:
+        """Also called when a sleeping engine is told to sleep: there is no cache then."""
+        if not self._ranks.is_asleep:
+            super().reset_encoder_cache()
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Start the ranks again, with the tag of weights; for that of the KV cache there is nothing to do."""
@@ -232,7 +247,7 @@ class CallAnswer(PlanAnswer):
     def result(self, timeout: float | None = None) -> Any:
         answers = self._ranks.answer(self._pending, self._epoch, timeout)
         if answers is None:
-            raise RankDiedError("the cfg ranks were started anew during the call: what it did is undone; call it again")
+            raise RanksRestartedError(_CALL_AGAIN)
         return answers
 
 

@@ -6,13 +6,16 @@ made in a short-lived thread of a live program would be killed.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 
 _POLL_SECONDS = 0.25
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent() -> None:
@@ -28,3 +31,9 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="cfg-lifeline").start()
+
+
+def die_with_parents_thread() -> None:
+    """The same by the kernel, which ends a process that is stopped too; for children of a process of one thread."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -20,7 +20,7 @@ from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.plan import SideReport
 from vllm_cfg_plugin.errors import one_line
 from vllm_cfg_plugin.executor import channel
-from vllm_cfg_plugin.executor.lifeline import die_with_parent
+from vllm_cfg_plugin.executor.lifeline import die_with_parent, die_with_parents_thread
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.worker.memory import keep_freed_memory
 
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def run_worker(vllm_config: VllmConfig, rank: int, address: str, init_method: str) -> None:
+def run_worker(
+    vllm_config: VllmConfig, rank: int, address: str, init_method: str, is_forked_by_template: bool = False
+) -> None:
     """Entry point of the process of `rank`; ends the process when told to stop."""
     from vllm_cfg_plugin.compat import (
         release_inherited_listeners,
@@ -40,6 +42,8 @@ def run_worker(vllm_config: VllmConfig, rank: int, address: str, init_method: st
     )
 
     die_with_parent()
+    if is_forked_by_template:
+        die_with_parents_thread()
     silence_all_gather_deprecation()
     # Ctrl-C reaches the whole process group; the engine decides when the ranks stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -24,6 +24,7 @@ from vllm_cfg_plugin.executor import channel
 from vllm_cfg_plugin.executor.rank_processes import Meeting, StartRanks
 
 _SHUTDOWN_SECONDS = 5.0
+_LONGEST_POLL_MS = 2**31 - 1  # 25 days
 
 Frames = list[memoryview | bytes]
 # (kind, number) of the message that was answered, and one rank's answer.
@@ -133,7 +134,7 @@ class RankPool:
             TimeoutError: nothing came within `timeout` seconds.
         """
         while True:
-            events = dict(self._poller.poll(None if timeout is None else int(timeout * 1000)))
+            events = dict(self._poller.poll(None if timeout is None else min(int(timeout * 1000), _LONGEST_POLL_MS)))
             if self._socket in events:
                 sender, kind, *frames = self._socket.recv_multipart(copy=False)
                 return channel.rank_of(sender.bytes), [kind.bytes, *(frame.buffer for frame in frames)]

@@ -53,14 +53,15 @@ class OwnProcesses(RankProcesses):
 
     Args:
         context: multiprocessing context that makes them.
+        is_template: this process is the one that does nothing but fork ranks.
     """
 
-    def __init__(self, vllm_config: VllmConfig, context: Any, meeting: Meeting) -> None:
+    def __init__(self, vllm_config: VllmConfig, context: Any, meeting: Meeting, *, is_template: bool = False) -> None:
         self._processes: list[BaseProcess] = []
         for rank in range(meeting.ranks):
             process = context.Process(
                 target=run_worker,
-                args=(vllm_config, rank, meeting.address, meeting.init_method),
+                args=(vllm_config, rank, meeting.address, meeting.init_method, is_template),
                 name=f"cfg-rank-{rank}",
                 daemon=True,
             )

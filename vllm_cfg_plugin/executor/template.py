@@ -96,7 +96,7 @@ class Template:
         while kind == _ENDED:
             try:
                 if not self._connection.poll(timeout):
-                    self._process.kill()
+                    end_processes([self._process], grace=0)
                     raise RankDiedError(f"the process that forks the ranks does not answer within {timeout} s")
                 kind, text = self._connection.recv()
             except (EOFError, OSError):
@@ -173,7 +173,7 @@ def _serve(vllm_config: VllmConfig, connection: Connection) -> None:
         except EOFError:
             return
         if isinstance(asked, Meeting):
-            ranks = OwnProcesses(vllm_config, context, asked)
+            ranks = OwnProcesses(vllm_config, context, asked, is_template=True)
         elif ranks is not None:
             ranks.end(asked)
             ranks = None
