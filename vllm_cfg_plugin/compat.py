@@ -32,6 +32,7 @@ _APOSTROPHE = "\ue000"  # of Unicode's private use: no text has it
 _CAUSE_MS = 2000  # the engine's process has ended by then, so what it sent is here or never was
 _engine_managers: list[Any] = []
 _deaths: list[str] = []
+_ANSWER_S = 1.0  # that a server needs to say 503 before it is killed
 _OUTPUT_THREAD_END_S = 10  # it has nothing left to do; should it hang, closing must not
 
 
@@ -141,10 +142,23 @@ def end_output_thread(client: Any) -> None:
         client.outputs_queue.get_nowait()
 
 
-def ends_its_engines(client: Any) -> bool:
-    """Whether an API server stops its engines itself; one of several is stopped beside them."""
+def drain_before_shutdown(client: Any, drain: Callable[[float], None]) -> None:
+    """Have one of several API servers wait for its running requests before it lets go of the engines.
+
+    Symptom: with `--api-server-count 2` a SIGTERM fails all requests at once, whatever `--shutdown-timeout` says.
+    Cause: the servers are stopped before the engines, and each closes its connection to them first. Exit condition:
+    vLLM has the servers drain.
+    """
     core = getattr(client, "engine_core", None)
-    return core is None or core.resources.engine_manager is not None
+    if core is None or core.resources.engine_manager is not None:  # which drains its engines
+        return
+    shutdown = client.shutdown
+
+    def drain_and_shut_down(timeout: float | None = None) -> None:
+        drain(max(0.0, (timeout or 0.0) - _ANSWER_S))
+        shutdown(timeout)
+
+    client.shutdown = drain_and_shut_down
 
 
 def note_engine_client(client: Any) -> None:

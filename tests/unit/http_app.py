@@ -35,7 +35,6 @@ class FakeEngine:
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_queued_reqs=None),
             parallel_config=SimpleNamespace(data_parallel_size=1, data_parallel_size_local=1),
-            shutdown_timeout=0,
             additional_config={},
         )
         self.errored = False
@@ -49,6 +48,9 @@ class FakeEngine:
         """A call of the ranks, whose answers come as vLLM's wire brings them."""
         assert method == "calibrate"
         return [msgspec.to_builtins(self.calibration)] * 2
+
+    def shutdown(self, timeout=None):
+        """Its server closes its connection."""
 
     def check_admission(self, n=1, request_id=None):
         """As `AsyncLLM`'s, with `queue_room` for the queue's limit."""

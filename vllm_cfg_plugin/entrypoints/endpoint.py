@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.datastructures import State
 
-from vllm_cfg_plugin.compat import ends_its_engines, note_engine_client
+from vllm_cfg_plugin.compat import drain_before_shutdown, note_engine_client
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, unpredicted_on_error
 from vllm_cfg_plugin.entrypoints.health import health_addresses, replace_health_route
@@ -46,8 +46,8 @@ class DiffusionEndpointPlugin:
         front_end = FrontEnd.from_vllm_config(engine_client.vllm_config)
         with unpredicted_on_error():
             front_end = front_end.with_cost(await engine_client.collective_rpc("calibrate"))
-        drain_s = 0.0 if ends_its_engines(engine_client) else engine_client.vllm_config.shutdown_timeout
-        calls = EngineCalls(engine_client, lambda: _is_stopping(state), drain_s)
+        calls = EngineCalls(engine_client, lambda: _is_stopping(state))
+        drain_before_shutdown(engine_client, calls.drain)
         state.engine_calls = calls
         note_engine_client(engine_client)
         state.health_addresses = health_addresses(engine_client.vllm_config)

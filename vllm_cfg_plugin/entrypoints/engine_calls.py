@@ -6,7 +6,6 @@ n results are n engine requests that run at once; when one fails, or the caller 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 _SHUTDOWN_POLL_S = 0.5
+_DRAIN_POLL_S = 0.1
 _FLAG = "--max-num-queued-reqs"
 
 Work = asyncio.Task[list[GeneratedImage]]
@@ -34,12 +34,12 @@ class EngineCalls:
 
     Args:
         is_stopping: whether the server has begun to shut down.
-        drain_s: seconds that engines work on then; 0 where a server stops when they have done so.
     """
 
-    def __init__(self, engine: EngineClient, is_stopping: Callable[[], bool], drain_s: float = 0.0) -> None:
+    def __init__(self, engine: EngineClient, is_stopping: Callable[[], bool]) -> None:
         self._engine = engine
-        self._drain_s = drain_s
+        self._works: set[Work] = set()  # that are not done
+        self._is_draining = False
         self._is_stopping = is_stopping
         self._promised = 0  # places in the engine's queue of requests that it does not count yet
 
@@ -49,7 +49,10 @@ class EngineCalls:
         Raises:
             ServerBusyError: it has not, as `--max-num-queued-reqs` says.
             InvalidRequestError: it never has.
+            RequestAbortedError: the server drains.
         """
+        if self._is_draining:
+            raise RequestAbortedError("the server is shutting down and takes no new requests")
         most = self._engine.vllm_config.scheduler_config.max_num_queued_reqs
         if most is not None and count > most:
             raise InvalidRequestError("n", count, f"at most {most}: no more may wait on this server ({_FLAG})")
@@ -57,6 +60,13 @@ class EngineCalls:
             self._engine.check_admission(self._promised + count)
         except GracefulHTTPError as error:
             raise _queue_is_full() from error
+
+    def drain(self, seconds: float) -> None:
+        """Take no new requests, and wait so long for those that run; called on a thread of its own."""
+        self._is_draining = True
+        deadline = time.monotonic() + seconds
+        while self._works and time.monotonic() < deadline:
+            time.sleep(_DRAIN_POLL_S)
 
     @contextmanager
     def room_for(self, count: int) -> Iterator[None]:
@@ -83,6 +93,8 @@ class EngineCalls:
             for index, request in enumerate(requests)
         ]
         work = asyncio.create_task(_all_results(tasks))
+        self._works.add(work)
+        work.add_done_callback(self._works.discard)
         work.add_done_callback(lambda _: [task.cancel() for task in tasks])
         return work
 
@@ -102,12 +114,9 @@ class EngineCalls:
 
     async def _unless_stopping(self, work: Work, request_id: str) -> list[GeneratedImage]:
         """Without this a server that shuts down would wait for images that a stopped engine never makes."""
-        drained_at = math.inf
         while not work.done():
             await asyncio.wait({work}, timeout=_SHUTDOWN_POLL_S)
-            if self._is_stopping():
-                drained_at = min(drained_at, time.monotonic() + self._drain_s)
-            if time.monotonic() >= drained_at and not work.done():
+            if self._is_stopping() and not work.done():
                 raise _shutting_down(request_id)
         if isinstance(work.exception(), EngineDeadError):
             # A server that shuts down stops its engine first and says so a moment later.

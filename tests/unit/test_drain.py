@@ -1,0 +1,56 @@
+"""A server that drains: what runs is waited for, and what comes is refused."""
+
+import asyncio
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from tests.toy_pipeline import toy_request
+from tests.unit.http_app import FakeEngine
+from vllm_cfg_plugin.compat import drain_before_shutdown
+from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
+from vllm_cfg_plugin.errors import RequestAbortedError
+
+
+def test_running_requests_are_waited_for_and_new_ones_are_refused():
+    async def scenario():
+        engine = FakeEngine()
+        let_go = asyncio.Event()
+        engine.behave = lambda request: let_go.wait()
+        calls = EngineCalls(engine, lambda: False)
+        with calls.room_for(1):
+            work = calls.start([toy_request()], "a")
+        drained = threading.Event()
+        threading.Thread(target=lambda: (calls.drain(20), drained.set())).start()
+        await asyncio.sleep(0.3)
+        assert not drained.is_set()
+        with pytest.raises(RequestAbortedError, match="takes no new requests"):
+            calls.check_room()
+        work.cancel()
+        await asyncio.wait({work})
+        await asyncio.to_thread(drained.wait, 10)
+        assert drained.is_set()
+
+    asyncio.run(scenario())
+
+
+def test_it_waits_no_longer_than_it_may():
+    calls = EngineCalls(FakeEngine(), lambda: False)
+    calls._works.add("never done")
+    began = time.monotonic()
+    calls.drain(0.3)
+    assert time.monotonic() - began >= 0.3
+
+
+def test_only_servers_that_do_not_end_their_engines_drain_by_themselves():
+    for manager, happened in ((None, ["drain 4.0", "shutdown 5"]), (object(), ["shutdown 5"])):
+        order = []
+        client = SimpleNamespace(
+            engine_core=SimpleNamespace(resources=SimpleNamespace(engine_manager=manager)),
+            shutdown=lambda timeout, order=order: order.append(f"shutdown {timeout}"),
+        )
+        drain_before_shutdown(client, lambda seconds, order=order: order.append(f"drain {seconds}"))
+        client.shutdown(timeout=5)
+        assert order == happened
