@@ -81,10 +81,13 @@ def _take(line: Line, try_to_join: Callable[[ScheduledRequest], bool]) -> Iterat
         yield request
 
 
-def _turn(request: ScheduledRequest) -> tuple[bool, int]:
-    """The shortest first; but before them who was overtaken half as often as may be: then others only fill gaps."""
+def _turn(request: ScheduledRequest) -> tuple[int, bool, int]:
+    """The shortest first; but before them who was overtaken half as often as may be: then others only fill gaps.
+
+    A suspect that was hit alone lets the others be tried first: what kills ranks from outside hits one of those then.
+    """
     has_aged = request.overtaken >= MAX_OVERTAKEN // 2
-    return not has_aged, request.id if has_aged else request.work
+    return request.deaths_alone * request.is_suspect, not has_aged, request.id if has_aged else request.work
 
 
 def _last_that_may_join(in_line: Sequence[ScheduledRequest]) -> float:
