@@ -15,17 +15,15 @@ import asyncio
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import aiohttp
 import psutil
 
 from benchmarks import traffic
-from benchmarks.common import EMOJI, machine, report, start
+from benchmarks.common import machine, report, start
 from benchmarks.endurance import (
     CLIENTS,
     MEMORY_ROW,
@@ -35,8 +33,8 @@ from benchmarks.endurance import (
     memory_rows,
     processes,
     resident_megabytes,
+    serving,
 )
-from benchmarks.systems import START_TIMEOUT_S
 from examples.vllm_server import VllmServer
 
 JOBS = 24
@@ -119,11 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     seconds = 60 * (args.minutes or (0.5 if args.quick else 30))
     on = machine()
-    with (
-        tempfile.TemporaryDirectory(prefix="chaos-") as folder,
-        VllmServer(EMOJI, FLAGS, Path(folder) / "server.log") as server,
-    ):
-        server.wait_ready(START_TIMEOUT_S)
+    with serving(FLAGS) as server:
         before = resident_megabytes(server)
         record, faults, ranks = asyncio.run(endure(server, seconds, args.every, args.clients))
         after = resident_megabytes(server)

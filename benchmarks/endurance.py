@@ -10,16 +10,19 @@ import asyncio
 import hashlib
 import itertools
 import re
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import aiohttp
 import psutil
 
-from benchmarks.common import Job, percentile
-from benchmarks.systems import request_body
+from benchmarks.common import EMOJI, Job, percentile
+from benchmarks.systems import START_TIMEOUT_S, request_body
 from examples.vllm_server import VllmServer
 
 CLIENTS = 16
@@ -46,6 +49,17 @@ class Record:
         """Requests, failed, wrong bytes, p50 and p99 in seconds."""
         failed = sum(self.failures.values())
         return len(self.seconds), failed, self.wrong, percentile(self.seconds, 50), percentile(self.seconds, 99)
+
+
+@contextmanager
+def serving(flags: list[str]) -> Iterator[VllmServer]:
+    """A server of the bundled model that is ready."""
+    with (
+        tempfile.TemporaryDirectory(prefix="endurance-") as folder,
+        VllmServer(EMOJI, flags, Path(folder) / "server.log") as server,
+    ):
+        server.wait_ready(START_TIMEOUT_S)
+        yield server
 
 
 ROW = ("requests", "failed", "wrong bytes", "p50 s", "p99 s")

@@ -13,16 +13,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import aiohttp
 
 from benchmarks import traffic
-from benchmarks.common import EMOJI, Job, machine, report, start
-from benchmarks.endurance import ROW, Record, Traffic, resident_megabytes
-from benchmarks.systems import START_TIMEOUT_S
+from benchmarks.common import Job, machine, report, start
+from benchmarks.endurance import ROW, Record, Traffic, resident_megabytes, serving
 from examples.vllm_server import VllmServer
 
 FLAGS = ["--cfg-parallel-size", "2"]
@@ -76,11 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     seconds = 60 * (args.minutes or (0.5 if args.quick else 30))
     on = machine()
-    with (
-        tempfile.TemporaryDirectory(prefix="soak-") as folder,
-        VllmServer(EMOJI, FLAGS, Path(folder) / "server.log") as server,
-    ):
-        server.wait_ready(START_TIMEOUT_S)
+    with serving(FLAGS) as server:
         record, samples = asyncio.run(endure(server, seconds, args.clients))
     report("soak", args.out, on, ROW, [record.row])
     minutes = [f"{seconds / 60 * sample / SAMPLES:.1f} min" for sample in range(SAMPLES + 1)]

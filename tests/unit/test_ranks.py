@@ -64,6 +64,19 @@ def make_ranks(most=3, pools=None):
     return Ranks(pools or FakePool, RestartLimit(most, clock=lambda: 0.0))
 
 
+def counted_pools(last):
+    """An event that is set when the pool of that number is made, the pools that were made, and what makes them."""
+    begun, made = threading.Event(), []
+
+    def pools():
+        made.append(FakePool())
+        if len(made) == last:
+            begun.set()
+        return made[-1]
+
+    return begun, made, pools
+
+
 def test_an_answer_that_ranks_died_over_is_none_and_they_are_there_again():
     ranks = make_ranks()
     old = ranks.pool
@@ -124,14 +137,7 @@ def test_the_limit_forgets_what_is_ten_minutes_ago():
 
 
 def test_while_the_engine_is_idle_the_watching_thread_starts_them_anew():
-    begun, made = threading.Event(), []
-
-    def pools():
-        made.append(FakePool())
-        if len(made) == 2:
-            begun.set()
-        return made[-1]
-
+    begun, made, pools = counted_pools(2)
     ranks = make_ranks(pools=pools)
     ranks.watch(lambda: pytest.fail("they could be started"))
     made[0].die()
@@ -175,14 +181,7 @@ def test_the_watching_thread_keeps_nothing_alive():
 
 
 def test_ranks_that_sleep_are_not_missed_and_are_watched_again_when_they_wake_up():
-    begun, made = threading.Event(), []
-
-    def pools():
-        made.append(FakePool())
-        if len(made) == 3:
-            begun.set()
-        return made[-1]
-
+    begun, made, pools = counted_pools(3)
     ranks = make_ranks(pools=pools)
     ranks.watch(lambda: pytest.fail("they could be started"))
     ranks.sleep()

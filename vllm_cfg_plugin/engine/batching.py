@@ -179,7 +179,7 @@ class StepBatch:
     @property
     def is_trial(self) -> bool:
         """Whether the ranks know a suspect, and so nobody else."""
-        return any(request.is_suspect for request in self._known.values())
+        return len(self._known) == 1 and next(iter(self._known.values())).is_suspect
 
     # ---- plans ----
 

@@ -1,7 +1,8 @@
 """Ends this process when its parent is gone, however the parent went; must not import vLLM or torch.
 
 A watching thread and not `prctl(PR_SET_PDEATHSIG)`: that signal comes when the parent's *thread* ends, so an engine
-made in a short-lived thread of a live program would be killed.
+made in a short-lived thread of a live program would be killed. Ranks whose parent is the process of one thread that
+forks them have the signal too: it ends a rank that is stopped, whose threads don't run.
 """
 
 from __future__ import annotations
@@ -34,6 +35,6 @@ def die_with_parent() -> None:
 
 
 def die_with_parents_thread() -> None:
-    """The same by the kernel, which ends a process that is stopped too; for children of a process of one thread."""
+    """Have the kernel kill this process, even a stopped one, when the thread that forked it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
