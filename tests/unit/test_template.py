@@ -1,9 +1,11 @@
 """The process that ranks are forked from, without a model: it starts ranks, ends them and says how they ended."""
 
 import os
+import signal
 import time
 from contextlib import contextmanager
 
+import psutil
 import pytest
 from tqdm import tqdm
 
@@ -106,6 +108,23 @@ def test_a_template_that_hangs_is_ended(make_template, monkeypatch):
     monkeypatch.setattr(template, "_ANSWER_SECONDS", 0.2)
     made = make_template("stay")
     made.start_ranks(MEETING)
-    os.kill(made._process.pid, 19)  # SIGSTOP
+    os.kill(made._process.pid, signal.SIGSTOP)
     with pytest.raises(RankDiedError, match="does not answer within"):
         made.start_ranks(MEETING)
+
+
+def test_a_rank_that_dies_while_the_template_hangs_costs_one_restart(make_template, monkeypatch):
+    monkeypatch.setattr(template, "_WORDS_SECONDS", 0.2)
+    made = make_template("stay")
+    ranks = made.start_ranks(MEETING)
+    hanging = psutil.Process(made._process.pid)
+    rank = max(hanging.children(), key=lambda child: child.pid)
+    hanging.suspend()
+    rank.kill()
+    ended = wait_for_end(ranks)
+    assert ended == f"the process of cfg rank 1 (pid {rank.pid}) ended, and its parent says nothing"
+    with monkeypatch.context() as soon:
+        soon.setattr(template, "_ANSWER_SECONDS", 0.2)
+        ranks.end(0.0)
+    assert not hanging.is_running()
+    assert made.start_ranks(MEETING).why_ended() == ""

@@ -69,6 +69,10 @@ class OwnProcesses(RankProcesses):
             self._processes.append(process)
 
     @property
+    def pids(self) -> list[int | None]:
+        return [process.pid for process in self._processes]
+
+    @property
     def sentinels(self) -> list[Any]:
         return [process.sentinel for process in self._processes]
 

@@ -3,13 +3,15 @@
 A fork copies the one thread that forks, with whatever locks the others hold. So ranks are forked by a process that
 does nothing else, and not by the engine's, which has more threads once it runs. The engine talks to it over a pipe: a
 `Meeting` starts ranks, a number of seconds ends them, and each is answered when that is done. Unasked come the words
-in which a rank has ended.
+in which a rank has ended. The engine watches the ranks itself as well: the process may hang, and then says nothing.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import sys
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _DONE, _FAILED, _ENDED = "done", "failed", "ended"
 _ANSWER_SECONDS = 10.0  # for forks, beside the time that ranks are given to end
+_WORDS_SECONDS = 1.0  # until the process says how a rank has ended, of which it is told at once
 
 
 class Template:
@@ -46,8 +49,7 @@ class Template:
         if self._process is None or not self._process.is_alive():
             self._make_process()
         self._ended_rank = ""
-        self.ask(meeting, _ANSWER_SECONDS)
-        return ForkedRanks(self)
+        return ForkedRanks(self, self.ask(meeting, _ANSWER_SECONDS))
 
     def _make_process(self) -> None:
         context = multiprocessing.get_context("fork")
@@ -66,10 +68,15 @@ class Template:
     def sentinels(self) -> list[Any]:
         return [self._process.sentinel, self._connection.fileno()]
 
-    def why_ended(self) -> str:
+    def why_ended(self, wait_seconds: float = 0.0) -> str:
+        """As of `RankProcesses`.
+
+        Args:
+            wait_seconds: for the words, where something has ended.
+        """
         if not self._ended_rank:
             try:
-                if self._connection.poll():
+                if self._connection.poll(wait_seconds):
                     _, self._ended_rank = self._connection.recv()
             except (EOFError, OSError):
                 self._ended_rank = self._how_it_ended()
@@ -77,8 +84,8 @@ class Template:
             self._ended_rank = self._how_it_ended()
         return self._ended_rank
 
-    def ask(self, what: Meeting | float, timeout: float) -> None:
-        """Have ranks started or ended.
+    def ask(self, what: Meeting | float, timeout: float) -> Any:
+        """Have ranks started or ended; returns the process ids of those that were started.
 
         Raises:
             RankDiedError: the process has ended, or does not answer.
@@ -89,22 +96,22 @@ class Template:
             self._connection.send(what)
         except OSError:
             raise RankDiedError(self._how_it_ended()) from None
-        self._wait_for_answer(timeout)
+        return self._wait_for_answer(timeout)
 
-    def _wait_for_answer(self, timeout: float | None) -> None:
-        kind = _ENDED
-        while kind == _ENDED:
+    def _wait_for_answer(self, timeout: float | None) -> Any:
+        while True:
             try:
                 if not self._connection.poll(timeout):
                     end_processes([self._process], grace=0)
                     raise RankDiedError(f"the process that forks the ranks does not answer within {timeout} s")
-                kind, text = self._connection.recv()
+                kind, answer = self._connection.recv()
             except (EOFError, OSError):
                 raise RankDiedError(self._how_it_ended()) from None
             if kind == _FAILED:
-                raise ConfigurationError(text)
-            if kind == _ENDED:
-                self._ended_rank = text
+                raise ConfigurationError(answer)
+            if kind == _DONE:
+                return answer
+            self._ended_rank = answer
 
     def _how_it_ended(self) -> str:
         self._process.join(1)  # its exit code comes a moment after the end of its pipe
@@ -117,21 +124,37 @@ class Template:
 
 
 class ForkedRanks(RankProcesses):
-    """Children of the template process."""
+    """Children of the template process.
 
-    def __init__(self, template: Template) -> None:
+    Args:
+        pids: of the ranks, in their order.
+    """
+
+    def __init__(self, template: Template, pids: list[int]) -> None:
         self._template = template
+        self._descriptors: dict[int, str] = {}  # ready when a rank has ended -> which one
+        for rank, pid in enumerate(pids):
+            # No such process: it has ended, and the template process says so.
+            with suppress(ProcessLookupError):
+                if sys.platform == "linux":
+                    self._descriptors[os.pidfd_open(pid)] = f"cfg rank {rank} (pid {pid})"
 
     @property
     def sentinels(self) -> list[Any]:
-        return self._template.sentinels
+        return [*self._template.sentinels, *self._descriptors]
 
     def why_ended(self) -> str:
-        return self._template.why_ended()
+        ready = wait(self._descriptors, 0)
+        ended = [who for descriptor, who in self._descriptors.items() if descriptor in ready]
+        if why := self._template.why_ended(_WORDS_SECONDS if ended else 0.0):
+            return why
+        return f"the process of {ended[0]} ended, and its parent says nothing" if ended else ""
 
     def end(self, grace: float) -> None:
         with suppress(RankDiedError):  # they end with their parent
             self._template.ask(grace, grace + _ANSWER_SECONDS)
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[0])
 
 
 def run_template(vllm_config: VllmConfig, connection: Connection, engines_end: Connection) -> None:
@@ -149,7 +172,7 @@ def run_template(vllm_config: VllmConfig, connection: Connection, engines_end: C
     let_have_children()
     try:
         with pipeline_for_forks(vllm_config):
-            connection.send((_DONE, ""))
+            connection.send((_DONE, []))
             _serve(vllm_config, connection)
     except Exception as error:
         if not isinstance(error, ConfigurationError):
@@ -159,7 +182,7 @@ def run_template(vllm_config: VllmConfig, connection: Connection, engines_end: C
 
 def _serve(vllm_config: VllmConfig, connection: Connection) -> None:
     context = multiprocessing.get_context("fork")
-    ranks: RankProcesses | None = None
+    ranks: OwnProcesses | None = None
     ended = ""  # what has been said of them
     while True:
         watched = [] if ranks is None or ended else ranks.sentinels
@@ -178,4 +201,4 @@ def _serve(vllm_config: VllmConfig, connection: Connection) -> None:
             ranks.end(asked)
             ranks = None
         ended = ""
-        connection.send((_DONE, ""))
+        connection.send((_DONE, ranks.pids if ranks else []))
