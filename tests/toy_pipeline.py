@@ -6,7 +6,7 @@ import torch
 
 from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED
-from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, PREVIEWED, SideReport
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import EnginePipeline, PromptEmbeds
 from vllm_cfg_plugin.worker.side_work import SideWork
@@ -189,6 +189,9 @@ class InlineSideWork(SideWork):
 
     def decode(self, id, run, is_long=False):
         self._do(id, DECODED, "decoding its image", run)
+
+    def preview(self, id, run, is_long=False):
+        self._do(id, PREVIEWED, "making a preview", run)
 
     def forward(self, id, run):
         self._do(id, FORWARDED, "predicting its noise", run)

@@ -161,6 +161,15 @@ def drain_before_shutdown(client: Any, drain: Callable[[float], None]) -> None:
     client.shutdown = drain_and_shut_down
 
 
+def client_index(client: Any) -> int:
+    """Which of several API servers this one is, by its engine client, an `AsyncLLM`: requests carry that number.
+
+    Symptom and cause: vLLM gives plugins no other way to know. Exit condition: it tells them.
+    """
+    index: int = getattr(client.engine_core, "client_index", 0)
+    return index
+
+
 def note_engine_client(client: Any) -> None:
     """Have `run_and_fail_if_engine_died` know of an API server's engine client, an `AsyncLLM`."""
     manager = client.engine_core.resources.engine_manager

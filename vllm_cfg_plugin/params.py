@@ -124,7 +124,8 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         num_frames: frames of a video; 1 of an image. layers: of a layered image; 0 of all others.
         max_sequence_length: tokens that a text is cut to; 0 for the family's own number.
         guidance_off: why a request that asked for guidance runs without it; empty otherwise.
-        progress_key: the caller's name of this request on the progress channel.
+        progress_key: the caller's name of this request on the channel of updates; "" for one that asks for none.
+        previews: how many previews are asked for.
     """
 
     prompts: list[str]
@@ -145,6 +146,13 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     max_sequence_length: int = 0
     guidance_off: str = ""
     progress_key: str = ""
+    previews: int = 0
+
+    @property
+    def preview_steps(self) -> tuple[int, ...]:
+        """After how many steps each preview is taken: after every fifth of all, and never after the last."""
+        points = (max(1, (index + 1) * self.steps // 5) for index in range(self.previews))
+        return tuple(step for step in dict.fromkeys(points) if step < self.steps)
 
     @property
     def steps(self) -> int:

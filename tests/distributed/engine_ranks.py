@@ -48,8 +48,8 @@ class RecordingRunner(StepRunner):
         super().__init__(*args)
         self.trace: dict[int, list[torch.Tensor]] = defaultdict(list)
 
-    def _advance(self, state, predictions):
-        super()._advance(state, predictions)
+    def _advance(self, state, predictions, preview):
+        super()._advance(state, predictions, preview)
         self.trace[state.request.seed].append(state.latents.clone())
 
 

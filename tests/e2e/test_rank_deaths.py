@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import openai
 import psutil
 import pytest
 import requests
@@ -26,7 +27,7 @@ from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
 pytestmark = pytest.mark.e2e
 
 CLIENTS = 16
-RESTARTS = 8  # the faults below take seven
+RESTARTS = 9  # the faults below take eight
 FLAGS = ["--cfg-parallel-size", "2", "--cfg-max-restarts", str(RESTARTS), "--cfg-step-timeout", "4"]
 
 
@@ -87,6 +88,21 @@ def test_clients_see_a_delay_and_the_same_bytes(server, calm, fault):
     codes = health_while(server, harmed)
     assert set(codes) == {200, 503}
     assert codes[-1] == 200
+
+
+def test_a_stream_goes_on_when_a_rank_dies_and_repeats_no_preview(server):
+    body = {"prompt": "a cat", "size": "256x256", "num_inference_steps": 150, "seed": 3}
+    calm = requests.post(f"{server.url}/v1/images/generations", json=body, timeout=120).json()["data"][0]["b64_json"]
+    events = []
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        extra = {"seed": 3, "num_inference_steps": 150}
+        asked = {"prompt": "a cat", "size": "256x256", "stream": True, "partial_images": 3, "extra_body": extra}
+        for event in client.images.generate(**asked):
+            if not events:
+                os.kill(processes(server)["CfgRank1"].pid, signal.SIGKILL)
+            events.append(event)
+    assert [event.partial_image_index for event in events[:-1]] == [0, 1, 2]
+    assert events[-1].b64_json == calm
 
 
 def test_ranks_that_die_while_nobody_asks_are_there_for_who_comes(server, calm):

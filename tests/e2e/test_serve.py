@@ -110,6 +110,24 @@ def test_an_unset_seed_is_drawn_and_can_be_used_again(client):
     assert np.array_equal(pixels(first), pixels(generate(client, seed=first.seed, num_inference_steps=4).data[0]))
 
 
+def test_a_stream_shows_previews_and_ends_in_the_same_image(client):
+    asked = {"size": "256x256", "num_inference_steps": 150, "true_cfg_scale": 4.0, "negative_prompt": ""}
+    with ThreadPoolExecutor(1) as pool:  # another one steps beside it
+        other = pool.submit(generate, client, **asked, n=2)
+        *previews, last = client.images.generate(
+            model="tiny",
+            prompt="a house",
+            size=asked.pop("size"),
+            stream=True,
+            partial_images=3,
+            extra_body={"seed": 11, **asked},
+        )
+        plain = other.result().data[0]
+    assert [event.partial_image_index for event in previews] == [0, 1, 2]
+    assert all(pixels(event).shape == (256, 256, 3) for event in previews)
+    assert (last.type, last.b64_json) == ("image_generation.completed", plain.b64_json)
+
+
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 def test_output_formats(client, output_format):
     response = generate(client, output_format=output_format, num_inference_steps=2)
@@ -147,7 +165,8 @@ BAD = [
     ({"seed": 2**63}, "seed"),
     ({"output_format": "bmp"}, "output_format"),
     ({"response_format": "url"}, "response_format"),
-    ({"stream": True}, "stream"),
+    ({"stream": True, "partial_images": 4}, "partial_images"),
+    ({"partial_images": 1}, "partial_images"),
     ({"cfg_scale": 3}, "cfg_scale"),
 ]
 

@@ -14,7 +14,7 @@ from tests.toy_pipeline import toy_request
 from vllm_cfg_plugin.engine.admission import LOOK_AHEAD, MAX_OVERTAKEN
 from vllm_cfg_plugin.engine.batching import StepBatch
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED
-from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, SideReport, StepPlan
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, PREVIEWED, SideReport, StepPlan
 from vllm_cfg_plugin.engine.step_result import StepResult
 
 
@@ -31,6 +31,7 @@ class PlayedRanks:
         self.steps = Counter()
         self.forwarding = {}  # long request -> ranks that have not reported its forwards
         self.late = []  # (plans still to pass, report)
+        self.previewed = []  # (id, steps taken)
         self.worked = []  # per step: tokens of each rank
 
     def run(self, plan):
@@ -38,6 +39,7 @@ class PlayedRanks:
             self.requests.pop(id, None)
             self.owners.pop(id, None)
             self.forwarding.pop(id, None)
+            self._cancel_previews(id)
         for admission in plan.admit:
             assert admission.id not in self.requests
             self.requests[admission.id] = admission.request
@@ -53,7 +55,12 @@ class PlayedRanks:
             self.steps[id] += 1
         for forward in plan.forwards:
             self._forward(forward)
+        for preview in plan.previews:
+            assert 0 < self.steps[preview.id] < self.requests[preview.id].num_inference_steps
+            self.previewed.append((preview.id, self.steps[preview.id]))
+            self.late.append((self.delay, SideReport(preview.id, PREVIEWED, preview.rank, 1.0)))
         for decode in plan.decodes:
+            self._cancel_previews(decode.id)
             request = self.requests.pop(decode.id)
             assert decode.id not in self.forwarding
             assert self.steps[decode.id] == request.num_inference_steps
@@ -64,9 +71,12 @@ class PlayedRanks:
         for report in due:
             if report.branch == FORWARDED:
                 self.forwarding.get(report.id, set()).discard(report.rank)
-            elif report.branch != DECODED:
+            elif report.branch >= 0:
                 self.held[report.id, report.branch].add(report.rank)
         return StepResult(side=[(report, None) for report in due])
+
+    def _cancel_previews(self, id):
+        self.late = [(wait, report) for wait, report in self.late if (report.id, report.branch) != (id, PREVIEWED)]
 
     def _forward(self, forward):
         """A long request's forwards begin."""

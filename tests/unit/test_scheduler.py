@@ -9,7 +9,8 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
 from tests.toy_pipeline import toy_request, toy_vllm_config
-from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, KEPT, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, KEPT, PREVIEWED, SideReport
+from vllm_cfg_plugin.engine.progress import Preview, Progress
 from vllm_cfg_plugin.engine.result import unpack_result
 from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import StepResult
@@ -88,7 +89,31 @@ def test_progress_is_published_step_by_step_for_who_asked_for_it():
     assert published == []
     for output in outputs:
         finish(scheduler, output)
-    assert published == [("bar", 1, 3), ("bar", 2, 3), ("bar", 3, 3)]
+    assert published == [(0, Progress("bar", done, 3)) for done in (1, 2, 3)]
+
+
+def test_a_preview_is_published_to_the_client_that_asked_for_it():
+    scheduler, published = make_scheduler(), []
+    scheduler._progress = SimpleNamespace(publish=lambda *message: published.append(message))
+    spec = msgspec.structs.replace(toy_request(steps=5), progress_key="bar", previews=1)
+    scheduler.add_request(vllm_request("a", spec, client_index=1))
+    encoded(scheduler)
+    output = scheduler.schedule()
+    (planned,) = output.planned.plan.previews
+    report = SideReport(planned.id, PREVIEWED, planned.rank, 1.0, "", (1, 2, 2, 3))
+    scheduler.update_from_output(output, StepResult(side=[(report, memoryview(bytes(12)))]))
+    assert (1, Preview("bar", 0, (1, 2, 2, 3)), memoryview(bytes(12))) in published
+
+
+def test_a_preview_that_could_not_be_made_fails_nobody():
+    scheduler = make_scheduler()
+    scheduler.add_request(vllm_request("a", msgspec.structs.replace(toy_request(steps=5), previews=1)))
+    encoded(scheduler)
+    output = scheduler.schedule()
+    (planned,) = output.planned.plan.previews
+    report = SideReport(planned.id, PREVIEWED, planned.rank, 0.0, "no luck")
+    assert scheduler.update_from_output(output, StepResult(side=[(report, None)])) == {}
+    assert scheduler.has_request("a")
 
 
 def test_a_request_takes_no_step_before_all_its_texts_are_encoded():

@@ -11,7 +11,6 @@ import httpx
 import msgspec
 import numpy as np
 import pytest
-import zmq
 from openai import AsyncOpenAI, NotFoundError
 from PIL import Image
 from vllm.exceptions import QueueOverflowError
@@ -21,9 +20,8 @@ from tests.unit.fakes import IMAGE_TO_VIDEO_INFO, INFO, LIMITS, VIDEO_INFO, answ
 from tests.unit.http_app import FakeEngine, make_app
 from vllm_cfg_plugin.config import new_address
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
-from vllm_cfg_plugin.engine.progress import ProgressPublisher
+from vllm_cfg_plugin.engine.progress import Progress, ProgressPublisher, address_of_client
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
-from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.entrypoints.videos import service as video_serving
 from vllm_cfg_plugin.entrypoints.videos.jobs import VideoJobs
 from vllm_cfg_plugin.entrypoints.videos.schema import Video
@@ -436,21 +434,19 @@ def test_a_stopping_server_aborts_its_videos(app, engine):
 def test_progress_of_the_engine(engine, monkeypatch):
     address = new_address("progress")
     app = make_app(engine, monkeypatch, VIDEO_INFO)
-    front_end = FrontEnd(VIDEO_INFO, LIMITS, len, address)
-    monkeypatch.setattr(FrontEnd, "from_vllm_config", lambda config: front_end)
     go_on = asyncio.Event()
     publisher = ProgressPublisher(address)
 
     async def behave(request):
-        for _ in range(100):  # a subscription takes a moment
-            publisher.publish(request.progress_key, 5, request.num_inference_steps)
+        for _ in range(100):
+            publisher.publish(0, Progress(request.progress_key, 5, request.num_inference_steps))
             await asyncio.sleep(0.02)
             if go_on.is_set():
                 break
         return answer(request)
 
     async def use(client, http):
-        app.state.videos_service.follow_progress(address)
+        app.state.engine_calls.updates.listen(address_of_client(address, 0))
         engine.behave = behave
         video = await client.videos.create(prompt="a cat")
         assert video.status == "queued"
@@ -465,18 +461,6 @@ def test_progress_of_the_engine(engine, monkeypatch):
         with_client(app, use)
     finally:
         publisher.close()
-
-
-def test_a_second_listener_shows_states_only(app, engine):
-    address = new_address("progress")
-    with zmq.Context() as context, context.socket(zmq.SUB) as other:
-        other.bind(address)
-
-        async def use(client, http):
-            app.state.videos_service.follow_progress(address)
-            return await client.videos.create(prompt="a cat")
-
-        assert with_client(app, use).status == "in_progress"
 
 
 class Clock:

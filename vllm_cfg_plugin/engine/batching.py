@@ -20,10 +20,12 @@ from vllm_cfg_plugin.engine.plan import (
     DECODED,
     FORWARDED,
     KEPT,
+    PREVIEWED,
     Admission,
     Assign,
     Decode,
     Encode,
+    Preview,
     SideReport,
     StepPlan,
 )
@@ -100,6 +102,7 @@ class StepBatch:
         self.running: dict[int, ScheduledRequest] = {}
         self.beside: dict[int, ScheduledRequest] = {}  # long requests that take steps, at their own pace
         self.draining: dict[int, ScheduledRequest] = {}
+        self._watched: dict[int, ScheduledRequest] = {}  # known requests with previews to be made
         self._lineup: tuple[ScheduledRequest, ...] | None = ()  # None: `running` or who holds what has changed
         self._awaited: set[int] | None = None  # preparing requests that an idle batch starts together with
         self._next_change = 0  # first tick at which a running request forwards other branches, or none
@@ -151,7 +154,7 @@ class StepBatch:
             self.waiting.remove(request)
         if self.running.pop(request.id, None) is not None:
             self._lineup = None
-        for stage in (self.preparing, self.beside, self.draining):
+        for stage in (self.preparing, self.beside, self.draining, self._watched):
             stage.pop(request.id, None)
         self._placement.forget(request)
         self._may_admit = True
@@ -212,6 +215,7 @@ class StepBatch:
             decodes=self._decode(finished, running) if finished else [],
             long_steps=[request.id for request in stepping],
             forwards=[self._placement.forward(request) for request in forwarding],
+            previews=self._preview(running, stepping) if self._watched else [],
         )
         self.retired = []
         self._tick += plan.advance
@@ -233,7 +237,9 @@ class StepBatch:
         """Note that a piece of side work is done; returns its request if it is still here."""
         self._placement.note_done(report)
         request = self._known.get(report.id)
-        if request is None or report.error or report.branch in (DECODED, KEPT):
+        if request is not None and report.branch == PREVIEWED:
+            request.made_previews += 1
+        if request is None or report.error or report.branch in (DECODED, KEPT, PREVIEWED):
             return request
         if report.branch == FORWARDED:
             request.forwarding.discard(report.rank)
@@ -272,6 +278,8 @@ class StepBatch:
         request.asked = [set() for _ in request.owners]
         request.holders = [set() for _ in request.owners]
         self._known[request.id] = self.preparing[request.id] = request
+        if request.awaits_previews:
+            self._watched[request.id] = request
 
     def _line_up(self, encodes: list[Encode]) -> list[Assign]:
         """Let the requests whose texts are encoded join the steps, and level who forwards what if anything changed."""
@@ -338,10 +346,28 @@ class StepBatch:
             self._lineup = None
         return finished
 
+    def _preview(self, running: Sequence[ScheduledRequest], stepping: Sequence[ScheduledRequest]) -> list[Preview]:
+        """Previews of requests that take a step now: of running ones and of long ones."""
+        taken = {request.id: request.long_steps for request in stepping}
+        if running:
+            taken |= {id: self._tick + 1 - self.running[id].first_tick for id in self._watched.keys() & self.running}
+        due = [self._watched[id] for id, step in taken.items() if id in self._watched]
+        due = [request for request in due if request.preview_is_due(taken[request.id])]
+        previews = [self._placement.preview(request, self._loads_of(running)) for request in due]
+        for request in due:
+            if not request.awaits_previews:
+                del self._watched[request.id]
+        return previews
+
     def _decode(self, finished: Sequence[ScheduledRequest], running: Sequence[ScheduledRequest]) -> list[Decode]:
-        loads = [0] * self._ranks
-        for request in running:
-            loads = rank_loads(request.costs, request.owners, self._ranks, loads)
+        loads = self._loads_of(running)
         self.draining.update((request.id, request) for request in finished)
         self._may_admit = True
         return [self._placement.decode(request, loads) for request in finished]
+
+    def _loads_of(self, running: Sequence[ScheduledRequest]) -> list[int]:
+        """Each rank's predicted microseconds of a step of these requests."""
+        loads = [0] * self._ranks
+        for request in running:
+            loads = rank_loads(request.costs, request.owners, self._ranks, loads)
+        return loads

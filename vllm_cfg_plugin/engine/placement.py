@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from vllm_cfg_plugin.engine import planner
-from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, Decode, Encode, Forward, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, PREVIEWED, Decode, Encode, Forward, Preview, SideReport
 from vllm_cfg_plugin.engine.planner import Item
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 
@@ -90,7 +90,19 @@ class Placement:
         return Encode(request.id, branch, rank, is_long)
 
     def decode(self, request: ScheduledRequest, loads: Sequence[int]) -> Decode:
-        """The decode of a request, on the rank where it is done first."""
+        """The decode of a request, on the rank where it is done first; it ends a preview that is not back yet."""
+        self._take_back_all(request.id, PREVIEWED)
+        rank, is_long = self._give_decode(request, DECODED, loads)
+        return Decode(request.id, rank, is_long)
+
+    def preview(self, request: ScheduledRequest, loads: Sequence[int]) -> Preview:
+        """A preview of a request, which is a decode too."""
+        request.planned_previews += 1
+        rank, is_long = self._give_decode(request, PREVIEWED, loads)
+        return Preview(request.id, rank, is_long)
+
+    def _give_decode(self, request: ScheduledRequest, kind: int, loads: Sequence[int]) -> tuple[int, bool]:
+        """Give a rank something to decode: the rank, and whether it is long."""
         cost = request.cost.decode(request.spec.image_tokens)
         is_long = cost > self._max_side_us
         short, long = self._backlogs
@@ -99,8 +111,8 @@ class Placement:
         else:  # it waits for no long work, but shares the core with it
             backlogs = [before + min(beside, before + cost) for before, beside in zip(short, long, strict=True)]
         rank = planner.choose_side_rank(backlogs, loads)
-        self._give(request.id, DECODED, rank, is_long, cost)
-        return Decode(request.id, rank, is_long)
+        self._give(request.id, kind, rank, is_long, cost)
+        return rank, is_long
 
     def forward(self, request: ScheduledRequest) -> Forward:
         """The forwards of a long request's next step."""
@@ -125,12 +137,15 @@ class Placement:
 
     def forget(self, request: ScheduledRequest) -> None:
         """A request left: what it still had queued at the ranks is cancelled there, and no report of it is awaited."""
-        for key in [key for key in self._side_work if key[0] == request.id]:
-            self._take_back(*key)
+        self._take_back_all(request.id)
 
     def _give(self, id: int, branch: int, rank: int, is_long: bool, microseconds: int) -> None:
         self._side_work[id, branch, rank] = is_long, microseconds
         self._backlogs[is_long][rank] += microseconds
+
+    def _take_back_all(self, id: int, branch: int | None = None) -> None:
+        for key in [key for key in self._side_work if key[0] == id and branch in (None, key[1])]:
+            self._take_back(*key)
 
     def _take_back(self, id: int, branch: int, rank: int) -> None:
         is_long, microseconds = self._side_work.pop((id, branch, rank), (False, 0))

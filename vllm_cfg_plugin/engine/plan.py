@@ -60,6 +60,18 @@ class Decode(msgspec.Struct, array_like=True, frozen=True):
     is_long: bool = False
 
 
+class Preview(msgspec.Struct, array_like=True, frozen=True):
+    """After its step in this plan `rank` decodes what request `id` is heading for, beside the steps.
+
+    Attributes:
+        is_long: as an encode's.
+    """
+
+    id: int
+    rank: int
+    is_long: bool = False
+
+
 class Forward(msgspec.Struct, array_like=True, frozen=True):
     """For the next step of a long request cfg rank `owners[b]` forwards branch b, beside the steps.
 
@@ -74,12 +86,13 @@ class Forward(msgspec.Struct, array_like=True, frozen=True):
 class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     """All changes of one engine step, the same message for every rank.
 
-    Carried out in the order of the fields, but for `long_steps`, which go with `advance`.
+    Carried out in the order of the fields, but for `long_steps` and `previews`, which go with `advance`.
 
     Attributes:
         advance: every running request takes one denoising step, and one that has taken its last runs no more.
         long_steps: long requests whose forwards are done; they take a denoising step in the same exchange.
         forwards: of long requests, for the step after that.
+        previews: of requests that take a step.
     """
 
     step: int
@@ -91,6 +104,7 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     decodes: list[Decode]
     long_steps: list[int] = []
     forwards: list[Forward] = []
+    previews: list[Preview] = []
 
     def is_empty(self) -> bool:
         return not (
@@ -122,11 +136,12 @@ class StepReport(msgspec.Struct, array_like=True, frozen=True):
 
 
 class SideReport(msgspec.Struct, array_like=True, frozen=True):
-    """One encode, decode or long request's forward is done; sent when it is, whatever the steps do.
+    """One encode, decode, preview or long request's forward is done; sent when it is, whatever the steps do.
 
     Attributes:
         branch: the branch that was encoded; DECODED for a decode, FORWARDED for all of a rank's branches of a step;
-            KEPT when a frame follows that lets the request go on from here after a restart of the ranks.
+            PREVIEWED for a preview; KEPT when a frame follows that lets the request go on from here after a restart of
+            the ranks.
         error: why it could not be done; '' if it was.
         shape: of what was decoded, whose pixels follow as one frame: uint8 [number, height, width, channels]; of what
             is kept the steps taken.
@@ -143,6 +158,7 @@ class SideReport(msgspec.Struct, array_like=True, frozen=True):
 DECODED = -1
 FORWARDED = -2
 KEPT = -3
+PREVIEWED = -4
 
 encode = msgspec.msgpack.Encoder().encode
 decode_plan = msgspec.msgpack.Decoder(StepPlan).decode

@@ -41,6 +41,7 @@ class ScheduledRequest:
         long_steps: denoising steps of a long request that are planned.
         forwarding: ranks that have not yet reported their forwards of a long request's next step.
         done_steps: its steps that all ranks have reported.
+        planned_previews, made_previews: previews that ranks were told to make, and those that are back.
         kept_steps, kept: where it goes on when ranks start anew: after how many steps, and with what.
     """
 
@@ -68,6 +69,8 @@ class ScheduledRequest:
     long_steps: int = 0
     forwarding: set[int] = field(default_factory=set)
     done_steps: int = 0
+    planned_previews: int = 0
+    made_previews: int = 0
     kept_steps: int = 0
     kept: bytes = b""
 
@@ -80,6 +83,18 @@ class ScheduledRequest:
         self.first_tick = 0
         self.long_steps = self.done_steps = self.kept_steps
         self.forwarding = set()
+        self.planned_previews = self.made_previews  # those that are back would be the same again
+
+    def preview_is_due(self, step: int) -> bool:
+        """Whether to make the next preview after this step; one at a time is made."""
+        points, planned = self.preview_steps, self.planned_previews
+        is_free = planned == self.made_previews
+        return is_free and planned < len(points) and points[planned] <= step < self.spec.steps
+
+    @property
+    def awaits_previews(self) -> bool:
+        """Whether ranks are still to be told to make some."""
+        return self.planned_previews < len(self.preview_steps)
 
     @property
     def is_suspect(self) -> bool:
@@ -94,6 +109,10 @@ class ScheduledRequest:
     @cached_property
     def branch_tokens(self) -> tuple[int, ...]:
         return tuple(self.spec.sequence_tokens(branch) for branch in range(len(self.spec.prompts)))
+
+    @cached_property
+    def preview_steps(self) -> tuple[int, ...]:
+        return self.spec.preview_steps
 
     @cached_property
     def costs(self) -> tuple[int, ...]:

@@ -19,8 +19,8 @@ from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.batching import PlannedStep, StepBatch
 from vllm_cfg_plugin.engine.calibration import calibration_of, max_side_us, max_step_us, token_budget
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
-from vllm_cfg_plugin.engine.plan import DECODED, KEPT, SideReport
-from vllm_cfg_plugin.engine.progress import ProgressPublisher
+from vllm_cfg_plugin.engine.plan import DECODED, KEPT, PREVIEWED, SideReport
+from vllm_cfg_plugin.engine.progress import Preview, Progress, ProgressPublisher
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.engine.step_result import SideResult, StepResult
@@ -180,13 +180,17 @@ class StepScheduler(SchedulerInterface):
     def _publish_progress(self, running: Iterable[ScheduledRequest]) -> None:
         if self._progress is not None:
             for request in running:
-                if request.spec.progress_key:
-                    self._progress.publish(request.spec.progress_key, request.done_steps, request.spec.steps)
+                if key := request.spec.progress_key:
+                    progress = Progress(key, request.done_steps, request.spec.steps)
+                    self._progress.publish(request.client_index, progress)
 
     def _side_work_done(self, side: SideResult) -> list[ClientOutput]:
         """The image or the failure that a side report may bring."""
         report, pixels = side
         request = self.batch.note_side_report(report)
+        if report.branch == PREVIEWED:
+            self._publish_preview(request, report, pixels)
+            return []
         if report.error:
             return self._failed(request, report.error)
         if request is None or pixels is None:  # None: aborted meanwhile
@@ -194,6 +198,12 @@ class StepScheduler(SchedulerInterface):
         if report.branch == KEPT:
             (request.kept_steps,), request.kept = report.shape, bytes(pixels)
         return self._finished(request, report, pixels) if report.branch == DECODED else []
+
+    def _publish_preview(self, request: ScheduledRequest | None, report: SideReport, pixels: memoryview | None) -> None:
+        """A preview that could not be made is none: its request goes on."""
+        if request is not None and pixels is not None and self._progress is not None:
+            preview = Preview(request.spec.progress_key, request.made_previews - 1, report.shape)
+            self._progress.publish(request.client_index, preview, pixels)
 
     def _finished(self, request: ScheduledRequest, report: SideReport, pixels: memoryview) -> list[ClientOutput]:
         self.batch.finish(request)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.datastructures import State
 
-from vllm_cfg_plugin.compat import drain_before_shutdown, note_engine_client
+from vllm_cfg_plugin.compat import client_index, drain_before_shutdown, note_engine_client
+from vllm_cfg_plugin.engine.progress import address_of_client
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, unpredicted_on_error
 from vllm_cfg_plugin.entrypoints.health import health_addresses, replace_health_route
@@ -55,8 +56,8 @@ class DiffusionEndpointPlugin:
         state.input_budget = InputBudget(front_end.limits.max_input_bytes_in_flight)
         state.images_service = ImagesService(calls, front_end, names)
         state.videos_service = VideosService(calls, front_end, names)
-        if front_end.progress_address and front_end.info.produces == "video":
-            state.videos_service.follow_progress(front_end.progress_address)
+        if front_end.progress_address:
+            calls.updates.listen(address_of_client(front_end.progress_address, client_index(engine_client)))
 
 
 def _is_stopping(state: State) -> bool:

@@ -9,12 +9,17 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+import numpy as np
 from vllm.exceptions import GracefulHTTPError, QueueOverflowError, RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_cfg_plugin.engine.progress import Progress, Update
 from vllm_cfg_plugin.entrypoints.front_end import GeneratedImage, pooling_params, read_output
+from vllm_cfg_plugin.entrypoints.updates import EngineUpdates
 from vllm_cfg_plugin.errors import InvalidRequestError, RequestAbortedError, ServerBusyError
 from vllm_cfg_plugin.model import PLACEHOLDER_PROMPT
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -29,15 +34,31 @@ _FLAG = "--max-num-queued-reqs"
 Work = asyncio.Task[list[GeneratedImage]]
 
 
+@dataclass(frozen=True)
+class PreviewImage:
+    """What a request that is not done is heading for: its preview number `index`, pixels as of a `GeneratedImage`."""
+
+    index: int
+    pixels: np.ndarray
+
+
+# Called with the position of a request among those that were started together, and what is known of it.
+Observe = Callable[[int, Progress | PreviewImage | GeneratedImage], None]
+
+
 class EngineCalls:
     """One engine, as the services of an API server call it.
 
     Args:
         is_stopping: whether the server has begun to shut down.
+
+    Attributes:
+        updates: of requests that run.
     """
 
     def __init__(self, engine: EngineClient, is_stopping: Callable[[], bool]) -> None:
         self._engine = engine
+        self.updates = EngineUpdates()
         self._works: set[Work] = set()  # that are not done
         self._is_draining = False
         self._is_stopping = is_stopping
@@ -86,10 +107,14 @@ class EngineCalls:
     def _give_back(self, count: int) -> None:
         self._promised -= count
 
-    def start(self, requests: list[DiffusionRequest], request_id: str) -> Work:
-        """Hand all requests to the engine, whose queue has `room_for` them."""
+    def start(self, requests: list[DiffusionRequest], request_id: str, observe: Observe | None = None) -> Work:
+        """Hand all requests to the engine, whose queue has `room_for` them.
+
+        Args:
+            observe: told of each request's steps, previews and result, as they come.
+        """
         tasks = [
-            asyncio.create_task(self._run_one(request, f"{request_id}-{index}"))
+            asyncio.create_task(self._run_observed(index, request, f"{request_id}-{index}", observe))
             for index, request in enumerate(requests)
         ]
         work = asyncio.create_task(_all_results(tasks))
@@ -124,6 +149,23 @@ class EngineCalls:
             if self._is_stopping():
                 raise _shutting_down(request_id)
         return work.result()
+
+    async def _run_observed(
+        self, index: int, request: DiffusionRequest, request_id: str, observe: Observe | None
+    ) -> GeneratedImage:
+        if observe is None:
+            return await self._run_one(request, request_id)
+
+        def note(update: Update, pixels: np.ndarray | None) -> None:
+            if isinstance(update, Progress):
+                observe(index, update)
+            elif pixels is not None:
+                observe(index, PreviewImage(update.index, pixels))
+
+        with self.updates.observed(note) as key:
+            image = await self._run_one(msgspec.structs.replace(request, progress_key=key), request_id)
+        observe(index, image)
+        return image
 
     async def _run_one(self, request: DiffusionRequest, request_id: str) -> GeneratedImage:
         started = time.perf_counter()

@@ -106,8 +106,14 @@ def _forget_frames(error: BaseException | None) -> None:
 
 def error_response(error: CfgPluginError) -> JSONResponse:
     """Status and OpenAI error object of one of our errors."""
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, ServerBusyError) else None
+    content = error_body(error)
+    return JSONResponse(content, status_code=content["error"]["code"], headers=headers)
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """OpenAI's error object; its `code` is the HTTP status of what it answers."""
     param: str | None = None
-    headers: dict[str, str] | None = None
     if isinstance(error, InvalidRequestError):
         status, kind, param = HTTPStatus.BAD_REQUEST, "BadRequestError", error.param
     elif isinstance(error, ModelNotFoundError):
@@ -115,12 +121,11 @@ def error_response(error: CfgPluginError) -> JSONResponse:
     elif isinstance(error, VideoNotFoundError):
         status, kind, param = HTTPStatus.NOT_FOUND, "NotFoundError", "video_id"
     elif isinstance(error, ServerBusyError):
-        status, kind, headers = HTTPStatus.TOO_MANY_REQUESTS, "RateLimitError", {"Retry-After": str(error.retry_after)}
+        status, kind = HTTPStatus.TOO_MANY_REQUESTS, "RateLimitError"
     elif isinstance(error, RequestAbortedError):
         status, kind = HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
     else:
         status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"
     # vLLM cuts paths out of messages. What a client or the operator wrote, the served model's name too, stays whole.
     message = str(error) if status < HTTPStatus.INTERNAL_SERVER_ERROR else sanitize_message(str(error))
-    content = {"message": message, "type": kind, "param": param, "code": status.value}
-    return JSONResponse({"error": content}, status_code=status, headers=headers)
+    return {"error": {"message": message, "type": kind, "param": param, "code": status.value}}

@@ -7,14 +7,15 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from vllm_cfg_plugin.engine.progress import ProgressListener
+from vllm_cfg_plugin.engine.progress import Progress, ProgressListener, Update, address_of_client
 
 
 class StepBar:
     """Context manager that shows steps done while the caller's thread waits for the engine.
 
     Args:
-        address: where the engine publishes progress; empty: it does not, and the bar moves by `finish` alone.
+        address: where the engine publishes progress, before the number of the caller; empty: it does not, and the bar
+            moves by `finish` alone.
         steps: progress key -> denoising steps of that request.
     """
 
@@ -23,11 +24,15 @@ class StepBar:
         self._done = dict.fromkeys(steps, 0)
         self._bar = tqdm(total=sum(steps.values()), desc="Denoising", unit="step", dynamic_ncols=True)
         self._lock = threading.Lock()  # the listener and `finish` both move the bar
-        self._listener = ProgressListener(address, lambda key, done, _: self._move(key, done)) if address else None
+        self._listener = ProgressListener(address_of_client(address, 0), self._note) if address else None
 
     def finish(self, key: str) -> None:
         """The request has ended, however it did; progress messages may have been lost."""
         self._move(key, self._steps[key])
+
+    def _note(self, update: Update, _: object) -> None:
+        if isinstance(update, Progress):
+            self._move(update.key, update.done)
 
     def _move(self, key: str, done: int) -> None:
         with self._lock:

@@ -12,14 +12,16 @@ import threading
 import time
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, Forward, StepPlan, StepReport
+from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, Forward, Preview, StepPlan, StepReport
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of
 from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
+from vllm_cfg_plugin.worker.estimate import estimated_final_latents
 from vllm_cfg_plugin.worker.exchange import AllGather, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.kept_state import is_due, keep, resume
 from vllm_cfg_plugin.worker.lineup import Lineup, branch_input, checked_prediction, checked_shape
@@ -70,7 +72,7 @@ class StepRunner:
             self._assign(assign)
         long = [self.states[id] for id in plan.long_steps if id in self.states]
         if long or (plan.advance and self._running):
-            self._step(long)
+            self._step(long, plan.previews)
         denoised = time.monotonic()
         for forward in plan.forwards:
             self._forward_beside(forward)
@@ -139,14 +141,20 @@ class StepRunner:
     def _decode(self, decode: Decode) -> None:
         state = self._forget(decode.id)
         if decode.rank == self.rank and state is not None and not state.error:
-            self.side.decode(decode.id, partial(self._decode_latents, state), decode.is_long)
+            self.side.decode(decode.id, partial(self._decode_latents, state.request, state.latents), decode.is_long)
 
-    def _decode_latents(self, state: RequestState) -> torch.Tensor:
+    def _decode_latents(self, request: DiffusionRequest, latents: torch.Tensor) -> torch.Tensor:
         """Runs beside the steps."""
-        if not torch.isfinite(state.latents).all():
+        if not torch.isfinite(latents).all():
             raise ArithmeticError("its latents are not finite (NaN or infinity)")
-        condition = self._condition(state.request) if self.pipeline.decode_sees_images else []
-        return self.pipeline.decode(state.latents, state.request, condition).contiguous()
+        condition = self._condition(request) if self.pipeline.decode_sees_images else []
+        return self.pipeline.decode(latents, request, condition).contiguous()
+
+    def _decode_estimate(
+        self, request: DiffusionRequest, noise_scheduler: Any, noise: torch.Tensor, index: int, latents: torch.Tensor
+    ) -> torch.Tensor:
+        """Runs beside the steps."""
+        return self._decode_latents(request, estimated_final_latents(noise_scheduler, noise, index, latents))
 
     def _forward_beside(self, forward: Forward) -> None:
         state = self.states.get(forward.id)
@@ -167,7 +175,7 @@ class StepRunner:
 
     # ---- one denoising step of all running requests, and of long ones whose forwards are done ----
 
-    def _step(self, long: Sequence[RequestState]) -> None:
+    def _step(self, long: Sequence[RequestState], previews: Sequence[Preview]) -> None:
         if long:
             lineup = self._line_up(long)
         else:
@@ -179,7 +187,8 @@ class StepRunner:
                 predictions[slot] = state.predictions.pop(slot[1])
             except KeyError as error:
                 self._note_failure(state, "looking for its prediction", error)
-        self._exchange_and_advance(lineup, predictions)
+        mine = {preview.id: preview for preview in previews if preview.rank == self.rank}
+        self._exchange_and_advance(lineup, predictions, mine)
 
     def _line_up(self, long: Sequence[RequestState]) -> Lineup:
         return Lineup.of([*self._running.values()], long, self.rank, self.ranks)
@@ -231,8 +240,10 @@ class StepRunner:
         middle = len(inputs) // 2
         return self._predict(inputs[:middle]) + self._predict(inputs[middle:])
 
-    def _exchange_and_advance(self, lineup: Lineup, mine: dict[Slot, torch.Tensor]) -> None:
-        """Exchange predictions, then step every request's latents on every rank."""
+    def _exchange_and_advance(
+        self, lineup: Lineup, mine: dict[Slot, torch.Tensor], previews: dict[int, Preview]
+    ) -> None:
+        """Exchange predictions, then step every request's latents on every rank; `previews` are this rank's, by id."""
         failed_here = [bool(state.error) for state in lineup.states]
         gathered, failed = exchange_predictions(
             lineup.layout, self.rank, mine, failed_here, self._like, self._all_gather
@@ -242,7 +253,7 @@ class StepRunner:
                 self._forget(state.id)
                 continue
             try:
-                self._advance(state, predictions)
+                self._advance(state, predictions, previews.get(state.id))
             except Exception as error:
                 self._note_failure(state, "stepping its latents", error)
             state.index += 1
@@ -257,10 +268,13 @@ class StepRunner:
         except Exception as error:
             logger.warning("A video would begin again after a restart, as it can't be kept: %s", error)
 
-    def _advance(self, state: RequestState, predictions: Sequence[torch.Tensor]) -> None:
+    def _advance(self, state: RequestState, predictions: Sequence[torch.Tensor], preview: Preview | None) -> None:
         """Combine the branches and step the request's own noise scheduler, through the pipeline's hooks."""
         timestep = state.noise_scheduler.timesteps[state.index]
         noise = self.pipeline.combine_branches(predictions, state.request, timestep, state.index)
+        if preview is not None:
+            now = state.noise_scheduler, noise, state.index, state.latents
+            self.side.preview(state.id, partial(self._decode_estimate, state.request, *now), preview.is_long)
         state.latents = self.pipeline.step_latents(
             state.noise_scheduler, noise, timestep, state.latents, state.generator
         )

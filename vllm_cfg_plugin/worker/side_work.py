@@ -3,8 +3,9 @@
 An encode or a decode can take as long as many steps, and inside a step all ranks would wait for it; so can a forward
 of a long request. So each kind has a thread, of a lower priority than the thread that steps: it runs while that one
 waits (for the other ranks, or for a plan) and gets a small share of the core otherwise. What is long has threads of
-its own, of the lowest priority, so that no short work stands in line behind it; and it stops when it is cancelled. On
-an accelerator each thread queues its kernels on a stream of its own. Must not import vLLM.
+its own, of the lowest priority, so that no short work stands in line behind it; and it stops when it is cancelled.
+Previews have a thread beside that of decodes, so that no image waits for another one's preview. On an accelerator each
+thread queues its kernels on a stream of its own. Must not import vLLM.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, KEPT, SideReport
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, KEPT, PREVIEWED, SideReport
 from vllm_cfg_plugin.logs import get_logger
 
 logger = get_logger(__name__)
@@ -50,7 +51,7 @@ class _Work:
 
 
 class SideWork:
-    """The encodes, decodes and long forwards of one rank.
+    """The encodes, decodes, previews and long forwards of one rank.
 
     Attributes:
         deliver: where reports go; set before the first piece of work comes.
@@ -64,6 +65,7 @@ class SideWork:
         self._decoder = SideThread("cfg-decode", device, _DECODE_NICENESS)
         self._long_coder = SideThread("cfg-long-code", device, _LONG_NICENESS)
         self._forwarder = SideThread("cfg-forward", device, _LONG_NICENESS)
+        self._previewer = SideThread("cfg-preview", device, _DECODE_NICENESS)
         self._works: set[_Work] = set()
         self._lock = threading.Lock()
 
@@ -74,6 +76,10 @@ class SideWork:
     def decode(self, id: int, run: Callable[[], torch.Tensor], is_long: bool = False) -> None:
         """Call `run`, which decodes request `id` to uint8 [number, height, width, channels] on the CPU, and report."""
         self._submit(self._long_coder if is_long else self._decoder, _Work(id, DECODED, "decoding its image", run))
+
+    def preview(self, id: int, run: Callable[[], torch.Tensor], is_long: bool = False) -> None:
+        """Call `run`, which decodes what request `id` is heading for as `decode` does, and report."""
+        self._submit(self._long_coder if is_long else self._previewer, _Work(id, PREVIEWED, "making a preview", run))
 
     def forward(self, id: int, run: Callable[[], None]) -> None:
         """Call `run`, which forwards this rank's branches of long request `id`, and report."""
@@ -93,8 +99,13 @@ class SideWork:
         with self._lock:
             for work in self._works:
                 work.is_cancelled = True
-        for thread in (self._encoder, self._decoder, self._long_coder, self._forwarder):
+        for thread in (self._encoder, self._decoder, *self._stoppable):
             thread.close()
+
+    @property
+    def _stoppable(self) -> tuple[SideThread, ...]:
+        """Whose work stops when it is cancelled: it may take long, or its request is done."""
+        return self._long_coder, self._forwarder, self._previewer
 
     def _submit(self, thread: SideThread, work: _Work) -> None:
         with self._lock:
@@ -105,7 +116,7 @@ class SideWork:
         began = time.monotonic()
         pixels, message = None, ""
         try:
-            with _StopWhenCancelled(work) if thread in (self._long_coder, self._forwarder) else nullcontext():
+            with _StopWhenCancelled(work) if thread in self._stoppable else nullcontext():
                 pixels = None if work.is_cancelled else work.run()
             thread.synchronize()
         except _Cancelled:

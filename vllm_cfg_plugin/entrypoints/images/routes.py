@@ -11,13 +11,16 @@ from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
 from vllm.utils import random_uuid
 
-from vllm_cfg_plugin.entrypoints.error_route import OpenAIErrorRoute, TextRoute
+from vllm_cfg_plugin.entrypoints.error_route import OpenAIErrorRoute, TextRoute, error_body
 from vllm_cfg_plugin.entrypoints.forms import files_in, read_form, uploaded_file
 from vllm_cfg_plugin.entrypoints.images.schema import EditsRequest, ImagesRequest, ImagesResponse, edits_form_schema
+from vllm_cfg_plugin.entrypoints.images.service import ImagesService
+from vllm_cfg_plugin.entrypoints.images.stream import ImageStream
 from vllm_cfg_plugin.entrypoints.service import Files
 
 router = APIRouter(route_class=OpenAIErrorRoute)
@@ -27,7 +30,7 @@ _text_router = APIRouter(route_class=TextRoute)
 @_text_router.post("/v1/images/generations", responses={HTTPStatus.OK.value: {"model": ImagesResponse}})
 @with_cancellation
 @load_aware_call
-async def generate_images(body: ImagesRequest, raw_request: Request) -> JSONResponse:
+async def generate_images(body: ImagesRequest, raw_request: Request) -> Response:
     """Text to image: the fields of OpenAI's images API, and those of diffusion (`ImagesRequest`)."""
     return await _respond(raw_request, body)
 
@@ -59,13 +62,32 @@ async def read_edit_form(raw_request: Request) -> EditForm:
 )
 @with_cancellation
 @load_aware_call
-async def edit_images(form: Annotated[EditForm, Depends(read_edit_form)], raw_request: Request) -> JSONResponse:
+async def edit_images(form: Annotated[EditForm, Depends(read_edit_form)], raw_request: Request) -> Response:
     """Images and text to image: `image` once or `image[]` several times, and the fields of /v1/images/generations."""
     return await _respond(raw_request, form.body, form.files)
 
 
-async def _respond(raw_request: Request, body: ImagesRequest, files: Files = None) -> JSONResponse:
-    request_id = raw_request.headers.get("X-Request-Id") or random_uuid()
-    service, hold = raw_request.app.state.images_service, raw_request.state.hold
-    response = await service.generate(body, f"img-{request_id}", hold, files)
+async def _respond(raw_request: Request, body: ImagesRequest, files: Files = None) -> Response:
+    request_id = f"img-{raw_request.headers.get('X-Request-Id') or random_uuid()}"
+    service: ImagesService = raw_request.app.state.images_service
+    hold = raw_request.state.hold
+    if body.stream:
+        return EventResponse(await service.stream(body, request_id, hold, files, error_body))
+    response = await service.generate(body, request_id, hold, files)
     return JSONResponse(response.model_dump())
+
+
+class EventResponse(StreamingResponse):
+    """A stream that is closed however it ends: a client that leaves cancels its request."""
+
+    def __init__(self, stream: ImageStream) -> None:
+        # The header is nginx's name for "hand on each event as it comes".
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(stream.events(), media_type="text/event-stream", headers=headers)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stream.close()

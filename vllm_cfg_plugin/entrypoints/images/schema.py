@@ -27,6 +27,7 @@ _FORMATS: dict[str | None, ImageFormat] = {None: "png", "png": "png", "jpeg": "j
 _SERVED_TRANSPARENT: Served = {
     "output_format": ((None, "png", "webp"), '"png" or "webp" for this model: JPEG holds no transparency'),
     "background": ((None, "auto", "transparent"), '"auto" or "transparent": the model draws transparent layers'),
+    "stream": ((None, False), "false for this model: a result is several images"),
 }
 
 
@@ -55,8 +56,7 @@ class ImagesRequest(DiffusionFields):
         "background": ((None, "auto", "opaque"), '"auto" or "opaque": the model draws no transparency'),
         "moderation": ((None, "auto", "low"), '"auto" or "low"'),
         "style": ((None,), "absent or null: say the style in the prompt"),
-        "stream": ((None, False), "false: this server does not stream"),
-        "partial_images": ((None, 0), "0: this server does not stream"),
+        "partial_images": ((None, 0, 1, 2, 3), "0 to 3, the number of previews"),
     }
 
     def served(self, info: PipelineInfo) -> Served:
@@ -66,6 +66,8 @@ class ImagesRequest(DiffusionFields):
         super().check(info)
         if self.format == "png" and self.output_compression not in (None, 100):
             raise InvalidRequestError("output_compression", self.output_compression, "100 for PNG, which loses nothing")
+        if self.partial_images and not self.stream:
+            raise InvalidRequestError("partial_images", self.partial_images, '0 or absent without "stream": true')
 
     def check_result(self, request: DiffusionRequest) -> None:
         largest = _LARGEST_SIDES.get(self.format)

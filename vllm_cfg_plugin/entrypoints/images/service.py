@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 
 import msgspec
-import numpy as np
-from PIL import Image
 
 from vllm_cfg_plugin.entrypoints.fields import DiffusionFields
 from vllm_cfg_plugin.entrypoints.front_end import GeneratedImage
-from vllm_cfg_plugin.entrypoints.images.schema import (
-    EditsRequest,
-    ImageData,
-    ImageFormat,
-    ImagesRequest,
-    ImagesResponse,
-    Usage,
-)
+from vllm_cfg_plugin.entrypoints.images.files import background_of, base64_file
+from vllm_cfg_plugin.entrypoints.images.schema import EditsRequest, ImageData, ImagesRequest, ImagesResponse, Usage
+from vllm_cfg_plugin.entrypoints.images.stream import ErrorBody, ImageStream
 from vllm_cfg_plugin.entrypoints.input_budget import InputHold
 from vllm_cfg_plugin.entrypoints.service import DiffusionService, Files, endpoint_of, in_thread
 from vllm_cfg_plugin.errors import InvalidRequestError
@@ -53,6 +44,23 @@ class ImagesService(DiffusionService):
         results = await self._calls.finish(work, request_id)
         return await in_thread(None, _response, body, requests, results)
 
+    async def stream(
+        self, body: ImagesRequest, request_id: str, hold: InputHold, files: Files, error_body: ErrorBody
+    ) -> ImageStream:
+        """The events of one request, which has begun; to be closed.
+
+        Args:
+            error_body: what clients are told of an error that ends the stream.
+
+        Raises:
+            InvalidRequestError, ModelNotFoundError, ServerBusyError: as `generate`.
+        """
+        if body.partial_images and not self._calls.updates.are_heard:
+            raise InvalidRequestError("partial_images", body.partial_images, "0: this server hears of no previews")
+        async with self._admitted(body, files, hold) as requests:
+            watched = [msgspec.structs.replace(request, previews=body.partial_images or 0) for request in requests]
+            return ImageStream(self._calls, body, watched, request_id, hold, error_body)
+
     def _check_task(self, body: DiffusionFields, images: int) -> None:
         info, is_edit = self._front_end.info, isinstance(body, EditsRequest)
         if info.produces == self.produces:
@@ -67,18 +75,6 @@ class ImagesService(DiffusionService):
         super()._check_task(body, images)
 
 
-def encode_image(pixels: np.ndarray, image_format: ImageFormat, lossy_quality: int) -> bytes:
-    """An image file; `pixels` uint8 [height, width, channels], quality 0 to 100 (not for PNG)."""
-    options: dict[str, int] = {} if image_format == "png" else {"quality": lossy_quality}
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format=image_format.upper(), **options)
-    return buffer.getvalue()
-
-
-def _base64_file(pixels: np.ndarray, body: ImagesRequest) -> str:
-    return base64.b64encode(encode_image(pixels, body.format, body.lossy_quality)).decode("ascii")
-
-
 def _response(body: ImagesRequest, requests: list[DiffusionRequest], results: list[GeneratedImage]) -> ImagesResponse:
     """The answer; encodes the files, which takes long enough to be kept off the event loop."""
     first = requests[0]
@@ -86,14 +82,14 @@ def _response(body: ImagesRequest, requests: list[DiffusionRequest], results: li
         created=int(time.time()),
         data=[
             ImageData(
-                b64_json=_base64_file(pixels, body),
+                b64_json=base64_file(pixels, body),
                 seed=result.metrics.seed,
                 metrics=msgspec.structs.asdict(result.metrics),
             )
             for result in results
             for pixels in result.pixels
         ],
-        background="transparent" if results[0].pixels.shape[-1] == 4 else "opaque",
+        background=background_of(results[0].pixels),
         output_format=body.format,
         size=f"{first.width}x{first.height}",
         usage=Usage.of(sum(first.text_tokens), first.condition_tokens, first.image_tokens * len(requests)),

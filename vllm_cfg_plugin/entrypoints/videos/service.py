@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from functools import partial
 
 import msgspec
 import numpy as np
-import zmq
 from vllm.exceptions import VLLMError
 from vllm.logger import init_logger
 from vllm.utils import random_uuid
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_cfg_plugin.engine.progress import ProgressListener
+from vllm_cfg_plugin.engine.progress import Progress
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls, Work
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
-from vllm_cfg_plugin.entrypoints.images.service import encode_image
+from vllm_cfg_plugin.entrypoints.images.files import encode_image
 from vllm_cfg_plugin.entrypoints.input_budget import InputHold
 from vllm_cfg_plugin.entrypoints.service import DiffusionService, Files
 from vllm_cfg_plugin.entrypoints.videos.file import write_video
@@ -43,27 +43,7 @@ class VideosService(DiffusionService):
 
     def __init__(self, calls: EngineCalls, front_end: FrontEnd, model_names: Sequence[str]) -> None:
         super().__init__(calls, front_end, model_names)
-        self._hears_progress = False
         self.jobs = VideoJobs()
-
-    def follow_progress(self, address: str) -> None:
-        """Let jobs show the denoising steps that the engine has done; to be called on the event loop.
-
-        One API server can listen to an engine. For the jobs of others, and without this, a job counts as in progress
-        from the beginning, at 0 percent until it is done.
-        """
-        loop = asyncio.get_running_loop()
-
-        def on_progress(video_id: str, done: int, steps: int) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and this thread with it in a moment
-                loop.call_soon_threadsafe(self.jobs.note_progress, video_id, done, steps)
-
-        try:
-            ProgressListener(address, on_progress).start()
-        except zmq.ZMQError:
-            logger.info("Another API server listens to the engine's progress: videos of this one show their state only")
-        else:
-            self._hears_progress = True
 
     async def create(self, body: VideosRequest, hold: InputHold, files: Files = None) -> Video:
         """Start a job.
@@ -78,9 +58,7 @@ class VideosService(DiffusionService):
         """
         async with self._admitted(body, files, hold) as (request,):
             video = self._describe(body, request)
-            if self._hears_progress:
-                request = msgspec.structs.replace(request, progress_key=video.id)
-            work = self._calls.start([request], video.id)
+            work = self._calls.start([request], video.id, partial(self._note, video.id))
         job = self.jobs.add(video)
         task = asyncio.create_task(self._run(job, work))
         ending = ExitStack()  # also where the task is cancelled before it began
@@ -90,12 +68,17 @@ class VideosService(DiffusionService):
         job.cancel = task.cancel
         return video
 
+    def _note(self, video_id: str, _: int, update: object) -> None:
+        if isinstance(update, Progress):
+            self.jobs.note_progress(video_id, update.done, update.steps)
+
     def _describe(self, body: VideosRequest, request: DiffusionRequest) -> Video:
         info = self._front_end.info
         return Video(
             id=f"video_{random_uuid()}",
             model=self._model_name(body),
-            status="queued" if self._hears_progress else "in_progress",
+            # Where no updates come, nobody knows when its first step is done.
+            status="queued" if self._calls.updates.are_heard else "in_progress",
             created_at=int(time.time()),
             prompt=body.prompt,
             seconds=body.length(request.num_frames, info),
