@@ -39,20 +39,19 @@ COLUMNS = (
 def _install(worker: Any) -> None:
     """Note when each step of this rank begins and ends, and bring the burst with the step that is asked for."""
     runner = worker.runner
-    carry_out = runner.run
+    carry_out = runner.start
     worker.step_spans, worker.burst = [], None
 
-    def run(plan: Any) -> Any:
+    def start(plan: Any) -> None:
         if worker.burst is not None and len(worker.step_spans) == STEPS // 2:
             burst, worker.burst = worker.burst, None
             burst()
         began = time.monotonic()
-        result = carry_out(plan)
+        carry_out(plan)
         if plan.advance:
             worker.step_spans.append((began, time.monotonic()))
-        return result
 
-    runner.run = run
+    runner.start = start
 
 
 def _arm(worker: Any, side: int, texts: int, beside: bool, number: int) -> None:

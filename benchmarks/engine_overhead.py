@@ -44,9 +44,10 @@ def _do_nothing(worker: Any, work_ms: float) -> None:
     """From now on this rank sleeps `work_ms` a step, computes nothing and answers every plan as if it had."""
     steps: list[tuple[float, float, int, wire.StepPlan]] = []
     running: set[int] = set()
+    reports: list[wire.StepReport] = []
     blank = torch.zeros(SIDE, SIDE, 3, dtype=torch.uint8)
 
-    def run(plan: wire.StepPlan) -> wire.StepReport:
+    def start(plan: wire.StepPlan) -> None:
         began = time.perf_counter()
         running.update(assign.id for assign in plan.assign)
         if work_ms and plan.advance:
@@ -61,9 +62,14 @@ def _do_nothing(worker: Any, work_ms: float) -> None:
                 report = wire.SideReport(decode.id, wire.DECODED, worker.rank, 0.0, "", (1, SIDE, SIDE, 3))
                 worker.runner.side.deliver(report, blank)
         now = time.monotonic()
-        return wire.StepReport(plan.step, worker.rank, now, now, [])
+        reports.append(wire.StepReport(plan.step, worker.rank, now, now, []))
 
-    worker.runner.run = run
+    def finished() -> list[wire.StepReport]:
+        taken = reports[:]
+        reports.clear()
+        return taken
+
+    worker.runner.start, worker.runner.finished = start, finished
     worker.steps_seen = steps
 
 

@@ -34,7 +34,7 @@ STEP = "step"
 # (attribute path from the worker, label); a hook inside another is subtracted from it. "exchange" is the collective,
 # the wait for a slower rank included.
 HOOKS = (
-    ("runner.run", STEP),
+    ("runner.start", STEP),
     ("runner._admit", "admit"),
     ("runner._line_up", "line up"),
     ("runner._forward", "forward"),

@@ -9,7 +9,7 @@ from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, PREVIEWED, SideReport
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance
 from vllm_cfg_plugin.pipelines.base import EnginePipeline, PromptEmbeds
-from vllm_cfg_plugin.worker.side_work import SideWork
+from vllm_cfg_plugin.worker.side_work import SideWork, run_now
 
 CHANNELS = 4
 
@@ -192,6 +192,12 @@ class InlineSideWork(SideWork):
 
     def preview(self, id, run, is_long=False):
         self._do(id, PREVIEWED, "making a preview", run)
+
+    def keep(self, id, steps, run):
+        self._keep(id, steps, run)
+
+    def prepare(self, run):
+        return run_now(run)
 
     def forward(self, id, run):
         self._do(id, FORWARDED, "predicting its noise", run)

@@ -19,7 +19,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import zmq
@@ -285,6 +285,36 @@ def silence_all_gather_deprecation() -> None:
     calls. Exit condition: vLLM calls `all_gather_single`.
     """
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+
+
+def let_unipc_run_ahead(scheduler: Any, device: Any) -> None:
+    """Have a UniPC noise scheduler, its timesteps set, step latents on a GPU without waiting for it.
+
+    To be called once, and `unipc_runs_ahead` around each step. Other noise schedulers are left alone.
+
+    Symptom: each of its steps waits several times for all that is queued on the GPU. Cause: diffusers copies noise
+    levels there one by one, and has torch check that a system of two equations has a solution. Exit condition:
+    diffusers computes these numbers where the timesteps are.
+    """
+    if device.type == "cuda" and type(scheduler).__name__ == "UniPCMultistepScheduler":
+        scheduler.sigmas = scheduler.sigmas.to(device)
+
+
+def unipc_runs_ahead(scheduler: Any, device: Any) -> AbstractContextManager[object]:
+    """See `let_unipc_run_ahead`."""
+    if device.type != "cuda" or type(scheduler).__name__ != "UniPCMultistepScheduler":
+        return nullcontext()
+    from torch.overrides import TorchFunctionMode
+
+    class Unchecked(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            import torch
+
+            if func is torch.linalg.solve:
+                return torch.linalg.solve_ex(*args, check_errors=False)[0]
+            return func(*args, **(kwargs or {}))
+
+    return Unchecked()
 
 
 def split_contractions_alike() -> None:

@@ -163,4 +163,4 @@ class AuraFlowPipeline(AuraFlowCFGParallelMixin, EnginePipeline, DiffusersAuraFl
     def decode(
         self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
-        return to_uint8(self.image_processor.postprocess(self._decode_latents(latents), output_type="np"))
+        return to_uint8(self.image_processor.postprocess(self._decode_latents(latents), output_type="pt"))

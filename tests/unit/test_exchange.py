@@ -44,7 +44,7 @@ def test_rows_have_no_gaps_and_are_as_long_as_the_longest_rank_needs():
 def test_every_rank_sees_every_prediction():
     predictions = make_predictions()
     for gathered, failed in run(2, predictions, [[False] * 3] * 2):
-        assert failed == [False] * 3
+        assert failed.tolist() == [False] * 3
         for index, owners in enumerate(OWNERS):
             assert len(gathered[index]) == len(owners)
             for branch, prediction in enumerate(gathered[index]):
@@ -55,6 +55,6 @@ def test_a_failure_on_one_rank_is_known_on_all_and_touches_nobody_else():
     predictions = make_predictions()
     del predictions[0, 1]
     for gathered, failed in run(2, predictions, [[False] * 3, [True, False, False]]):
-        assert failed == [True, False, False]
+        assert failed.tolist() == [True, False, False]
         assert torch.equal(gathered[0][1], torch.zeros(1, *SHAPES[0]))
         assert torch.equal(gathered[2][1], predictions[2, 1])

@@ -17,7 +17,7 @@ import torch
 import zmq
 
 from vllm_cfg_plugin.engine import plan as wire
-from vllm_cfg_plugin.engine.plan import SideReport
+from vllm_cfg_plugin.engine.plan import SideReport, StepReport
 from vllm_cfg_plugin.errors import one_line
 from vllm_cfg_plugin.executor import channel
 from vllm_cfg_plugin.executor.lifeline import die_with_parent, die_with_parents_thread
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 logger = get_logger(__name__)
+
+_LOOK_MS = 1  # between looks at whether the device is done, where no plan is there that could be begun meanwhile
 
 
 def run_worker(
@@ -124,10 +126,12 @@ def _start(vllm_config: VllmConfig, rank: int, init_method: str) -> WorkerWrappe
 
 def _serve(worker: WorkerWrapperBase, rank: int, socket: zmq.Socket[bytes]) -> None:
     while True:
+        while worker.runner.is_ahead and not socket.poll(_LOOK_MS):
+            _report(worker.runner.finished(), socket)
         kind, payload = socket.recv_multipart()
         if kind == channel.PLAN:
-            report = worker.runner.run(wire.decode_plan(payload))
-            socket.send_multipart([channel.REPORT, wire.encode(report)])
+            worker.runner.start(wire.decode_plan(payload))
+            _report(worker.runner.finished(), socket)
         elif kind == channel.CALL:
             socket.send_multipart([channel.ANSWER, cloudpickle.dumps(_call(worker, payload))])
         elif kind == channel.PING:
@@ -135,6 +139,11 @@ def _serve(worker: WorkerWrapperBase, rank: int, socket: zmq.Socket[bytes]) -> N
         elif kind == channel.STOP:
             logger.debug("cfg rank %d stops", rank)
             return
+
+
+def _report(reports: list[StepReport], socket: zmq.Socket[bytes]) -> None:
+    for report in reports:
+        socket.send_multipart([channel.REPORT, wire.encode(report)])
 
 
 def _call(worker: WorkerWrapperBase, payload: bytes) -> tuple[int, bool, Any]:

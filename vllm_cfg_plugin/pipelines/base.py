@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -289,9 +288,12 @@ def joint_timesteps_ahead(branches: Sequence[BranchInput]) -> torch.Tensor | Non
     return torch.cat(ahead) if len(ahead) == len(branches) else None
 
 
-def to_uint8(pixels: np.ndarray) -> torch.Tensor:
-    """Pixels in 0..1 rounded to uint8 as diffusers' `numpy_to_pil` rounds them."""
-    return torch.from_numpy((pixels * 255).round().astype(np.uint8))
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels in 0..1, [number, channels, height, width], as `EnginePipeline.decode` returns them.
+
+    Rounded as diffusers' `numpy_to_pil` does, but where the pixels are: a quarter of the bytes to copy.
+    """
+    return (pixels.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def from_pil(image: Image.Image) -> ImageInput:

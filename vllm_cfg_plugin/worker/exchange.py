@@ -13,6 +13,8 @@ from math import prod
 
 import torch
 
+from vllm_cfg_plugin.pipelines.common.upload import upload
+
 # [row] -> [ranks, row]
 AllGather = Callable[[torch.Tensor], torch.Tensor]
 
@@ -62,7 +64,7 @@ def exchange_predictions(
     failed: Sequence[bool],
     like: torch.Tensor,
     all_gather: AllGather,
-) -> tuple[list[list[torch.Tensor]], list[bool]]:
+) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
     """Exchange this rank's predictions.
 
     Args:
@@ -71,19 +73,29 @@ def exchange_predictions(
         like: any tensor of the predictions' dtype and device.
 
     Returns:
-        Per request its branches' predictions in branch order, and whether any rank failed it: the same on every rank.
+        Per request its branches' predictions in branch order, and whether any rank failed it, bool [requests] where the
+        predictions are: the same on every rank.
     """
-    row = like.new_zeros(layout.width + len(layout.shapes))
-    for cell in layout.cells:
-        prediction = mine.get(cell.slot) if cell.rank == rank else None
-        if prediction is not None:
-            row[cell.offset : cell.offset + cell.size] = prediction.reshape(-1)
-    if any(failed):
-        row[layout.width :] = torch.tensor(failed, dtype=row.dtype)
-    rows = all_gather(row)
+    rows = all_gather(_row(layout, rank, mine, failed, like))
     predictions: list[list[torch.Tensor]] = [[] for _ in layout.shapes]
     for cell in layout.cells:
         position, _ = cell.slot
         flat = rows[cell.rank, cell.offset : cell.offset + cell.size]
         predictions[position].append(flat.view(1, *layout.shapes[position]))
-    return predictions, (rows[:, layout.width :] != 0).any(dim=0).tolist()
+    return predictions, (rows[:, layout.width :] != 0).any(dim=0)
+
+
+def _row(
+    layout: ExchangeLayout, rank: int, mine: Mapping[Slot, torch.Tensor], failed: Sequence[bool], like: torch.Tensor
+) -> torch.Tensor:
+    """What a rank sends."""
+    own = [cell for cell in layout.cells if cell.rank == rank]
+    pieces = []
+    for cell in own:
+        prediction = mine.get(cell.slot)
+        pieces.append(like.new_zeros(cell.size) if prediction is None else prediction.reshape(-1).to(like.dtype))
+    pieces.append(like.new_zeros(layout.width - sum(cell.size for cell in own) + len(failed)))
+    row = torch.cat(pieces)
+    if any(failed):
+        row[layout.width :] = upload(torch.tensor(failed, dtype=row.dtype), row.device)
+    return row

@@ -1,7 +1,8 @@
 """How far a video is, as bytes: the engine keeps them, so that a video need not begin again when ranks do.
 
 Tensors and plain values only, no pickled objects: what a noise scheduler is made of follows from the request, and what
-its steps changed is of such types. Must not import vLLM.
+its steps changed is of such types. What is kept is noted between two steps and made into bytes beside them, as that
+waits for the device. Must not import vLLM.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 
 from vllm_cfg_plugin.worker.state import RequestState
 
+# Steps taken, latents, what its noise scheduler has become, and the state of its generator.
+Noted = tuple[int, torch.Tensor, dict[str, Any], torch.Tensor | None]
+
 KEEP_EVERY_STEPS = 5
 # Of a noise scheduler, what no step changes: its configuration, and what `set_timesteps` computed with numpy.
 _CONSTANT = (dict, np.ndarray, np.generic)
@@ -24,8 +28,10 @@ def is_due(state: RequestState) -> bool:
     return state.request.num_frames > 1 and state.index % KEEP_EVERY_STEPS == 0 and not state.is_denoised
 
 
-def keep(state: RequestState) -> torch.Tensor:
-    """Everything that its next steps depend on and that does not follow from the request: uint8 [bytes].
+def note(state: RequestState) -> Noted:
+    """Everything that its next steps depend on and that does not follow from the request.
+
+    No step changes a tensor in place, so theirs are noted as they are.
 
     Raises:
         TypeError: its noise scheduler has become something that can't be kept.
@@ -34,9 +40,15 @@ def keep(state: RequestState) -> torch.Tensor:
     for name, value in changed.items():
         if not _is_plain(value):
             raise TypeError(f"{type(state.noise_scheduler).__name__}.{name} is a {type(value).__name__}")
+    changed = {name: [*value] if isinstance(value, list) else value for name, value in changed.items()}
     generator = None if state.generator is None else state.generator.get_state()
+    return state.index, state.latents, changed, generator
+
+
+def to_bytes(noted: Noted) -> torch.Tensor:
+    """What was noted: uint8 [bytes]."""
     buffer = io.BytesIO()
-    torch.save((state.index, state.latents, changed, generator), buffer)
+    torch.save(noted, buffer)
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 

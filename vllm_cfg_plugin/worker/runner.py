@@ -9,7 +9,7 @@ collective comes in as a function.
 from __future__ import annotations
 
 import threading
-import time
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -23,13 +23,16 @@ from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEm
 from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
 from vllm_cfg_plugin.worker.estimate import estimated_final_latents
 from vllm_cfg_plugin.worker.exchange import AllGather, Slot, exchange_predictions
-from vllm_cfg_plugin.worker.kept_state import is_due, keep, resume
+from vllm_cfg_plugin.worker.kept_state import is_due, note, resume, to_bytes
 from vllm_cfg_plugin.worker.lineup import Lineup, branch_input, checked_prediction, checked_shape
+from vllm_cfg_plugin.worker.pace import HostPace, Pace
 from vllm_cfg_plugin.worker.side_work import SideWork
 from vllm_cfg_plugin.worker.state import RequestState
+from vllm_cfg_plugin.worker.unsettled import ExchangedFlags, UnsettledPlan
 
 logger = get_logger(__name__)
 
+_PREPARING = "preparing its latents"
 EMBEDDING_CACHE_BYTES = 256 * 2**20
 CONDITION_CACHE_BYTES = 256 * 2**20
 
@@ -41,9 +44,18 @@ class StepRunner:
         rank, ranks: this process in the cfg group.
         all_gather: [row] of every rank -> [ranks, row].
         side: where encodes, decodes and long forwards run and are reported.
+        pace: how far it runs ahead of its device.
     """
 
-    def __init__(self, pipeline: EnginePipeline, rank: int, ranks: int, all_gather: AllGather, side: SideWork) -> None:
+    def __init__(
+        self,
+        pipeline: EnginePipeline,
+        rank: int,
+        ranks: int,
+        all_gather: AllGather,
+        side: SideWork,
+        pace: Pace | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.rank = rank
         self.ranks = ranks
@@ -57,11 +69,39 @@ class StepRunner:
         self._all_gather = all_gather
         self._like = pipeline.prediction_like
         self._text_lock = threading.Lock()  # tokenizers serve one thread at a time
+        self._pace = pace or HostPace()
+        self._flags: deque[ExchangedFlags] = deque()  # of steps, not yet read
+        self._plans: deque[UnsettledPlan] = deque()  # not yet reported
+
+    def run(self, plan: StepPlan) -> StepReport:
+        """Carry out a plan, and wait until the device has."""
+        self.start(plan)
+        return self.finished(wait=True)[-1]
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether there are plans that the device still works on, as far as is known."""
+        return bool(self._plans)
+
+    def finished(self, wait: bool = False) -> list[StepReport]:
+        """The reports of the plans that the device is done with.
+
+        Args:
+            wait: for all of them.
+        """
+        reports = []
+        while self._plans and (wait or self._plans[0].denoised.is_reached()):
+            reports.append(self._plans.popleft().report(self.rank))
+        return reports
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepReport:
-        """Carry out a plan."""
-        began = time.monotonic()
+    def start(self, plan: StepPlan) -> None:
+        """Carry out a plan; on an accelerator much of it is only queued then."""
+        with self._pace.stepping():
+            self._carry_out(plan)
+
+    def _carry_out(self, plan: StepPlan) -> None:
+        began = self._pace.mark()
         for id in plan.retire:
             self._forget(id)
         for admission in plan.admit:
@@ -73,13 +113,13 @@ class StepRunner:
         long = [self.states[id] for id in plan.long_steps if id in self.states]
         if long or (plan.advance and self._running):
             self._step(long, plan.previews)
-        denoised = time.monotonic()
+        denoised = self._pace.mark()
         for forward in plan.forwards:
             self._forward_beside(forward)
         for decode in plan.decodes:
             self._decode(decode)
         failures, self._failures = self._failures, []
-        return StepReport(plan.step, self.rank, began, denoised, failures)
+        self._plans.append(UnsettledPlan(plan.step, began, denoised, failures))
 
     # ---- requests come and go; a request that is unknown here has failed, and its retirement is on its way ----
 
@@ -95,14 +135,32 @@ class StepRunner:
     def _admit(self, admission: Admission) -> None:
         state = self.states[admission.id] = RequestState(admission.id, admission.request)
         try:
-            state.generator = generator_of(state.request)
-            state.latents = self.pipeline.draw_noise(state.request, state.generator)
-            state.noise_scheduler = self.pipeline.make_noise_scheduler(state.request)
             state.prediction_shape = checked_shape(self.pipeline.prediction_shape(state.request))
-            if admission.kept:
-                resume(state, admission.kept)
         except Exception as error:
-            self._note_failure(state, "preparing its latents", error)  # the engine lets it join no step then
+            self._note_failure(state, _PREPARING, error)  # the engine lets it join no step then
+            return
+        state.preparation = self.side.prepare(partial(self._prepare, state, admission.kept))
+        if state.preparation.done():
+            self._await_preparation(state)
+
+    def _prepare(self, state: RequestState, kept: bytes) -> None:
+        """May run beside the steps."""
+        state.generator = generator_of(state.request)
+        state.latents = self.pipeline.draw_noise(state.request, state.generator)
+        state.noise_scheduler = self.pipeline.make_noise_scheduler(state.request)
+        if kept:
+            resume(state, kept)
+
+    def _await_preparation(self, state: RequestState) -> None:
+        """Wait for a request's first latents, before it is in a step."""
+        preparation, state.preparation = state.preparation, None
+        if preparation is None:
+            return
+        try:
+            preparation.result()
+            self._hand_over([state.latents])
+        except Exception as error:
+            self._note_failure(state, _PREPARING, error)
 
     def _encode(self, encode: Encode) -> None:
         state = self.states.get(encode.id)
@@ -120,7 +178,7 @@ class StepRunner:
 
         state.condition = self._condition(request)
         embeds = self.embeddings.get(request.embeds_key(branch), encode)
-        _hand_over((*embeds.tensors, *state.condition))
+        self._hand_over((*embeds.tensors, *state.condition))
         state.prompt_embeds[branch] = embeds
 
     def _condition(self, request: DiffusionRequest) -> list[torch.Tensor]:
@@ -134,6 +192,7 @@ class StepRunner:
     def _assign(self, assign: Assign) -> None:
         state = self.states.get(assign.id)
         if state is not None:
+            self._await_preparation(state)
             state.owners = assign.owners
             self._running[assign.id] = state
             self._lineup = None
@@ -141,7 +200,13 @@ class StepRunner:
     def _decode(self, decode: Decode) -> None:
         state = self._forget(decode.id)
         if decode.rank == self.rank and state is not None and not state.error:
-            self.side.decode(decode.id, partial(self._decode_latents, state.request, state.latents), decode.is_long)
+            self.side.decode(decode.id, partial(self._decode_final, state), decode.is_long)
+
+    def _decode_final(self, state: RequestState) -> torch.Tensor:
+        """Runs beside the steps."""
+        if state.last_flags is not None and state.last_flags.failed(state.id):
+            raise RuntimeError("another rank could not take its last step")
+        return self._decode_latents(state.request, state.latents)
 
     def _decode_latents(self, request: DiffusionRequest, latents: torch.Tensor) -> torch.Tensor:
         """Runs beside the steps."""
@@ -160,6 +225,7 @@ class StepRunner:
         state = self.states.get(forward.id)
         if state is None:
             return
+        self._await_preparation(state)
         state.owners = forward.owners
         mine = [branch for branch, rank in enumerate(forward.owners) if rank == self.rank]
         if mine and not state.error:
@@ -170,7 +236,7 @@ class StepRunner:
         for branch in branches:
             (outcome,) = self._predict([branch_input(state, branch)])
             prediction = checked_prediction(outcome, state.prediction_shape)
-            _hand_over([prediction])
+            self._hand_over([prediction])
             state.predictions[branch] = prediction
 
     # ---- one denoising step of all running requests, and of long ones whose forwards are done ----
@@ -248,12 +314,16 @@ class StepRunner:
         gathered, failed = exchange_predictions(
             lineup.layout, self.rank, mine, failed_here, self._like, self._all_gather
         )
-        for state, predictions, has_failed in zip(lineup.states, gathered, failed, strict=True):
-            if has_failed:
-                self._forget(state.id)
+        flags = ExchangedFlags([state.id for state in lineup.states], self._pace.to_host(failed), self._pace.mark())
+        self._flags.append(flags)
+        self._forget_failed()
+        for state, predictions in zip(lineup.states, gathered, strict=True):
+            if state.id not in self.states:  # it has failed
                 continue
+            state.last_flags = flags
             try:
-                self._advance(state, predictions, previews.get(state.id))
+                if not state.error:
+                    self._advance(state, predictions, previews.get(state.id))
             except Exception as error:
                 self._note_failure(state, "stepping its latents", error)
             state.index += 1
@@ -262,9 +332,17 @@ class StepRunner:
             if state.is_denoised:
                 self._leave(state.id)
 
+    def _forget_failed(self) -> None:
+        """Drop what failed on any rank, in the same step on all of them: in this one, or where the host runs ahead,
+        in those before it. The steps that a request takes in between are of no use, and touch nobody else.
+        """
+        while len(self._flags) > self._pace.steps_ahead:
+            for id in self._flags.popleft().all_failed():
+                self._forget(id)
+
     def _keep(self, state: RequestState) -> None:
         try:
-            self.side.report_kept(state.id, state.index, keep(state))
+            self.side.keep(state.id, state.index, partial(to_bytes, note(state)))
         except Exception as error:
             logger.warning("A video would begin again after a restart, as it can't be kept: %s", error)
 
@@ -285,9 +363,7 @@ class StepRunner:
             state.error = f"failed while {doing}: {type(error).__name__}: {error}"
             self._failures.append((state.id, state.error))
 
-
-def _hand_over(tensors: Iterable[torch.Tensor]) -> None:
-    """What was made on a side stream is read on the stepping one."""
-    for tensor in tensors:
-        if tensor.is_cuda:
-            tensor.record_stream(torch.cuda.default_stream(tensor.device))
+    def _hand_over(self, tensors: Iterable[torch.Tensor]) -> None:
+        """What was made beside the steps is read in them."""
+        for tensor in tensors:
+            self._pace.hand_over(tensor)

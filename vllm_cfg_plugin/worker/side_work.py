@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +66,7 @@ class SideWork:
         self._long_coder = SideThread("cfg-long-code", device, _LONG_NICENESS)
         self._forwarder = SideThread("cfg-forward", device, _LONG_NICENESS)
         self._previewer = SideThread("cfg-preview", device, _DECODE_NICENESS)
+        self._preparer = None if device.type == "cpu" else SideThread("cfg-prepare", device, _ENCODE_NICENESS)
         self._works: set[_Work] = set()
         self._lock = threading.Lock()
 
@@ -85,9 +86,28 @@ class SideWork:
         """Call `run`, which forwards this rank's branches of long request `id`, and report."""
         self._submit(self._forwarder, _Work(id, FORWARDED, "predicting its noise", run))
 
-    def report_kept(self, id: int, steps: int, kept: torch.Tensor) -> None:
-        """Send what lets a request go on after so many steps; called on the stepping thread."""
+    def keep(self, id: int, steps: int, run: Callable[[], torch.Tensor]) -> None:
+        """Call `run`, which gives what lets request `id` go on after so many steps, and report; or warn if it fails."""
+        self._encoder.submit(self._keep, id, steps, run)
+
+    def prepare(self, run: Callable[[], None]) -> Future[None]:
+        """Call `run`, which makes a request ready for its first step: here and now, where nobody waits for copies."""
+        if self._preparer is not None:
+            return self._preparer.submit(self._prepare, run)
+        return run_now(run)
+
+    def _keep(self, id: int, steps: int, run: Callable[[], torch.Tensor]) -> None:
+        try:
+            kept = run()
+        except Exception as error:
+            logger.warning("A video would begin again after a restart, as it can't be kept: %s", error)
+            return
         self.deliver(SideReport(id, KEPT, self._rank, 0.0, "", (steps,)), kept)
+
+    def _prepare(self, run: Callable[[], None]) -> None:
+        run()
+        if self._preparer is not None:
+            self._preparer.synchronize()
 
     def cancel(self, id: int) -> None:
         """Drop a request's work: what has not begun never does, what is long stops, and there is no report of it."""
@@ -99,8 +119,9 @@ class SideWork:
         with self._lock:
             for work in self._works:
                 work.is_cancelled = True
-        for thread in (self._encoder, self._decoder, *self._stoppable):
-            thread.close()
+        for thread in (self._encoder, self._decoder, self._preparer, *self._stoppable):
+            if thread is not None:
+                thread.close()
 
     @property
     def _stoppable(self) -> tuple[SideThread, ...]:
@@ -133,6 +154,17 @@ class SideWork:
         self.deliver(SideReport(work.id, work.branch, self._rank, milliseconds, message, shape), pixels)
 
 
+def run_now(run: Callable[[], None]) -> Future[None]:
+    """The outcome of a call."""
+    done: Future[None] = Future()
+    try:
+        run()
+        done.set_result(None)
+    except Exception as error:
+        done.set_exception(error)
+    return done
+
+
 class _Cancelled(BaseException):
     """Ends a piece of work; no `Exception`, so that nothing below takes it for a failure of its own."""
 
@@ -162,9 +194,9 @@ class SideThread:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(1, name, self._prepare)
 
-    def submit(self, run: Callable[..., None], *args: object) -> None:
+    def submit(self, run: Callable[..., None], *args: object) -> Future[None]:
         ready = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
-        self._pool.submit(self._on_stream, ready, run, args)
+        return self._pool.submit(self._on_stream, ready, run, args)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

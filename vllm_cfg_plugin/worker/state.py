@@ -7,6 +7,7 @@ its branches hold that one's embeddings, and what its images became. Must not im
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import PromptEmbeds
+from vllm_cfg_plugin.worker.unsettled import ExchangedFlags
 
 
 @dataclass
@@ -30,6 +32,8 @@ class RequestState:
         owners: cfg rank that forwards each branch, those of this step only; empty until it runs.
         predictions: of a long request's next step, those of the branches that this rank forwarded.
         index: timesteps taken.
+        preparation: of its latents and its noise scheduler; None when the steps have them.
+        last_flags: of the last step that it took.
         error: why it can't go on here; '' while it can. The other ranks learn of it in the next exchange.
     """
 
@@ -44,6 +48,8 @@ class RequestState:
     owners: tuple[int, ...] = ()
     predictions: dict[int, torch.Tensor] = field(default_factory=dict)
     index: int = 0
+    preparation: Future[None] | None = None
+    last_flags: ExchangedFlags | None = None
     error: str = ""
 
     @property

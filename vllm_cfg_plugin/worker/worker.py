@@ -21,6 +21,7 @@ from vllm_cfg_plugin.worker.calibration import calibrate_rank
 from vllm_cfg_plugin.worker.exchange import AllGather
 from vllm_cfg_plugin.worker.loading import load_pipeline
 from vllm_cfg_plugin.worker.noise_scheduler_check import check_noise_scheduler
+from vllm_cfg_plugin.worker.pace import pace_of
 from vllm_cfg_plugin.worker.runner import StepRunner
 from vllm_cfg_plugin.worker.side_work import SideWork
 
@@ -71,6 +72,7 @@ class DiffusionWorker(WorkerBase):
             parallel_state.get_classifier_free_guidance_world_size(),
             self._all_gather,
             SideWork(self.rank, self.device),
+            pace_of(self.device),
         )
 
     def calibrate(self) -> Calibration:

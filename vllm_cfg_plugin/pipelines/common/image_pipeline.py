@@ -46,7 +46,7 @@ class ImagePipeline(FamilyPipeline):
         self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
         images = self._decode_latents(latents, request)
-        return to_uint8(self.image_processor.postprocess(images, output_type="np"))
+        return to_uint8(self.image_processor.postprocess(images, output_type="pt"))
 
     # ---- what a family may do in its own way ----
 

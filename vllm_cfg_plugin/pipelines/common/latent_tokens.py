@@ -14,6 +14,7 @@ from vllm_cfg_plugin.pipelines.base import BranchInput, joint_timesteps_ahead
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_scaled
 from vllm_cfg_plugin.pipelines.common.image_pipeline import ImagePipeline
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache
+from vllm_cfg_plugin.pipelines.common.upload import upload
 
 
 class LatentTokensPipeline(ImagePipeline):
@@ -74,7 +75,7 @@ class PositionIdsPipeline(LatentTokensPipeline):
 
     def _kept_ids(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The same tensor of position ids every time: by that the transformer finds its layout again."""
-        ids: torch.Tensor = self._ids.get(key, lambda: make().to(self._weight.device))
+        ids: torch.Tensor = self._ids.get(key, lambda: upload(make(), self._weight.device))
         return ids
 
     def _decode_latents(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:

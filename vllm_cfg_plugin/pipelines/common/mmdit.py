@@ -30,6 +30,7 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
     project_modulations,
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache
+from vllm_cfg_plugin.pipelines.common.upload import upload
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def layout_of_ids(
     def make() -> tuple[JointLayout, Any]:
         rotations = []
         for text, image in zip(txt_ids, img_ids, strict=True):
-            cos, sin = pos_embed(torch.cat([text, image]).to(device))  # neighbours are equal: [tokens, head_dim]
+            cos, sin = pos_embed(upload(torch.cat([text, image]), device))  # neighbours are equal: [tokens, head_dim]
             rotations.append(torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous()))
         text_lengths, image_lengths = (tuple(own.shape[0] for own in ids) for ids in (txt_ids, img_ids))
         # The ids stay with their layout: while they live, no other tensor has their identity.

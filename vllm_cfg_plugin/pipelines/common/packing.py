@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
+from vllm_cfg_plugin.pipelines.common.upload import upload
 
 ROW_MULTIPLE = 16
 
@@ -94,7 +95,7 @@ class PackedRows:
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """First row of each sequence and the end of the last: int32 [n + 1], as varlen attention kernels take it."""
-        return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
+        return upload(torch.tensor(self.starts, dtype=torch.int32), self.device)
 
     @property
     def max_seqlen(self) -> int:

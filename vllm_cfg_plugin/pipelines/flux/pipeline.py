@@ -93,7 +93,7 @@ class FluxPipeline(PositionIdsPipeline, DiffusersFluxPipeline):
         """The input of a distilled transformer, [branches]; None for others."""
         if not self.transformer.config.guidance_embeds:
             return None
-        return torch.tensor(scales, dtype=torch.float32, device=self._weight.device)
+        return torch.tensor(scales, dtype=torch.float32)  # on the CPU, as the timesteps are
 
     @staticmethod
     def set_timesteps(scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:

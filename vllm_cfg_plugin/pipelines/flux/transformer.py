@@ -18,6 +18,7 @@ from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, layout_of_ids, rows_of
 from vllm_cfg_plugin.pipelines.common.modulation import Modulation
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
+from vllm_cfg_plugin.pipelines.common.upload import upload
 
 
 class PackedFluxTransformer(FluxTransformer2DModel):
@@ -81,5 +82,5 @@ class PackedFluxTransformer(FluxTransformer2DModel):
                 f"{self.config['guidance_embeds']}: {remedy}"
             )
         scalars = [timestep] if guidance is None else [timestep, guidance]
-        padded = [pad_rows(values.to(pooled.device, dtype)) * 1000 for values in scalars]
+        padded = [pad_rows(upload(values.to(dtype), pooled.device)) * 1000 for values in scalars]
         return block_modulations(self, self.time_text_embed(*padded, pad_rows(pooled)), timestep.shape[0])

@@ -17,6 +17,7 @@ from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, layout_of_ids, rows_of
 from vllm_cfg_plugin.pipelines.common.modulation import Modulation, ModulationCache, modulations_at
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
+from vllm_cfg_plugin.pipelines.common.upload import upload
 
 
 class PackedLongCatImageTransformer(LongCatImageTransformer2DModel):
@@ -68,5 +69,5 @@ class PackedLongCatImageTransformer(LongCatImageTransformer2DModel):
 
     def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
         """The modulation of each timestep (in 0..1), bitwise independent of the others."""
-        values = torch.tensor(timesteps, dtype=dtype, device=self.x_embedder.weight.device)
+        values = upload(torch.tensor(timesteps, dtype=dtype), self.x_embedder.weight.device)
         return block_modulations(self, self.time_embed(pad_rows(values) * 1000, dtype), len(timesteps))

@@ -32,6 +32,7 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
     project_modulations,
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
+from vllm_cfg_plugin.pipelines.common.upload import upload
 
 ImageShape = tuple[tuple[int, int, int], ...]  # (frames, height, width) in tokens of each image of one sequence
 
@@ -136,7 +137,7 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
     def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
         """The modulation of each timestep (in 0..1), bitwise independent of the others."""
         weight = self.img_in.weight
-        values = torch.tensor(timesteps, dtype=dtype, device=weight.device)
+        values = upload(torch.tensor(timesteps, dtype=dtype), weight.device)
         rows = pad_rows(values)
         condition = torch.zeros(rows.shape, dtype=torch.long, device=rows.device)  # read where the model has the layer
         time = F.silu(self.time_text_embed(rows, weight, condition))

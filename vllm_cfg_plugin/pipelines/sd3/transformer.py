@@ -19,6 +19,7 @@ from vllm_cfg_plugin.pipelines.common.attention import JointLayout, make_joint_l
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, rows_of
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
+from vllm_cfg_plugin.pipelines.common.upload import upload
 
 Grid = tuple[int, int]  # (height, width) of an image in tokens
 
@@ -85,7 +86,7 @@ class PackedSD3Transformer(SD3Transformer2DModel):
         prompts = rows_of("encoder_hidden_states", encoder_hidden_states, text_lengths)
         image = self._embed_patches(latents, positions)
         text = linear(self.context_embedder, pad_rows(prompts))
-        embedding = self.time_text_embed(pad_rows(timestep.to(image.device)), pad_rows(pooled_projections))
+        embedding = self.time_text_embed(pad_rows(upload(timestep, image.device)), pad_rows(pooled_projections))
         sample = forward_blocks(self, image, text, block_modulations(self, embedding, count), layout)
         # The output layer gives [patch, patch, channels] where the input has [channels, patch, patch].
         sample = (

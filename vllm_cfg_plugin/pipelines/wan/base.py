@@ -16,10 +16,11 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import randn_tensor
 
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
+from vllm_cfg_plugin.compat import let_unipc_run_ahead, unipc_runs_ahead
 from vllm_cfg_plugin.distributed.cfg_parallel import log_once
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance, ImageInput
-from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds
+from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, to_uint8
 from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_standardised
 from vllm_cfg_plugin.pipelines.common.family import FamilyPipeline
@@ -107,7 +108,19 @@ class WanBase(FamilyPipeline):
         # Its timesteps stay on the CPU: reading one from a GPU would wait for all that is queued there.
         scheduler = deepcopy(self.scheduler)  # to make one anew takes some of them long
         self.set_timesteps(scheduler, request.num_inference_steps, request.image_tokens, torch.device("cpu"))
+        let_unipc_run_ahead(scheduler, self._weight.device)
         return scheduler
+
+    def step_latents(
+        self,
+        scheduler: Any,
+        noise_pred: torch.Tensor,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        with unipc_runs_ahead(scheduler, latents.device):
+            return super().step_latents(scheduler, noise_pred, timestep, latents, generator)
 
     def predict_noise(self, current_model: Any = None, **kwargs: Any) -> torch.Tensor:
         """One forward of a transformer.
@@ -170,9 +183,7 @@ class WanBase(FamilyPipeline):
         self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
         video = decode_standardised(self.vae, self.final_latents(latents, condition))[0]  # [3, frames, height, width]
-        pixels = self.video_processor.denormalize(video).float()
-        # Rounded as diffusers' `numpy_to_pil` does, but where the pixels are: a quarter of the bytes to copy.
-        return (pixels * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+        return to_uint8(self.video_processor.denormalize(video).transpose(0, 1))
 
     def _requests(self, call: CallArguments) -> list[DiffusionRequest]:
         self._check_experts()

@@ -22,6 +22,7 @@ from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.linear import feed_forward, gelu_linear, linear
 from vllm_cfg_plugin.pipelines.common.modulation import Modulation, StreamSpans, add_gated, modulate, modulate_last
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
+from vllm_cfg_plugin.pipelines.common.upload import upload
 from vllm_cfg_plugin.pipelines.wan.attention import WanLayout, attend_to_conditions, attend_to_video
 
 Grid = tuple[int, int, int]  # (frames, height, width) of a video in tokens
@@ -142,7 +143,7 @@ class PackedWanTransformer(WanTransformer3DModel):
         Not remembered for later steps: it all comes from one matrix, a hundredth of the model.
         """
         embedder, blocks = self.condition_embedder, list[Any](self.blocks)
-        values = pad_rows(torch.tensor(timesteps, dtype=torch.float32, device=self.scale_shift_table.device))
+        values = pad_rows(upload(torch.tensor(timesteps, dtype=torch.float32), self.scale_shift_table.device))
         sinusoids = embedder.timesteps_proj(values).to(embedder.time_embedder.linear_1.weight.dtype)
         time = embedder.time_embedder(sinusoids).to(dtype)
         projected = linear(embedder.time_proj, F.silu(time)).float().unflatten(1, (1, _FACTORS, -1))

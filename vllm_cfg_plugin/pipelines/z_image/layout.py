@@ -14,6 +14,7 @@ import torch
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZImageTransformer2DModel
 
 from vllm_cfg_plugin.pipelines.common.packing import PackedRows
+from vllm_cfg_plugin.pipelines.common.upload import upload
 
 Grid = tuple[int, int, int]  # (frames, height, width) in tokens
 _Place = tuple[torch.Tensor, torch.Tensor]  # of each row: complex rotary factors, whether it is a pad token
@@ -66,8 +67,8 @@ def make_layout(
         image=_make_stream([[image] for image in images], device),
         text=_make_stream([[text] for text in texts], device),
         joint=_make_stream([*zip(images, texts, strict=True)], device),
-        image_pads=_pads_of(images).to(device),
-        text_pads=_pads_of(texts).to(device),
+        image_pads=upload(_pads_of(images), device),
+        text_pads=upload(_pads_of(texts), device),
     )
 
 
@@ -87,7 +88,7 @@ def _make_stream(sequences: Sequence[Sequence[_Place]], device: torch.device) ->
     """The stream of sequences, each of one or more parts."""
     rotations = [[rotation for rotation, _ in parts] for parts in sequences]
     rows = PackedRows(tuple(sum(map(len, parts)) for parts in rotations), device)
-    return PaddedStream(rows, rows.join(part for parts in rotations for part in parts)[:, None].to(device))
+    return PaddedStream(rows, upload(rows.join(part for parts in rotations for part in parts)[:, None], device))
 
 
 def _pads_of(places: Sequence[_Place]) -> torch.Tensor:

@@ -31,6 +31,7 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
     modulations_at,
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
+from vllm_cfg_plugin.pipelines.common.upload import upload
 from vllm_cfg_plugin.pipelines.z_image.layout import Grid, PaddedStream, ZImageLayout, lay_out, make_layout
 
 # The patch that diffusers' pipeline asks for: of one frame, two latent pixels each way.
@@ -121,7 +122,7 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
         """
         final: Any = self.all_final_layer[_PATCH_KEY]
         blocks: list[Any] = [*self.noise_refiner, *self.layers]
-        values = torch.tensor(timesteps, dtype=dtype, device=self.x_pad_token.device)
+        values = upload(torch.tensor(timesteps, dtype=dtype), self.x_pad_token.device)
         time = self.t_embedder(pad_rows(values) * self.t_scale).to(self.x_pad_token.dtype)
         projected = [linear(block.adaLN_modulation[0], time) for block in blocks]
         projected.append(linear(final.adaLN_modulation[1], F.silu(time)))

@@ -1,0 +1,77 @@
+"""Whole steps of every family on a GPU that computes nothing: devices fit, nobody waits, and kernels are counted."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from tests.families import FAMILIES
+from tests.toy_pipeline import InlineSideWork
+from tests.unit.fake_cuda import DEVICE, fake_cuda, move_to_gpu, to_fake
+from tests.unit.test_runner import join, plan
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.pipelines.base import PromptEmbeds
+from vllm_cfg_plugin.pipelines.registry import pipeline_class
+from vllm_cfg_plugin.worker.pace import CudaPace
+from vllm_cfg_plugin.worker.runner import StepRunner
+
+# What one rank of two asks of its GPU in a step of the family's cases (two blocks, two or three requests): kernels, and
+# copies of timesteps and the like from pinned memory. Lower them when they fall.
+STEADY = {
+    "QwenImagePipeline": (106, 0),
+    "QwenImageEditPipeline": (95, 0),
+    "QwenImageEditPlusPipeline": (139, 0),
+    "QwenImageLayeredPipeline": (91, 0),
+    "ZImagePipeline": (143, 0),
+    "WanPipeline (2.1)": (442, 1),
+    "WanPipeline (2.2 14B)": (442, 1),
+    "WanPipeline (2.2 5B)": (442, 1),
+    "WanImageToVideoPipeline (2.1)": (500, 1),
+    "WanImageToVideoPipeline (2.2 14B)": (446, 1),
+    "WanImageToVideoPipeline (2.2 5B)": (549, 1),
+    "FluxPipeline": (240, 1),
+    "FluxPipeline, distilled": (239, 2),
+    "StableDiffusion3Pipeline": (230, 1),
+    "LongCatImagePipeline": (187, 0),
+    "LongCatImageEditPipeline": (140, 0),
+}
+
+
+@contextmanager
+def rank_on_gpu(family, folder):
+    """(a rank that has taken the first step of the family's cases, its GPU)."""
+    folder = family.build(folder)
+    cls = pipeline_class(Checkpoint(str(folder)))
+    pipeline = cls.load(str(folder), dtype=torch.bfloat16, device=torch.device("cpu"))
+    requests = family.requests(folder)
+    with torch.inference_mode():
+        texts = {(r.seed, b): pipeline.encode_branch(r, b) for r in requests for b in range(len(r.prompts))}
+        images = {request.seed: pipeline.encode_images(request) for request in requests if request.images}
+    with fake_cuda() as gpu, torch.inference_mode():
+        for name in ("transformer", "transformer_2"):
+            if getattr(pipeline, name, None) is not None:
+                move_to_gpu(getattr(pipeline, name))
+        texts = {key: PromptEmbeds(*map(to_fake, embeds.tensors)) for key, embeds in texts.items()}
+        images = {seed: list(map(to_fake, tensors)) for seed, tensors in images.items()}
+        pipeline.encode_branch = lambda request, branch: texts[request.seed, branch]
+        pipeline.encode_images = lambda request: images[request.seed]
+        side, pace = InlineSideWork(0), CudaPace(DEVICE)
+        side.keep = lambda id, steps, run: None  # makes bytes of tensors, beside the steps
+        runner = StepRunner(pipeline, 0, 2, lambda row: torch.stack([row, row]), side, pace)
+        # Every other request has both branches here, as where the other rank has more to do.
+        owners = [(0, 1) if i % 2 else (0, 0) for i, _ in enumerate(requests)]
+        owners = [own[: len(request.prompts)] for own, request in zip(owners, requests, strict=True)]
+        assert not runner.run(join(requests, owners)).failed
+        yield runner, gpu
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.label)
+def test_a_steady_step_never_waits_for_the_gpu(family, tmp_path):
+    with rank_on_gpu(family, tmp_path / "model") as (runner, gpu):
+        for step in (1, 2):
+            assert not runner.run(plan(step)).failed
+        counts = gpu.start_counting()
+        assert not runner.run(plan(3)).failed
+    assert counts.syncs == {}
+    assert sum(counts.downloads.values()) == 1, "the flags of failures"
+    assert (counts.launches.total(), counts.uploads.total()) == STEADY[family.label], counts.launches
