@@ -170,6 +170,44 @@ def client_index(client: Any) -> int:
     return index
 
 
+def count_aborts(client: Any) -> None:
+    """Have `vllm:request_success` count the requests of an `AsyncLLM` that were cancelled, as those of reason "abort".
+
+    Symptom: a client that leaves is in no metric. Cause: the engine's answers are counted, and there is none to a
+    request that its caller has dropped. Exit condition: vLLM counts them.
+    """
+    processor, loggers = getattr(client, "output_processor", None), getattr(client, "logger_manager", None)
+    if processor is None or loggers is None:
+        return
+    from vllm.v1.engine import FinishReason
+
+    abort_requests = processor.abort_requests
+
+    def abort_and_count(request_ids: Any, *args: Any, **kwargs: Any) -> list[str]:
+        aborted: list[str] = abort_requests(request_ids, *args, **kwargs)
+        for stat_logger in loggers.stat_loggers:
+            if hasattr(stat_logger, "counter_request_success"):
+                first, *_ = stat_logger.counter_request_success[FinishReason.ABORT].values()
+                first.inc(len(aborted))
+        return aborted
+
+    processor.abort_requests = abort_and_count
+
+
+def explain_unauthorized() -> None:
+    """Have vLLM's check of `--api-key` answer with OpenAI's error object.
+
+    Symptom: {"error": "Unauthorized"}, which OpenAI's clients can't take apart. Cause: vLLM writes it so. Exit
+    condition: it writes an object.
+    """
+    from starlette.responses import JSONResponse
+    from vllm.entrypoints.serve.middleware import authenticate
+
+    message = "the API key is wrong or missing: send one of those of --api-key as a bearer token"
+    body = {"error": {"message": message, "type": "AuthenticationError", "param": None, "code": 401}}
+    authenticate.JSONResponse = lambda content, status_code: JSONResponse(body, status_code)  # type: ignore[misc, assignment]
+
+
 def note_engine_client(client: Any) -> None:
     """Have `run_and_fail_if_engine_died` know of an API server's engine client, an `AsyncLLM`."""
     manager = client.engine_core.resources.engine_manager

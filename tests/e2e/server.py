@@ -80,7 +80,7 @@ def engine_core(server: VllmServer) -> psutil.Process:
 
 
 def gauge(server: VllmServer, name: str) -> float:
-    """The sum of a gauge or counter in /metrics over its labels."""
+    """The sum of a gauge or counter in /metrics over its labels, or its value where the name has them."""
     text = requests.get(f"{server.url}/metrics", timeout=10).text
     values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
     if not values:

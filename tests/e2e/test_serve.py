@@ -164,7 +164,7 @@ BAD = [
     ({"guidance_scale": 4.0}, "guidance_scale"),  # Qwen-Image's is true_cfg_scale
     ({"seed": 2**63}, "seed"),
     ({"output_format": "bmp"}, "output_format"),
-    ({"response_format": "url"}, "response_format"),
+    ({"response_format": "file"}, "response_format"),
     ({"stream": True, "partial_images": 4}, "partial_images"),
     ({"partial_images": 1}, "partial_images"),
     ({"cfg_scale": 3}, "cfg_scale"),
@@ -196,6 +196,8 @@ def test_a_disconnect_takes_the_request_out_of_the_batch(server, client):
         with pytest.raises(requests.Timeout):
             requests.post(f"{server.url}/v1/images/generations", json={"prompt": "a", **SLOW}, timeout=1.5)
 
+    aborted = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="tiny"}'
+    before = gauge(server, aborted)
     thread = threading.Thread(target=send_and_give_up)
     thread.start()
     wait_for_running(server, 2, timeout_s=20)
@@ -204,6 +206,7 @@ def test_a_disconnect_takes_the_request_out_of_the_batch(server, client):
     wait_for_running(server, 0, timeout_s=5)
     assert time.monotonic() - started < 3
     assert gauge(server, "vllm:num_requests_waiting") == 0
+    assert gauge(server, aborted) == before + 2
     assert len(generate(client, num_inference_steps=2).data) == 1
 
 

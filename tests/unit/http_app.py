@@ -98,6 +98,16 @@ def send(app, path, **request) -> httpx.Response:
     return asyncio.run(post())
 
 
+def get(app, url, method="GET", **request) -> httpx.Response:
+    """Follow a link; `request` as for httpx."""
+
+    async def follow():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False)) as client:
+            return await client.request(method, url, **request)
+
+    return asyncio.run(follow())
+
+
 def ask(app, use):
     """What `use(client)` returns for OpenAI's own client."""
 

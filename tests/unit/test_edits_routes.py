@@ -1,6 +1,7 @@
 """POST /v1/images/edits in front of a fake engine: forms as OpenAI's clients write them, tasks, cancellation."""
 
 import asyncio
+import base64
 import io
 import threading
 from dataclasses import replace
@@ -93,6 +94,44 @@ def test_the_official_client_sends_every_field(app, engine):
         assert (guidance.normalize, guidance.rule) == (True, "apg")
     assert (response.output_format, response.size, len(response.data)) == ("webp", "96x64", 2)
     assert decode(response.data[0].b64_json).format == "WEBP"
+
+
+def data_url(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        {"images": [{"image_url": data_url(CAT)}, {"image_url": data_url(DOG)}]},
+        {"images": [data_url(CAT), data_url(DOG)]},
+        {"image": [{"image_url": {"url": data_url(CAT)}}, data_url(DOG)]},
+    ],
+)
+def test_images_in_a_json_body(app, engine, images):
+    response = send(app, EDITS, json={"prompt": "a hat", "seed": 5, **images})
+    assert response.status_code == 200, response.text
+    (request,) = engine.requests.values()
+    assert [(image.width, image.height) for image in request.images] == [(16, 8), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "image"),
+        ({"images": []}, "images"),
+        ({"images": [{"file_id": "file-1"}]}, "images[0]"),
+        ({"images": [{"image_url": "https://example.com/cat.png"}]}, "images[0]"),
+        ({"images": [{"image_url": data_url(CAT)}, {"image_url": data_url(b"no image")}]}, "images[1]"),
+        ({"image": data_url(b"no image")}, "image"),
+        ({"images": [data_url(CAT)], "n": "2"}, "n"),
+        ({"images": [data_url(CAT)], "image": data_url(CAT)}, "image"),
+        ({"images": [data_url(CAT)], "mask": {"image_url": data_url(CAT)}}, "mask"),
+    ],
+)
+def test_a_wrong_json_body_names_the_field(app, engine, fields, param):
+    assert_refused(send(app, EDITS, json={"prompt": "a hat", **fields}), param)
+    assert engine.requests == {}
 
 
 def test_a_body_as_the_javascript_client_writes_it(app, engine):

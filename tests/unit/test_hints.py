@@ -122,7 +122,7 @@ def test_a_last_image_is_the_second_reference(app_of):
     ("change", "shown"),
     [
         ({"partial_images": 1}, "partial_images=1 "),
-        ({"stream": True}, "stream=true "),
+        ({"watermark": True}, "watermark=true "),
         ({"n": False}, "n=false "),
         ({"prompt": None}, "prompt=null "),
         ({"guidance_interval": [0.5, True]}, "guidance_interval[1]=true "),

@@ -247,3 +247,62 @@ def test_a_rotation_in_a_pngs_text_is_undone():
 def test_avif_is_read():
     decoded = read(saved(Image.fromarray(PHOTO), "AVIF", quality=100))
     assert (decoded.width, decoded.height) == PHOTO.shape[1::-1]
+
+
+def icc_profile(red, green, blue) -> bytes:
+    """A display's profile: where its primaries are, XYZ each, and a straight curve."""
+
+    def number(value):
+        return round(value * 65536).to_bytes(4, "big", signed=True)
+
+    def place(xyz):
+        return b"XYZ \0\0\0\0" + b"".join(map(number, xyz))
+
+    tags = {b"wtpt": place((0.9642, 1, 0.8249)), b"rXYZ": place(red), b"gXYZ": place(green), b"bXYZ": place(blue)}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), b"curv" + bytes(8))
+    table, data = len(tags).to_bytes(4, "big"), b""
+    for name, value in tags.items():
+        start = 128 + 4 + 12 * len(tags) + len(data)
+        table += name + start.to_bytes(4, "big") + len(value).to_bytes(4, "big")
+        data += value + bytes(-len(value) % 4)
+    size = (128 + len(table) + len(data)).to_bytes(4, "big")
+    white = number(0.9642) + number(1) + number(0.8249)
+    header = size + bytes(4) + b"\x02\x40\0\0" + b"mntr" + b"RGB " + b"XYZ " + bytes(12) + b"acsp" + bytes(28) + white
+    return header.ljust(128, b"\0") + table + data
+
+
+# Those of sRGB as ICC profiles have them; a display that has red and green the other way round.
+RED, GREEN, BLUE = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)
+SWAPPED = icc_profile(GREEN, RED, BLUE)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_colours_mean_what_the_profile_says(image_format):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(buffer, image_format, icc_profile=SWAPPED)
+    red, green, blue = read_image(buffer.getvalue(), "image", 100).pixels[:3]
+    assert (red < 20, green > 235, blue < 20) == (True, True, True)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "RGB with a transparent colour"])
+def test_a_profile_leaves_transparency_as_it_is(mode):
+    image = Image.new("RGB", (8, 8), (255, 0, 0))
+    options = {"transparency": (255, 0, 0)} if mode.startswith("RGB ") else {}
+    if mode == "RGBA":
+        image.putalpha(77)
+    elif mode == "P":
+        image, options = image.quantize(2), {"transparency": bytes([77, 77])}
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", icc_profile=SWAPPED, **options)
+    read = read_image(buffer.getvalue(), "image", 100)
+    assert (read.mode, read.pixels[1] > 247) == ("RGBA", True)
+    assert read.pixels[3] == (0 if mode.startswith("RGB ") else 77)
+
+
+@pytest.mark.parametrize(("mode", "profile"), [("RGB", b"no profile"), ("L", SWAPPED), ("CMYK", SWAPPED)])
+def test_a_profile_of_no_use_counts_as_none(mode, profile):
+    plain, profiled = io.BytesIO(), io.BytesIO()
+    image = Image.new("RGB", (8, 8), (200, 100, 50)).convert(mode)
+    image.save(plain, "TIFF")
+    image.save(profiled, "TIFF", icc_profile=profile)
+    assert read_image(profiled.getvalue(), "image", 100) == read_image(plain.getvalue(), "image", 100)

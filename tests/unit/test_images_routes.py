@@ -129,7 +129,8 @@ def test_all_served_names_are_accepted(app, model):
         ({"seed": -(2**63) - 1}, "seed"),
         ({"seed": 1.5}, "seed"),
         ({"output_format": "gif"}, "output_format"),
-        ({"response_format": "url"}, "response_format"),
+        ({"response_format": "file"}, "response_format"),
+        ({"quality": "max", "num_inference_steps": 7}, "quality"),
         ({"output_compression": 101, "output_format": "webp"}, "output_compression"),
         ({"partial_images": 1}, "partial_images"),
         ({"partial_images": 4, "stream": True}, "partial_images"),
@@ -156,6 +157,13 @@ def test_a_body_that_is_no_object_is_a_400(app, content):
     response = post(app, content=content)
     assert response.status_code == 400
     assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("digits", ["1" * 5000, "-" + "9" * 100_000])
+def test_a_number_of_thousands_of_digits_is_named(app, digits):
+    response = post(app, content=f'{{"prompt": "a", "seed": {digits}}}'.encode())
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "seed")
+    assert "4300 digits" in response.json()["error"]["message"]
 
 
 def test_a_wrong_model_is_a_404(app):

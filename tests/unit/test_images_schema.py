@@ -61,6 +61,7 @@ def test_output_formats(sent, image_format):
 
 
 def test_harmless_fields_are_accepted():
+    parse(style="vivid", moderation="low", watermark=False, metadata={"trace": 1})
     parse(user="u", safety_identifier="s", moderation="low", quality="auto", background="opaque", stream=False)
     parse(partial_images=0, response_format="b64_json", model="m", output_format="webp", output_compression=0)
 
@@ -68,14 +69,11 @@ def test_harmless_fields_are_accepted():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", "url"),
+        ("response_format", "file"),
         ("output_format", "gif"),
-        ("quality", "low"),
         ("quality", "best"),
         ("background", "transparent"),
-        ("moderation", "off"),
-        ("style", "vivid"),
-        ("stream", True),
+        ("watermark", True),
         ("partial_images", 2),
         ("output_compression", 50),  # of a PNG
         ("mask", "m.png"),
@@ -86,6 +84,34 @@ def test_what_is_not_honoured_is_refused_by_name(field, value):
     with pytest.raises(InvalidRequestError) as refused:
         parse(**{field: value})
     assert refused.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("quality", "name", "steps"),
+    [
+        (None, "high", UNSET),
+        ("auto", "high", UNSET),
+        ("standard", "high", UNSET),
+        ("low", "low", 10),
+        ("medium", "medium", 15),
+        ("hd", "xhigh", 30),
+        ("max", "max", 40),
+    ],
+)
+def test_quality_is_a_share_of_the_models_own_steps(quality, name, steps):
+    body = parse(quality=quality)
+    assert (body.quality_name, body.to_params(INFO).num_inference_steps) == (name, steps)
+
+
+def test_quality_and_steps_that_disagree_are_refused():
+    assert parse(quality="high", num_inference_steps=5).to_params(INFO).num_inference_steps == 5
+    with pytest.raises(InvalidRequestError, match=r"quality='low' .* beside num_inference_steps"):
+        parse(quality="low", num_inference_steps=5).to_params(INFO)
+
+
+def test_a_stream_has_no_links():
+    with pytest.raises(InvalidRequestError, match=r'"b64_json" where "stream"'):
+        parse(stream=True, response_format="url")
 
 
 def test_a_misspelt_field_gets_a_hint():

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
+import secrets
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.datastructures import State
+from starlette.exceptions import HTTPException
 
-from vllm_cfg_plugin.compat import client_index, drain_before_shutdown, note_engine_client
+from vllm_cfg_plugin.compat import client_index, count_aborts, drain_before_shutdown, note_engine_client
+from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.progress import address_of_client
+from vllm_cfg_plugin.entrypoints import health, models
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
+from vllm_cfg_plugin.entrypoints.error_route import answer_unknown_route
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, unpredicted_on_error
-from vllm_cfg_plugin.entrypoints.health import health_addresses, replace_health_route
 from vllm_cfg_plugin.entrypoints.images import routes as images
+from vllm_cfg_plugin.entrypoints.images.links import ImageLinks
 from vllm_cfg_plugin.entrypoints.images.service import ImagesService
 from vllm_cfg_plugin.entrypoints.input_budget import InputBudget
 from vllm_cfg_plugin.entrypoints.videos import routes as videos
@@ -34,8 +39,11 @@ class DiffusionEndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(images.router)
+        app.include_router(images.plain_router)
         app.include_router(videos.router)
-        replace_health_route(app)
+        for router in (health.router, models.router):
+            replace_routes(app, router)
+        app.add_exception_handler(HTTPException, answer_unknown_route)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         if engine_client is None:  # vLLM's render server, which `required_tasks` keeps us out of
@@ -51,13 +59,23 @@ class DiffusionEndpointPlugin:
         drain_before_shutdown(engine_client, calls.drain)
         state.engine_calls = calls
         note_engine_client(engine_client)
-        state.health_addresses = health_addresses(engine_client.vllm_config)
+        count_aborts(engine_client)
+        state.model_names = names
+        state.health_addresses = health.health_addresses(engine_client.vllm_config)
         state.max_upload_bytes = front_end.limits.max_upload_bytes
         state.input_budget = InputBudget(front_end.limits.max_input_bytes_in_flight)
-        state.images_service = ImagesService(calls, front_end, names)
+        settings = EngineSettings.from_vllm_config(engine_client.vllm_config)
+        # A name of this server, or of nobody where it has none.
+        links = ImageLinks(settings.health_address.rpartition("-")[2] or secrets.token_hex(16))
+        state.images_service = ImagesService(calls, front_end, names, links)
         state.videos_service = VideosService(calls, front_end, names)
         if front_end.progress_address:
             calls.updates.listen(address_of_client(front_end.progress_address, client_index(engine_client)))
+
+
+def replace_routes(app: FastAPI, router: APIRouter) -> None:
+    """Have ours called in place of vLLM's: the first route of a path is."""
+    app.router.routes[:0] = router.routes
 
 
 def _is_stopping(state: State) -> bool:

@@ -18,6 +18,7 @@ from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm_cfg_plugin.entrypoints.fields import schema_error
 from vllm_cfg_plugin.entrypoints.forms import MOST_TEXT_BYTES, limit_body
 from vllm_cfg_plugin.entrypoints.input_budget import InputHold
+from vllm_cfg_plugin.entrypoints.json_bodies import unreadable
 from vllm_cfg_plugin.errors import (
     CfgPluginError,
     InvalidRequestError,
@@ -54,16 +55,19 @@ class OpenAIErrorRoute(APIRoute):
             state = request.app.state
             request.state.hold = InputHold(state.input_budget)
             with request.state.hold as hold:
+                limited = request
                 try:
                     if request.method == "POST":
                         state.engine_calls.check_room()
-                    return await handle(limit_body(request, self.most_bytes(state.max_upload_bytes), hold))
+                    limited = limit_body(request, self.most_bytes(state.max_upload_bytes), hold)
+                    return await handle(limited)
                 except RequestValidationError as errors:
                     return error_response(schema_error(errors.errors()[0]))
                 except HTTPException as error:  # what FastAPI makes of a body that it can't read, parse or decode
                     cause = error.__cause__
-                    unreadable = InvalidRequestError("body", None, "valid JSON")
-                    return error_response(cause if isinstance(cause, CfgPluginError) else unreadable)
+                    return error_response(
+                        cause if isinstance(cause, CfgPluginError) else unreadable(await limited.body())
+                    )
                 except CfgPluginError as error:
                     _forget_frames(error)
                     return error_response(error)
@@ -129,3 +133,20 @@ def error_body(error: Exception) -> dict[str, Any]:
     # vLLM cuts paths out of messages. What a client or the operator wrote, the served model's name too, stays whole.
     message = str(error) if status < HTTPStatus.INTERNAL_SERVER_ERROR else sanitize_message(str(error))
     return {"error": {"message": message, "type": kind, "param": param, "code": status.value}}
+
+
+async def answer_unknown_route(request: Request, error: Exception) -> JSONResponse:
+    """What Starlette's router raises, which nobody else answers with an error object."""
+    assert isinstance(error, HTTPException)
+    status = HTTPStatus(error.status_code)
+    reason = {
+        HTTPStatus.NOT_FOUND: "there is no such route; GET /openapi.json lists those that there are",
+        HTTPStatus.METHOD_NOT_ALLOWED: f"this route takes {(error.headers or {}).get('Allow', 'another method')}",
+    }.get(status, error.detail)
+    content = {
+        "message": f"{request.method} {request.url.path}: {reason}",
+        "type": status.phrase.title().replace(" ", "") + "Error",
+        "param": None,
+        "code": status.value,
+    }
+    return JSONResponse({"error": content}, status_code=status, headers=error.headers)

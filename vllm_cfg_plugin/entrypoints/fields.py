@@ -58,8 +58,9 @@ class DiffusionFields(BaseModel):
     cfg_normalize: bool | None = None
     max_sequence_length: int | None = Field(None, description="most tokens of a text")
     combine_rule: str | None = Field(None, description=", ".join(COMBINE_RULES))
-    user: str | None = None
-    safety_identifier: str | None = None
+    user: str | None = Field(None, description="ignored")
+    safety_identifier: str | None = Field(None, description="ignored")
+    metadata: Any = Field(None, description="ignored")
 
     IMAGES: ClassVar[str] = ""  # the field of the images that come along; it is read before the others
     _SERVED: ClassVar[Served] = {}
@@ -82,8 +83,21 @@ class DiffusionFields(BaseModel):
         given = {
             name: None if value in ("", "null") and name not in _TEXTS else value for name, value in lifted.items()
         }
+        return cls._validated(given, is_strict=False)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Of a JSON object.
+
+        Raises:
+            InvalidRequestError: naming a field of the wrong type.
+        """
+        return cls._validated(fields, is_strict=True)
+
+    @classmethod
+    def _validated(cls, fields: dict[str, Any], is_strict: bool) -> Self:
         try:
-            return cls.model_validate(given, strict=False)
+            return cls.model_validate(fields, strict=is_strict)
         except ValidationError as errors:
             raise schema_error(errors.errors()[0]) from None
 

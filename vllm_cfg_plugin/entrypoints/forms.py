@@ -81,7 +81,8 @@ async def read_form(request: Request) -> dict[str, Any]:
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != MULTIPART:
-        raise InvalidRequestError("body", content_type or None, f"sent as {MULTIPART}, with files as parts of it")
+        allowed = f"sent as {MULTIPART}, with files as parts of it, or as application/json"
+        raise InvalidRequestError("body", content_type or None, allowed)
     try:
         async with request.form() as form:
             return nest_fields([(name, await _content(part)) for name, part in form.multi_items()])

@@ -6,7 +6,7 @@ import asyncio
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Request, Response
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_cfg_plugin.config import EngineSettings
@@ -32,11 +32,6 @@ async def health(raw_request: Request) -> Response:
     answers = await asyncio.gather(*asked)
     is_up = any(answers) or not answers
     return Response(status_code=HTTPStatus.OK if is_up else HTTPStatus.SERVICE_UNAVAILABLE)
-
-
-def replace_health_route(app: FastAPI) -> None:
-    """The first route of a path is the one that is called."""
-    app.router.routes[:0] = router.routes
 
 
 def health_addresses(vllm_config: VllmConfig) -> list[str]:

@@ -20,9 +20,14 @@ def encode_image(pixels: np.ndarray, image_format: ImageFormat, lossy_quality: i
     return buffer.getvalue()
 
 
+def file_of(pixels: np.ndarray, body: ImagesRequest) -> bytes:
+    """The file that a request asks for."""
+    return encode_image(pixels, body.format, body.lossy_quality)
+
+
 def base64_file(pixels: np.ndarray, body: ImagesRequest) -> str:
-    """The file that a request asks for, as text."""
-    return base64.b64encode(encode_image(pixels, body.format, body.lossy_quality)).decode("ascii")
+    """The same as text."""
+    return base64.b64encode(file_of(pixels, body)).decode("ascii")
 
 
 def background_of(pixels: np.ndarray) -> Literal["opaque", "transparent"]:

@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
 from vllm_cfg_plugin.entrypoints.images.png import without_metadata
 from vllm_cfg_plugin.errors import InvalidRequestError
@@ -23,6 +23,10 @@ _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _UNSCALED_MODES = ("I", "F")
 # Those of a file's header that never become transparent, but for its "transparency".
 _OPAQUE_MODES = ("1", "L", "RGB", "CMYK", "YCbCr", "LAB", "HSV", *_DEEP_MODES, *_UNSCALED_MODES)
+
+# Modes whose colours a profile can be about, and what they become.
+_PROFILED_MODES = {"RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB", "L": "RGB", "LAB": "RGB"}
+_SRGB = ImageCms.createProfile("sRGB")
 
 Use = Callable[[Image.Image], ImageInput]
 
@@ -133,7 +137,26 @@ def _decoded(image: Image.Image) -> ImageInput:
     if upright.mode in _DEEP_MODES:
         upright = upright.point(lambda value: value * (1 / 256)).convert("L")
     mode = "RGBA" if upright.has_transparency_data else "RGB"
+    if mode == "RGBA" or upright.mode == "P":  # which have colours of a profile only then
+        upright = upright.convert(mode)
+    upright = _in_srgb(upright)
     pixels = (upright if upright.mode == mode else upright.convert(mode)).tobytes()
     digest = hashlib.sha256(f"{mode}{upright.size}".encode())
     digest.update(pixels)
     return ImageInput(digest.hexdigest(), mode, upright.width, upright.height, pixels)
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The image in the colours that models know, where it says what its own mean.
+
+    A profile that can't be used counts as none: most say sRGB anyway.
+    """
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in _PROFILED_MODES:
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode=_PROFILED_MODES[image.mode])
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    return image if converted is None else converted

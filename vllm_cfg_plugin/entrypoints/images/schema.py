@@ -5,16 +5,26 @@ What they share with videos is in `fields`. Must not import vLLM or torch.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import math
+from typing import Any, ClassVar, Literal, cast
 
+import msgspec
 from pydantic import BaseModel, Field
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.entrypoints.fields import DiffusionFields, Served
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
 
-FULL_QUALITY = "high"  # what a response calls the one quality that a model has
+Quality = Literal["low", "medium", "high", "xhigh", "max"]
+
+# The model's own number of denoising steps is "high"; each of the others takes a share of it.
+STEPS_OF_QUALITY: dict[Quality, float] = {"low": 0.5, "medium": 0.75, "high": 1.0, "xhigh": 1.5, "max": 2.0}
+_QUALITIES: dict[str | None, Quality] = {
+    **{name: name for name in STEPS_OF_QUALITY},
+    **dict.fromkeys((None, "auto", "standard"), "high"),
+    "hd": "xhigh",
+}
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
@@ -41,21 +51,18 @@ class ImagesRequest(DiffusionFields):
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of JPEG and WebP, default 100")
     quality: str | None = None
     background: str | None = None
-    moderation: str | None = None
-    style: str | None = None
     stream: bool | None = None
-    partial_images: int | None = None
+    partial_images: int | None = Field(None, description="previews of a stream, 0 to 3")
+    watermark: bool | None = None
+    moderation: str | None = Field(None, description="ignored: nothing is moderated")
+    style: str | None = Field(None, description="ignored: say it in the prompt")
 
     _SERVED: ClassVar[Served] = {
-        "response_format": ((None, "b64_json"), '"b64_json": images are returned in the response, there are no URLs'),
+        "response_format": ((None, "b64_json", "url"), '"b64_json" or "url"'),
         "output_format": (tuple(_FORMATS), '"png", "jpeg" or "webp"'),
-        "quality": (
-            (None, "auto", "high", "hd", "standard"),
-            '"auto", "high", "hd" or "standard": the model has one quality; set num_inference_steps for a faster image',
-        ),
+        "quality": (tuple(_QUALITIES), f'"auto", "standard", "hd" or one of {", ".join(STEPS_OF_QUALITY)}'),
         "background": ((None, "auto", "opaque"), '"auto" or "opaque": the model draws no transparency'),
-        "moderation": ((None, "auto", "low"), '"auto" or "low"'),
-        "style": ((None,), "absent or null: say the style in the prompt"),
+        "watermark": ((None, False), "false: no image has one"),
         "partial_images": ((None, 0, 1, 2, 3), "0 to 3, the number of previews"),
     }
 
@@ -68,6 +75,30 @@ class ImagesRequest(DiffusionFields):
             raise InvalidRequestError("output_compression", self.output_compression, "100 for PNG, which loses nothing")
         if self.partial_images and not self.stream:
             raise InvalidRequestError("partial_images", self.partial_images, '0 or absent without "stream": true')
+        if self.stream and self.response_format == "url":
+            raise InvalidRequestError("response_format", "url", '"b64_json" where "stream" is true')
+
+    def to_params(self, info: PipelineInfo) -> DiffusionParams:
+        params = super().to_params(info)
+        share = STEPS_OF_QUALITY[self.quality_name]
+        if share == 1:
+            return params
+        if self.num_inference_steps is not None:
+            raise InvalidRequestError(
+                "quality", self.quality, '"auto" beside num_inference_steps, which says it exactly'
+            )
+        steps = math.ceil(share * cast(int, info.default_params.num_inference_steps))
+        return msgspec.structs.replace(params, num_inference_steps=steps)
+
+    def in_request_terms(self, error: InvalidRequestError) -> InvalidRequestError:
+        if error.param == "num_inference_steps" and self.num_inference_steps is None and self.quality is not None:
+            allowed = f"another one: it stands for num_inference_steps={error.value}, which must be {error.allowed}"
+            return InvalidRequestError("quality", self.quality, allowed)
+        return super().in_request_terms(error)
+
+    @property
+    def quality_name(self) -> Quality:
+        return _QUALITIES[self.quality]
 
     def check_result(self, request: DiffusionRequest) -> None:
         largest = _LARGEST_SIDES.get(self.format)
@@ -95,14 +126,19 @@ class EditsRequest(ImagesRequest):
 
     IMAGES: ClassVar[str] = "image"
 
-    input_fidelity: str | None = None
+    input_fidelity: str | None = Field(None, description="ignored: the model sees each image whole")
     mask: Any = None
 
     _SERVED: ClassVar[Served] = {
         **ImagesRequest._SERVED,
-        "input_fidelity": ((None, "high"), '"high" or absent: the model sees each image whole'),
         "mask": ((None,), "absent: the model takes no masks; say in the prompt which part of the image to change"),
     }
+
+
+class JsonEditsRequest(EditsRequest):
+    """The fields of a JSON body of POST /v1/images/edits, without `images`."""
+
+    IMAGES: ClassVar[str] = "images"
 
 
 def edits_form_schema() -> dict[str, Any]:
@@ -111,13 +147,19 @@ def edits_form_schema() -> dict[str, Any]:
     file = {"type": "string", "format": "binary"}
     schema["properties"][EditsRequest.IMAGES] = {"anyOf": [file, {"type": "array", "items": file}]}
     schema["required"] = [*schema["required"], EditsRequest.IMAGES]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+    as_json = JsonEditsRequest.model_json_schema()
+    reference = {"type": "object", "properties": {"image_url": {"type": "string"}}, "required": ["image_url"]}
+    as_json["properties"][JsonEditsRequest.IMAGES] = {"type": "array", "items": reference}
+    as_json["required"] = [*as_json["required"], JsonEditsRequest.IMAGES]
+    content = {"multipart/form-data": {"schema": schema}, "application/json": {"schema": as_json}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 class ImageData(BaseModel):
-    """One image; `seed` and `metrics` (engine.result.RequestMetrics) are ours."""
+    """One image, as text or under a link; `seed` and `metrics` (engine.result.RequestMetrics) are ours."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     seed: int
     metrics: dict[str, Any]
 
@@ -155,6 +197,6 @@ class ImagesResponse(BaseModel):
     data: list[ImageData]
     background: Literal["opaque", "transparent"]
     output_format: ImageFormat
-    quality: str = FULL_QUALITY
+    quality: Quality
     size: str
     usage: Usage

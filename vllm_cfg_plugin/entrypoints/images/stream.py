@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from vllm_cfg_plugin.engine.progress import Progress
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls, PreviewImage
 from vllm_cfg_plugin.entrypoints.front_end import GeneratedImage
 from vllm_cfg_plugin.entrypoints.images.files import background_of, base64_file
-from vllm_cfg_plugin.entrypoints.images.schema import FULL_QUALITY, EditsRequest, ImageFormat, ImagesRequest, Usage
+from vllm_cfg_plugin.entrypoints.images.schema import EditsRequest, ImageFormat, ImagesRequest, Quality, Usage
 from vllm_cfg_plugin.entrypoints.input_budget import InputHold
 from vllm_cfg_plugin.entrypoints.service import in_thread
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -40,7 +39,7 @@ class ImageEvent(BaseModel):
     b64_json: str
     created_at: int
     size: str
-    quality: str = FULL_QUALITY
+    quality: Quality
     background: str
     output_format: ImageFormat
     image_index: int
@@ -88,6 +87,7 @@ class ImageStream:
         # What is to be sent: comments, and images with their positions; None: there will be no more.
         self._queue: asyncio.Queue[str | tuple[int, PreviewImage | GeneratedImage] | None] = asyncio.Queue()
         self._progress = [Progress("", 0, request.steps) for request in requests]
+        self._queue.put_nowait(self._how_far())  # at once, so that a client knows that it was heard
         self._work = calls.start(requests, request_id, self._observe)
         self._ending = ExitStack()
         self._ending.enter_context(hold)
@@ -117,15 +117,18 @@ class ImageStream:
             telling.cancel()
 
     async def _tell_how_far(self) -> None:
-        """A comment at once, so that a client knows that it was heard; then when there is something new, or silence."""
-        told, told_at = "", -math.inf
+        """Comments, when there is something new and when there was silence for long."""
+        told, told_at = self._how_far(), time.monotonic()
         while True:
-            done, steps = sum(p.done for p in self._progress), sum(p.steps for p in self._progress)
-            comment = f": step {done} of {steps}\n\n"
+            await asyncio.sleep(_COMMENT_SECONDS)
+            comment = self._how_far()
             if comment != told or time.monotonic() - told_at > _SILENT_SECONDS:
                 told, told_at = comment, time.monotonic()
                 self._queue.put_nowait(comment)
-            await asyncio.sleep(_COMMENT_SECONDS)
+
+    def _how_far(self) -> str:
+        done, steps = sum(p.done for p in self._progress), sum(p.steps for p in self._progress)
+        return f": step {done} of {steps}\n\n"
 
     def _observe(self, index: int, update: Progress | PreviewImage | GeneratedImage) -> None:
         if isinstance(update, Progress):
@@ -141,6 +144,7 @@ class ImageStream:
             "b64_json": base64_file(pixels, self._body),
             "created_at": self._created_at,
             "size": f"{request.width}x{request.height}",
+            "quality": self._body.quality_name,
             "background": background_of(pixels),
             "output_format": self._body.format,
             "image_index": index,

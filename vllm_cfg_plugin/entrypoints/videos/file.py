@@ -8,11 +8,13 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from PIL import Image
 
 # The encoder's own choice depends on the machine, and the file on the number of threads.
 _THREADS = 4
 _OPTIONS = {"crf": "18", "preset": "medium"}  # visually lossless
 SMALLEST_RATE, LARGEST_RATE = 0.1, 1000  # frames a second
+SPRITES_A_ROW, SPRITE_WIDTH = 5, 160
 LARGEST_SIDE = 16383  # of what H.264 and WebP can hold
 
 
@@ -50,3 +52,21 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
             frame.pts, frame.time_base = index, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def sprite_sheet(frames: np.ndarray) -> Image.Image:
+    """Small frames of the whole video in rows, from its first to its last.
+
+    Args:
+        frames: uint8 [number, height, width, 3].
+    """
+    count = min(len(frames), SPRITES_A_ROW**2)
+    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    height, width = frames.shape[1:3]
+    small = SPRITE_WIDTH, max(1, round(SPRITE_WIDTH * height / width))
+    columns = min(count, SPRITES_A_ROW)
+    sheet = Image.new("RGB", (columns * small[0], -(-count // columns) * small[1]))
+    for place, index in enumerate(chosen):
+        row, column = divmod(place, columns)
+        sheet.paste(Image.fromarray(frames[index]).resize(small), (column * small[0], row * small[1]))
+    return sheet

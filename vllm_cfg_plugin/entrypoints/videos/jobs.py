@@ -28,7 +28,7 @@ class VideoJob:
     """One job: what users see of it, and its files.
 
     Attributes:
-        file: the MP4 file, there once the job is completed; thumbnail: WebP.
+        file: the MP4 file, there once the job is completed; thumbnail: WebP; spritesheet: JPEG.
         stored_bytes: of both.
         is_removed: nobody can ask for it any more; who still writes its files removes them.
         cancel: stops it while it runs.
@@ -37,6 +37,7 @@ class VideoJob:
     video: Video
     file: Path
     thumbnail: Path
+    spritesheet: Path
     stored_bytes: int = 0
     is_removed: bool = False
     cancel: Callable[[], Any] = lambda: None
@@ -45,9 +46,13 @@ class VideoJob:
     def is_finished(self) -> bool:
         return self.video.status in ("completed", "failed")
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.file, self.thumbnail, self.spritesheet
+
     def remove_files(self) -> None:
-        self.file.unlink(missing_ok=True)
-        self.thumbnail.unlink(missing_ok=True)
+        for file in self.files:
+            file.unlink(missing_ok=True)
 
 
 class VideoJobs:
@@ -78,7 +83,8 @@ class VideoJobs:
 
     def add(self, video: Video) -> VideoJob:
         folder = Path(self._folder.name)
-        job = VideoJob(video, folder / f"{video.id}.mp4", folder / f"{video.id}.webp")
+        file, thumbnail, spritesheet = (folder / f"{video.id}.{kind}" for kind in ("mp4", "webp", "jpg"))
+        job = VideoJob(video, file, thumbnail, spritesheet)
         self._jobs[video.id] = job
         return job
 
@@ -120,7 +126,7 @@ class VideoJobs:
 
     def complete(self, job: VideoJob, metrics: dict[str, Any]) -> None:
         """Its files are there."""
-        job.stored_bytes = job.file.stat().st_size + job.thumbnail.stat().st_size
+        job.stored_bytes = sum(file.stat().st_size for file in job.files)
         job.video.status, job.video.progress, job.video.metrics = "completed", 100, metrics
         self._end(job)
 

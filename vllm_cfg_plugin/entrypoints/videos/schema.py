@@ -29,7 +29,7 @@ def _as_text(value: object) -> object:
 class VideosRequest(DiffusionFields):
     """The fields of POST /v1/videos, without `input_reference`.
 
-    `num_frames` decides the length; without it `seconds` does, as closely as the model can; else the model does.
+    `num_frames` decides the length, or `seconds`, as closely as the model can; without both the model does.
     """
 
     IMAGES: ClassVar[str] = "input_reference"
@@ -39,6 +39,13 @@ class VideosRequest(DiffusionFields):
     fps: float | None = Field(
         None, ge=SMALLEST_RATE, le=LARGEST_RATE, description="of the file; the model's own if absent"
     )
+
+    def check(self, info: PipelineInfo) -> None:
+        super().check(info)
+        if self.num_frames is not None and self.seconds is not None:
+            raise InvalidRequestError(
+                "seconds", self.seconds, "absent beside num_frames, which says the length exactly"
+            )
 
     def to_params(self, info: PipelineInfo) -> DiffusionParams:
         params = super().to_params(info)

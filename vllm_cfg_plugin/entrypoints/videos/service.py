@@ -21,7 +21,7 @@ from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
 from vllm_cfg_plugin.entrypoints.images.files import encode_image
 from vllm_cfg_plugin.entrypoints.input_budget import InputHold
 from vllm_cfg_plugin.entrypoints.service import DiffusionService, Files
-from vllm_cfg_plugin.entrypoints.videos.file import write_video
+from vllm_cfg_plugin.entrypoints.videos.file import sprite_sheet, write_video
 from vllm_cfg_plugin.entrypoints.videos.jobs import VideoJob, VideoJobs
 from vllm_cfg_plugin.entrypoints.videos.schema import Video, VideosRequest
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError, RequestAbortedError, ServerBusyError
@@ -125,12 +125,13 @@ class VideosService(DiffusionService):
 
 
 def _write_files(job: VideoJob, frames: np.ndarray) -> None:
-    """Both files; takes long enough to be kept off the event loop.
+    """All files; takes long enough to be kept off the event loop.
 
     Args:
         frames: uint8 [number, height, width, 3].
     """
     write_video(job.file, frames, job.video.fps)
     job.thumbnail.write_bytes(encode_image(frames[0], "webp", _THUMBNAIL_QUALITY))
+    sprite_sheet(frames).save(job.spritesheet, quality=_THUMBNAIL_QUALITY)
     if job.is_removed:  # meanwhile
         job.remove_files()
