@@ -11,7 +11,7 @@ import torch
 
 from tests.distributed.ranks import free_port, run_ranks
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
-from vllm_cfg_plugin.distributed.parallel_state import cfg_group_ranks
+from vllm_cfg_plugin.distributed.parallel_state import cfg_group_ranks, sequence_group_ranks
 from vllm_cfg_plugin.errors import ConfigurationError
 
 pytestmark = pytest.mark.distributed
@@ -288,10 +288,16 @@ def test_torchrun(qwen_image_folders, tmp_path):
         ((4, 2, 2), [[0, 2], [1, 3]]),
         ((6, 3, 2), [[0, 2, 4], [1, 3, 5]]),
         ((4, 1, 4), [[0], [1], [2], [3]]),
+        ((4, 2, 1, 2), [[0, 2], [1, 3]]),
     ],
 )
 def test_cfg_group_ranks(sizes, expected):
     assert cfg_group_ranks(*sizes) == expected
+
+
+def test_sequence_group_ranks():
+    assert sequence_group_ranks(4, 1, 2) == [[0, 1], [2, 3]]
+    assert sequence_group_ranks(8, 2, 2) == [[0, 2], [1, 3], [4, 6], [5, 7]]
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -299,6 +305,8 @@ def test_sizes_that_do_not_fit_are_refused():
         cfg_group_ranks(1, 0, 1)
     with pytest.raises(ConfigurationError, match=r"cfg_parallel_size=2 x tensor_parallel_size=2 = 4 ranks.* has 2"):
         cfg_group_ranks(2, 2, 2)
+    with pytest.raises(ConfigurationError, match=r"sequence_parallel_size=2 = 4 ranks.* has 2"):
+        cfg_group_ranks(2, 2, 1, 2)
 
 
 def test_initialising_twice_with_other_sizes_is_refused():
@@ -311,7 +319,7 @@ def test_initialising_twice_with_other_sizes_is_refused():
     parallel_state.initialize_model_parallel()
     try:
         assert parallel_state.get_cfg_group().world_size == 1
-        with pytest.raises(ConfigurationError, match=r"=\(2, 1\), but the groups exist with \(1, 1\)"):
+        with pytest.raises(ConfigurationError, match=r"=\(2, 1, 1\), but the groups exist with \(1, 1, 1\)"):
             parallel_state.initialize_model_parallel(2)
     finally:
         parallel_state.destroy_model_parallel()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vllm_cfg_plugin.distributed import shared_memory
+from vllm_cfg_plugin.distributed.sequence_group import MemberFailedError
 from vllm_cfg_plugin.distributed.shared_memory import SharedMemoryGather, connect
 
 TIMEOUT_S = 60
@@ -106,9 +107,9 @@ def read_slowly(rank, ranks, share):
     if rank == 1:
         copy = shared_memory._Slot.read_into
 
-        def slow_copy(slot, row):
+        def slow_copy(*args):
             time.sleep(0.01)
-            copy(slot, row)
+            copy(*args)
 
         shared_memory._Slot.read_into = slow_copy
     gather = connect(rank, ranks, share)
@@ -118,6 +119,36 @@ def read_slowly(rank, ranks, share):
 def test_a_fast_rank_does_not_overwrite_what_a_slow_one_still_reads():
     expected = [[exchange] * 3 for exchange in range(20)]
     assert run_forked(read_slowly, 2) == [expected, expected]
+
+
+def trade_parts(rank, ranks, share):
+    gather = connect(rank, ranks, share)
+    sent = torch.arange(ranks * 40_000).view(ranks, 8, -1) + 1_000_000 * rank
+    return [gather.all_to_all(sent + exchange).numpy() for exchange in range(3)]
+
+
+def test_every_rank_gets_its_part_of_every_rank():
+    by_rank = run_forked(trade_parts, 3)
+    for rank, received in enumerate(by_rank):
+        for exchange, parts in enumerate(received):
+            first = torch.arange(40_000).view(8, -1) + 40_000 * rank + exchange
+            assert all((parts[peer] == (first + 1_000_000 * peer).numpy()).all() for peer in range(3))
+
+
+def fail_once(rank, ranks, share):
+    """Rank 1 can't take part in the second of three exchanges."""
+    gather = connect(rank, ranks, share)
+    gather(torch.tensor([rank]))
+    if rank == 1:
+        gather.fail()
+    else:
+        with pytest.raises(MemberFailedError, match="rank 1 of this sequence group failed"):
+            gather.all_to_all(torch.zeros(ranks, 5))
+    return gather(torch.tensor([rank])).tolist()
+
+
+def test_a_rank_that_fails_leaves_no_other_waiting():
+    assert run_forked(fail_once, 3) == [[[0], [1], [2]]] * 3
 
 
 def wait_long(rank, ranks, share):

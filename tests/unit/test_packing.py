@@ -1,10 +1,14 @@
-"""Packed rows: layout and padding."""
+"""Packed rows: layout, padding and windows."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from vllm_cfg_plugin.distributed.sequence_group import together
 from vllm_cfg_plugin.pipelines.common.packing import (
     ROW_MULTIPLE,
+    LayoutCache,
     PackedRows,
     common_runs,
     interleave,
@@ -103,3 +107,46 @@ def test_interleave_puts_the_two_rows_of_a_sequence_together():
     assert joint[0, :7, 0].tolist() == [10, 20, 20, 20, 11, 11, 21]
     assert not joint[:, 7:].any()
     assert torch.equal(joint[1], -joint[0])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank of a sequence group that trades nothing."""
+
+    rank: int
+    size: int
+
+    def any(self, flags):
+        return [*flags]
+
+
+def test_windows_are_the_whole_stream_and_its_padding():
+    stream = torch.randn(70, 2)
+    windows = [PackedRows((40, 30), CPU, Place(rank, 4)) for rank in range(4)]
+    assert {rows.window_size for rows in windows} == {32}
+    assert windows[0].sizes == [40, 30, 4 * 32 - 70]
+    padded = torch.cat([rows.window(stream) for rows in windows])
+    assert torch.equal(padded[:70], stream)
+    assert torch.equal(padded[70:], torch.zeros(58, 2))
+    joined = windows[1].join(windows[1].split(stream))
+    assert torch.equal(joined, padded)
+    assert torch.equal(windows[1].window(joined), padded[32:64])
+
+
+def test_rows_of_the_stream_in_a_window():
+    second = PackedRows((40, 30), CPU, Place(1, 4))  # of rows 32 to 63
+    assert [second.window_of(slice(*rows)) for rows in ((0, 40), (40, None), (40, 50))] == [
+        slice(0, 8),
+        slice(8, 32),
+        slice(8, 18),
+    ]
+    outside = second.window_of(slice(0, 30))
+    assert outside.start >= outside.stop
+
+
+def test_layouts_are_remembered_for_each_group():
+    cache = LayoutCache()
+    alone = cache.get("key", object)
+    with together(Place(0, 2)):
+        assert cache.get("key", object) is not alone
+    assert cache.get("key", object) is alone

@@ -19,7 +19,11 @@ from vllm_cfg_plugin.distributed.parallel_state import (
     get_cfg_group,
     get_classifier_free_guidance_rank,
     get_classifier_free_guidance_world_size,
+    get_sequence_coordinator,
+    get_sequence_parallel_rank,
+    get_sequence_parallel_world_size,
 )
+from vllm_cfg_plugin.distributed.sequence_group import current_group, together
 
 logger = logging.getLogger(__name__)
 
@@ -167,15 +171,21 @@ class CFGParallelMixin:
         Raises:
             RequestFailedError: rank 0 could not step.
         """
-        if get_classifier_free_guidance_world_size() == 1:
+        ranks, sharers = get_classifier_free_guidance_world_size(), get_sequence_parallel_world_size()
+        if ranks == sharers == 1:
             return self.scheduler_step(noise_pred, t, latents)
-        stepped, error = None, None
+        stepped: torch.Tensor | None = None
+        error: Exception | None = None
         if get_classifier_free_guidance_rank() == 0:
             try:
                 stepped = self.scheduler_step(noise_pred, t, latents)
             except Exception as caught:
                 error = caught
-        return collectives.broadcast_first(get_cfg_group(), stepped, error, latents.device)
+        latents = collectives.broadcast_first(get_cfg_group(), stepped, error, latents.device)
+        if sharers == 1:
+            return latents
+        mine = latents if get_sequence_parallel_rank() == 0 else None
+        return collectives.broadcast_first(get_sequence_coordinator(), mine, None, latents.device)
 
 
 def predict_on_ranks(branches: int, forward: Callable[[Sequence[int]], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
@@ -185,7 +195,7 @@ def predict_on_ranks(branches: int, forward: Callable[[Sequence[int]], Sequence[
 
     Args:
         branches: how many there are.
-        forward: predictions of the branches with these numbers; of one shape and dtype.
+        forward: predictions of the branches with these numbers; of one shape and dtype. A sequence group shares it.
 
     Raises:
         RequestFailedError: another rank failed or predicted another shape; no rank is left waiting.
@@ -194,12 +204,14 @@ def predict_on_ranks(branches: int, forward: Callable[[Sequence[int]], Sequence[
     if ranks == 1 or branches == 1:
         if ranks > 1:
             log_once("CFG-Parallel is idle: these steps run without guidance, so every rank computes the same branch")
-        return list(forward(range(branches)))
+        with together(current_group()):
+            return list(forward(range(branches)))
     own: dict[int, torch.Tensor] = {}
     error: Exception | None = None
     try:
         mine = range(rank, branches, ranks)
-        own = dict(zip(mine, forward(mine) if mine else [], strict=True))
+        with together(current_group()):
+            own = dict(zip(mine, forward(mine) if mine else [], strict=True))
     except Exception as caught:  # the other ranks are waiting: tell them before raising
         error = caught
     predictions: list[torch.Tensor] = []
@@ -210,12 +222,15 @@ def predict_on_ranks(branches: int, forward: Callable[[Sequence[int]], Sequence[
 
 
 def same_on_all_ranks(value: T) -> T:
-    """Rank 0's tensor or plain data on every rank of the cfg group, for what ranks draw without a common seed."""
-    if get_classifier_free_guidance_world_size() == 1:
-        return value
-    if isinstance(value, torch.Tensor):
-        return get_cfg_group().broadcast(value.contiguous(), src=0)
-    return get_cfg_group().broadcast_object(value, src=0)
+    """Rank 0's tensor or plain data on every rank of its groups, for what ranks draw without a common seed."""
+    groups = [get_cfg_group()] if get_classifier_free_guidance_world_size() > 1 else []
+    groups += [get_sequence_coordinator()] if get_sequence_parallel_world_size() > 1 else []
+    for group in groups:
+        if isinstance(value, torch.Tensor):
+            value = group.broadcast(value.contiguous(), src=0)
+        else:
+            value = group.broadcast_object(value, src=0)
+    return value
 
 
 @cache

@@ -1,7 +1,8 @@
-"""The cfg group: which ranks share a request's branches; vLLM and torch.distributed are imported only when it is built.
+"""The groups: which ranks share a request's branches (cfg), and which of them a branch's forward (sequence).
 
-Ranks are laid out with tensor parallelism innermost, like vLLM's own groups. With 4 ranks, cfg 2 and tensor parallel 2:
-tensor parallel groups [[0, 1], [2, 3]], cfg groups [[0, 2], [1, 3]].
+Ranks are laid out as cfg x sequence x tensor parallel with the last one innermost, like vLLM's own groups. With 4
+ranks, cfg 2 and sequence parallel 2: sequence groups [[0, 1], [2, 3]], cfg groups [[0, 2], [1, 3]]. vLLM and
+torch.distributed are imported only when the groups are built.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_cfg_plugin.distributed.sequence_group import ALONE, SequenceGroup, use_group
 from vllm_cfg_plugin.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -21,8 +23,15 @@ __all__ = [
     "get_cfg_group",
     "get_classifier_free_guidance_rank",
     "get_classifier_free_guidance_world_size",
+    "get_sequence_coordinator",
+    "get_sequence_parallel_rank",
+    "get_sequence_parallel_world_size",
     "initialize_model_parallel",
+    "make_sequence_group",
+    "sequence_group_ranks",
 ]
+
+_NAMES = ("cfg_parallel_size", "tensor_parallel_size", "sequence_parallel_size")
 
 
 @dataclass(frozen=True)
@@ -31,40 +40,60 @@ class _ParallelState:
 
     Attributes:
         group: vLLM's coordinator of this rank's cfg group.
-        sizes: (cfg_parallel_size, tensor_parallel_size) it was built with.
+        sequence: those of this rank's sequence group, empty where it is alone: `make_sequence_group` adds to them.
+        sizes: of `_NAMES`, that it was built with.
         owns_environment: the torch.distributed world was started here, so it ends here too.
     """
 
     group: GroupCoordinator
-    sizes: tuple[int, int]
+    sequence: list[GroupCoordinator]
+    sizes: tuple[int, int, int]
     owns_environment: bool
 
 
 _state: _ParallelState | None = None
 
 
-def cfg_group_ranks(world_size: int, cfg_parallel_size: int, tensor_parallel_size: int) -> list[list[int]]:
+def cfg_group_ranks(
+    world_size: int, cfg_parallel_size: int, tensor_parallel_size: int, sequence_parallel_size: int = 1
+) -> list[list[int]]:
     """The global ranks of every cfg group.
 
     Raises:
-        ConfigurationError: a size below 1, or a world size other than the product of the two.
+        ConfigurationError: a size below 1, or a world size other than the product of all.
     """
-    for name, size in (("cfg_parallel_size", cfg_parallel_size), ("tensor_parallel_size", tensor_parallel_size)):
+    sizes = dict(zip(_NAMES, (cfg_parallel_size, tensor_parallel_size, sequence_parallel_size), strict=True))
+    for name, size in sizes.items():
         if size < 1:
             raise ConfigurationError(f"{name}={size} is not valid: it must be an integer from 1 up")
-    needed = cfg_parallel_size * tensor_parallel_size
+    needed = cfg_parallel_size * tensor_parallel_size * sequence_parallel_size
     if needed != world_size:
+        product = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or name != _NAMES[2])
         raise ConfigurationError(
-            f"cfg_parallel_size={cfg_parallel_size} x tensor_parallel_size={tensor_parallel_size} = {needed} ranks, "
-            f"but the world has {world_size}: start as many as the product, e.g. `torchrun --nproc-per-node {needed}`"
+            f"{product} = {needed} ranks, but the world has {world_size}: start as many as the product, e.g. "
+            f"`torchrun --nproc-per-node {needed}`"
         )
-    return [list(range(first, world_size, tensor_parallel_size)) for first in range(tensor_parallel_size)]
+    stride = tensor_parallel_size * sequence_parallel_size
+    return [list(range(first, world_size, stride)) for first in range(stride)]
+
+
+def sequence_group_ranks(world_size: int, tensor_parallel_size: int, sequence_parallel_size: int) -> list[list[int]]:
+    """The global ranks of every sequence group, of a world size that fits."""
+    block = tensor_parallel_size * sequence_parallel_size
+    return [
+        list(range(start + place, start + block, tensor_parallel_size))
+        for start in range(0, world_size, block)
+        for place in range(tensor_parallel_size)
+    ]
 
 
 def initialize_model_parallel(
-    cfg_parallel_size: int = 1, tensor_parallel_size: int = 1, backend: str | None = None
+    cfg_parallel_size: int = 1,
+    tensor_parallel_size: int = 1,
+    backend: str | None = None,
+    sequence_parallel_size: int = 1,
 ) -> None:
-    """Build the cfg group; every rank of the world must call this.
+    """Build the groups; every rank of the world must call this.
 
     Inside a vLLM worker the group is carved out of vLLM's world. Elsewhere, under `torchrun` or in a single plain
     process, vLLM's distributed environment is started from the environment variables first. A second call with the
@@ -73,17 +102,18 @@ def initialize_model_parallel(
     Args:
         cfg_parallel_size: ranks that share one request's branches.
         tensor_parallel_size: ranks that share one branch's forward.
+        sequence_parallel_size: ranks that share one branch's forward by its rows; they must divide the model's heads.
         backend: torch.distributed backend; by default the world's own, or for a new world nccl with CUDA and else gloo.
 
     Raises:
         ConfigurationError: sizes that don't fit the world, or another call came first with other sizes.
     """
     global _state
-    sizes = (cfg_parallel_size, tensor_parallel_size)
+    sizes = (cfg_parallel_size, tensor_parallel_size, sequence_parallel_size)
     if _state is not None:
         if _state.sizes != sizes:
             raise ConfigurationError(
-                f"(cfg_parallel_size, tensor_parallel_size)={sizes}, but the groups exist with {_state.sizes}: "
+                f"({', '.join(_NAMES)})={sizes}, but the groups exist with {_state.sizes}: "
                 "call destroy_model_parallel() first"
             )
         return
@@ -93,13 +123,33 @@ def initialize_model_parallel(
     owns_environment = not dist.is_initialized()
     # Read before a world is started: the processes of a wrong launch must fail, not wait for each other.
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if owns_environment else dist.get_world_size()
-    groups = cfg_group_ranks(world_size, cfg_parallel_size, tensor_parallel_size)
+    groups = cfg_group_ranks(world_size, *sizes)
     _start_vllm_world(backend)
     world = vllm_state.get_world_group()
     group = vllm_state.init_model_parallel_group(
         groups, world.local_rank, backend or dist.get_backend(world.device_group), group_name="cfg"
     )
-    _state = _ParallelState(group, sizes, owns_environment)
+    _state = _ParallelState(group, [], sizes, owns_environment)
+    use_group(make_sequence_group())
+
+
+def make_sequence_group() -> SequenceGroup:
+    """A way for this rank's sequence group to trade rows, for the use of one thread; all its ranks call this alike."""
+    if _state is None or _state.sizes[2] == 1:
+        return ALONE
+    import torch.distributed as dist
+    from vllm.distributed import parallel_state as vllm_state
+
+    from vllm_cfg_plugin.distributed.sequence_exchange import connect_sequence_group
+
+    _, tensor_parallel_size, sequence_parallel_size = _state.sizes
+    groups = sequence_group_ranks(dist.get_world_size(), tensor_parallel_size, sequence_parallel_size)
+    world = vllm_state.get_world_group()
+    coordinator = vllm_state.init_model_parallel_group(
+        groups, world.local_rank, dist.get_backend(_state.group.device_group), group_name="sequence"
+    )
+    _state.sequence.append(coordinator)
+    return connect_sequence_group(coordinator)
 
 
 def destroy_model_parallel() -> None:
@@ -109,7 +159,9 @@ def destroy_model_parallel() -> None:
         return
     from vllm.distributed import parallel_state as vllm_state
 
-    _state.group.destroy()
+    use_group(ALONE)
+    for coordinator in (_state.group, *_state.sequence):
+        coordinator.destroy()
     if _state.owns_environment:
         vllm_state.destroy_distributed_environment()
     _state = None
@@ -136,6 +188,25 @@ def get_classifier_free_guidance_world_size() -> int:
 def get_classifier_free_guidance_rank() -> int:
     """This rank's place in its cfg group; 0 before `initialize_model_parallel`."""
     return 0 if _state is None else _state.group.rank_in_group
+
+
+def get_sequence_coordinator() -> GroupCoordinator:
+    """vLLM's coordinator of this rank's sequence group, which has more than one rank."""
+    if _state is None or not _state.sequence:
+        raise ConfigurationError(
+            "there is no sequence group yet: call initialize_model_parallel(sequence_parallel_size=...) first"
+        )
+    return _state.sequence[0]
+
+
+def get_sequence_parallel_world_size() -> int:
+    """Ranks that share a branch's forward; 1 before `initialize_model_parallel`."""
+    return 1 if _state is None else _state.sizes[2]
+
+
+def get_sequence_parallel_rank() -> int:
+    """This rank's place in its sequence group; 0 before `initialize_model_parallel`."""
+    return _state.sequence[0].rank_in_group if _state is not None and _state.sequence else 0
 
 
 def _start_vllm_world(backend: str | None) -> None:

@@ -1,4 +1,4 @@
-"""An all-gather between one host's ranks through memory that they share; must not import vLLM or torch.distributed.
+"""Collectives of one host's ranks through memory that they share; must not import vLLM or torch.distributed.
 
 Every rank owns two slots, and exchange k uses slot k % 2 of every rank: a rank writes its row there, then the number k,
 waits until the same slot of every other rank says k, and copies the rows out. Why two slots and no further barrier are
@@ -32,11 +32,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_cfg_plugin.distributed.sequence_group import MemberFailedError
+
 # One small picklable object of every rank, in rank order; every rank must call it alike.
 Share = Callable[[Any], list[Any]]
 
 _HEADER_BYTES = 64  # two int64, exchange number and bytes of the row, in a cache line of their own
 _EXCHANGE, _ROW_BYTES = 0, 1
+_FAILED = -1  # in place of a number of bytes
 _SMALLEST_BYTES = 64 * 2**10
 _FILES = 3  # that a rank opens of another: two slots and a bell
 
@@ -70,28 +73,41 @@ class _Slot:
     def write(self, exchange: int, row: memoryview) -> None:
         self._grow(row.nbytes)
         self._bytes[_HEADER_BYTES : _HEADER_BYTES + row.nbytes] = row
-        self._words[_ROW_BYTES] = row.nbytes
+        self._say(exchange, row.nbytes)
+
+    def fail(self, exchange: int) -> None:
+        """Say in place of a row that there is none."""
+        self._say(exchange, _FAILED)
+
+    def _say(self, exchange: int, row_bytes: int) -> None:
+        self._words[_ROW_BYTES] = row_bytes
         _memory_fence()
         self._words[_EXCHANGE] = exchange
 
     def holds(self, exchange: int) -> bool:
         return self._words[_EXCHANGE] == exchange
 
-    def read_into(self, row: memoryview) -> None:
-        """Copy the row out; the slot holds the exchange that is wanted.
+    def has_failed(self) -> bool:
+        """Whether there is no row; the slot holds the exchange that is wanted."""
+        _memory_fence()
+        return self._words[_ROW_BYTES] == _FAILED
+
+    def read_into(self, part: memoryview, first: int, row_bytes: int) -> None:
+        """Copy bytes of the row out, from byte `first` on; the slot holds the exchange that is wanted.
 
         Raises:
             RuntimeError: the other rank's row has another length.
         """
         _memory_fence()
         sent = self._words[_ROW_BYTES]
-        if sent != row.nbytes:
+        if sent != row_bytes:
             raise RuntimeError(
-                f"another rank sent a row of {sent} bytes where this one sent {row.nbytes}: all ranks must call the "
+                f"another rank sent a row of {sent} bytes where this one sent {row_bytes}: all ranks must call the "
                 "gather with rows of one width and dtype"
             )
         self._grow(sent)
-        row[:] = self._bytes[_HEADER_BYTES : _HEADER_BYTES + sent]
+        start = _HEADER_BYTES + first
+        part[:] = self._bytes[start : start + part.nbytes]
 
     def _grow(self, row_bytes: int) -> None:
         """Make room for a row. The owner comes first and enlarges the file; a reader then sets the size that it has."""
@@ -110,7 +126,7 @@ class _Slot:
 
 
 class SharedMemoryGather:
-    """[row] of every rank -> [ranks, row], for CPU tensors of any dtype; made by `connect`.
+    """[row] of every rank -> [ranks, row], and an all-to-all, for CPU tensors of any dtype; made by `connect`.
 
     Args:
         slots: the two slots of every rank, in rank order.
@@ -137,18 +153,56 @@ class SharedMemoryGather:
         Returns:
             [ranks, width], which nobody else writes to.
         """
-        self._exchange += 1
         row = row.detach().contiguous()
-        slots = [pair[self._exchange % 2] for pair in self._slots]
-        slots[self._rank].write(self._exchange, _bytes_of(row))
+        rows = row.new_empty(len(self._slots), row.numel())
+        self._trade(row, rows, 0)
+        return rows
+
+    def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
+        """[ranks, ...] to each rank -> [ranks, ...] from each, which nobody else writes to; all ranks alike.
+
+        Raises:
+            MemberFailedError: another rank called `fail`.
+        """
+        parts = parts.detach().contiguous()
+        received = torch.empty_like(parts)
+        self._trade(parts, received, self._rank * parts[0].nbytes)
+        return received
+
+    def fail(self) -> None:
+        """Take part in the next exchange with nothing, so that it fails on the others."""
+        slots = self._next_slots()
+        slots[self._rank].fail(self._exchange)
         self._ring_the_others()
-        rows = row.new_empty(len(slots), row.numel())
-        rows[self._rank] = row
         for rank, slot in enumerate(slots):
             if rank != self._rank:
                 self._wait_for(slot)
-                slot.read_into(_bytes_of(rows[rank]))
-        return rows
+
+    def _next_slots(self) -> list[_Slot]:
+        self._exchange += 1
+        return [pair[self._exchange % 2] for pair in self._slots]
+
+    def _trade(self, sent: torch.Tensor, received: torch.Tensor, first: int) -> None:
+        """One exchange: of every rank's `sent` the bytes from `first` on, into `received`, [ranks, ...]."""
+        slots = self._next_slots()
+        row = _bytes_of(sent)
+        slots[self._rank].write(self._exchange, row)
+        self._ring_the_others()
+        error: Exception | None = None
+        for rank, slot in enumerate(slots):
+            part = _bytes_of(received[rank])
+            if rank == self._rank:
+                part[:] = row[first : first + part.nbytes]
+                continue
+            self._wait_for(slot)  # for all of them, also after an error: so the ranks stay together
+            try:
+                if slot.has_failed():
+                    raise MemberFailedError(rank)
+                slot.read_into(part, first, row.nbytes)
+            except (MemberFailedError, RuntimeError) as caught:
+                error = error or caught
+        if error is not None:
+            raise error
 
     def _ring_the_others(self) -> None:
         for rank, bell in enumerate(self._ringing_ends):
@@ -255,4 +309,4 @@ def _memory_fence() -> None:
 
 
 def _bytes_of(row: torch.Tensor) -> memoryview:
-    return row.view(torch.uint8).numpy().data
+    return row.reshape(-1).view(torch.uint8).numpy().data

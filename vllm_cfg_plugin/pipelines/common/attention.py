@@ -18,6 +18,7 @@ from diffusers.models.attention_dispatch import (
 )
 
 from vllm_cfg_plugin.pipelines.common.cpu_kernels import cpu_kernels
+from vllm_cfg_plugin.pipelines.common.heads import all_rows_of_own_heads, own_rows_of_all_heads
 from vllm_cfg_plugin.pipelines.common.linear import linear, onednn_linear
 from vllm_cfg_plugin.pipelines.common.packing import ROW_MULTIPLE, PackedRows, common_runs, interleave
 
@@ -73,35 +74,42 @@ def make_joint_layout(
 def joint_attention(
     attn: Any, image: torch.Tensor, text: torch.Tensor, layout: JointLayout
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each sequence's image and text get from both, before the output projections; streams are [rows, dim]."""
-    heads = _heads(attn)
-    query_key_value = interleave(
-        layout.text,
-        layout.image,
-        (
-            rms_norm(attn.norm_added_q, linear(attn.add_q_proj, text).unflatten(-1, heads)),
-            rms_norm(attn.norm_q, linear(attn.to_q, image).unflatten(-1, heads)),
-            rms_norm(attn.norm_added_k, linear(attn.add_k_proj, text).unflatten(-1, heads)),
-            rms_norm(attn.norm_k, linear(attn.to_k, image).unflatten(-1, heads)),
-            linear(attn.add_v_proj, text).unflatten(-1, heads),
-            linear(attn.to_v, image).unflatten(-1, heads),
-        ),
+    """What each sequence's image and text get from both, before the output projections.
+
+    Args:
+        image, text: this rank's windows of the streams, [rows, dim], as are those that are returned.
+    """
+    heads, group = _heads(attn), layout.joint.group
+    streams = (
+        rms_norm(attn.norm_added_q, linear(attn.add_q_proj, text).unflatten(-1, heads)),
+        rms_norm(attn.norm_q, linear(attn.to_q, image).unflatten(-1, heads)),
+        rms_norm(attn.norm_added_k, linear(attn.add_k_proj, text).unflatten(-1, heads)),
+        rms_norm(attn.norm_k, linear(attn.to_k, image).unflatten(-1, heads)),
+        linear(attn.add_v_proj, text).unflatten(-1, heads),
+        linear(attn.to_v, image).unflatten(-1, heads),
     )
+    query_key_value = interleave(layout.text, layout.image, all_rows_of_own_heads(group, streams))
     query, key = rotate(query_key_value[:2], layout.rotation)
-    return layout.part(attend_sequences(query, key, query_key_value[2], layout.joint, attn.processor))
+    attended = layout.part(attend_sequences(query, key, query_key_value[2], layout.joint, attn.processor))
+    image, text = own_rows_of_all_heads(group, attended)
+    return image, text
 
 
 def self_attention(attn: Any, stream: torch.Tensor, rows: PackedRows, rotation: torch.Tensor | None) -> torch.Tensor:
-    """What each sequence of one stream gets from itself, before the output projection, [rows, dim].
+    """What each sequence of one stream gets from itself, before the output projection.
 
     Args:
-        rotation: of the stream's rows, see `JointLayout`.
+        stream: this rank's window of it, [rows, dim], as is what is returned.
+        rotation: of the whole stream's rows, see `JointLayout`.
     """
     heads = _heads(attn)
-    query = rotate(rms_norm(attn.norm_q, linear(attn.to_q, stream).unflatten(-1, heads)), rotation)
-    key = rotate(rms_norm(attn.norm_k, linear(attn.to_k, stream).unflatten(-1, heads)), rotation)
+    query = rms_norm(attn.norm_q, linear(attn.to_q, stream).unflatten(-1, heads))
+    key = rms_norm(attn.norm_k, linear(attn.to_k, stream).unflatten(-1, heads))
     value = linear(attn.to_v, stream).unflatten(-1, heads)
-    return rows.join(attend_sequences(query, key, value, rows, attn.processor))
+    query, key, value = all_rows_of_own_heads(rows.group, (query, key, value))
+    query, key = rotate(query, rotation), rotate(key, rotation)
+    (own,) = own_rows_of_all_heads(rows.group, [rows.join(attend_sequences(query, key, value, rows, attn.processor))])
+    return own
 
 
 def rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:

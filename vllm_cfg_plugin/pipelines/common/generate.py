@@ -13,7 +13,10 @@ import msgspec
 import torch
 
 from vllm_cfg_plugin.distributed.cfg_parallel import log_once, predict_on_ranks, same_on_all_ranks
-from vllm_cfg_plugin.distributed.parallel_state import get_classifier_free_guidance_world_size
+from vllm_cfg_plugin.distributed.parallel_state import (
+    get_classifier_free_guidance_world_size,
+    get_sequence_parallel_world_size,
+)
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, group_branches
@@ -130,7 +133,8 @@ def make_requests(texts: Sequence[list[str]], results_per_prompt: int, **fields:
 
 def _alike_on_all_ranks(generator: Generators) -> Generators:
     """Torch's own generator differs between ranks, so where there are several they get one with a seed of rank 0."""
-    if generator is not None or get_classifier_free_guidance_world_size() == 1:
+    ranks = get_classifier_free_guidance_world_size() * get_sequence_parallel_world_size()
+    if generator is not None or ranks == 1:
         return generator
     with torch.random.fork_rng(devices=[]):  # so that the first latents are those that one rank draws
         seed = int(torch.randint(2**63 - 1, ()))

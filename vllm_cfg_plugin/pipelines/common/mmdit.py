@@ -68,7 +68,7 @@ class DualBlock(NamedTuple):
 def forward_dual_block(
     block: DualBlock, image: torch.Tensor, text: torch.Tensor, spans: Spans, number: int, layout: JointLayout
 ) -> None:
-    """Block `number` of the model, on image and text [rows, dim]: both are changed in place."""
+    """Block `number` of the model, on windows of image and text [rows, dim]: both are changed in place."""
     of_image, of_text = spans.image.factors(number), spans.text.factors(number)
     first = 6 if block.image_attn is None else 9  # the text's factors come after the image's
     image_norm, text_norm = block.image_norms[0], block.text_norms[0]
@@ -95,7 +95,7 @@ def forward_dual_block(
 
 
 def forward_single_block(block: Any, stream: torch.Tensor, spans: Spans, number: int, layout: JointLayout) -> None:
-    """Block `number` of the model, one of its single-stream blocks, on the joint stream [rows, dim], in place."""
+    """Block `number` of the model, one of its single-stream blocks, on a window of the joint stream [rows, dim]."""
     factors = spans.joint.factors(number)
     normed = modulate(block.norm.norm, stream, spans.joint.rows, factors, 0)
     attended = self_attention(block.attn, normed, layout.joint, layout.rotation)
@@ -110,19 +110,21 @@ def forward_blocks(
     """The prediction of a Flux, LongCat-Image or Stable Diffusion 3 transformer, [image tokens, channels].
 
     Args:
-        image, text: embedded streams, [rows, dim]; they are changed.
+        image, text: windows of the embedded streams, [rows, dim]; they are changed.
     """
     spans = Spans.of(modulations, layout)
     for number, block in enumerate(model.transformer_blocks):
         forward_dual_block(_dual_block(block), image, text, spans, number, layout)
     single_blocks = getattr(model, "single_transformer_blocks", ())
     if len(single_blocks):
-        pairs = zip(layout.text.split(text), layout.image.split(image), strict=True)
-        stream = layout.joint.join(rows for pair in pairs for rows in pair)
+        whole = (stream.split(stream.gather(own)) for stream, own in ((layout.text, text), (layout.image, image)))
+        joint = layout.joint.join(rows for pair in zip(*whole, strict=True) for rows in pair)
+        stream = layout.joint.window(joint)
         for number, block in enumerate(single_blocks, start=len(model.transformer_blocks)):
             forward_single_block(block, stream, spans, number, layout)
-        image, _ = layout.part(layout.joint.split(stream))
-    return linear(model.proj_out, modulate_last(model.norm_out.norm, image, spans.image))[: layout.image.total]
+        image = layout.image.window(layout.part(layout.joint.split(layout.joint.gather(stream)))[0])
+    predicted = linear(model.proj_out, modulate_last(model.norm_out.norm, image, spans.image))
+    return layout.image.gather(predicted)[: layout.image.total]
 
 
 def block_modulations(model: Any, embedding: torch.Tensor, count: int) -> list[Modulation]:

@@ -162,9 +162,15 @@ class StreamSpans(NamedTuple):
 
     @classmethod
     def of(cls, modulations: Sequence[Modulation], stream: PackedRows) -> Self:
-        """The spans of a stream whose parts have these modulations, one per part."""
+        """The spans of this rank's window of a stream whose parts have these modulations, one per part."""
         firsts = [i for i, own in enumerate(modulations) if i == 0 or own is not modulations[i - 1]]
-        return cls([modulations[i] for i in firsts], stream.cut(firsts))
+        return cls([modulations[i] for i in firsts], stream.cut(firsts)).window(stream)
+
+    def window(self, stream: PackedRows) -> Self:
+        """The spans of this rank's window of the stream."""
+        spans = zip(self.modulations, map(stream.window_of, self.rows), strict=True)
+        kept = [(modulation, rows) for modulation, rows in spans if rows.start < rows.stop]
+        return type(self)([modulation for modulation, _ in kept], [rows for _, rows in kept])
 
     def factors(self, number: int) -> list[Factors]:
         """Each span's factors of block `number`."""

@@ -1,16 +1,19 @@
-"""Sequences laid end to end: lengths, padding and runs; must import nothing else but torch.
+"""Sequences laid end to end: lengths, padding, windows and runs; must import neither vLLM nor diffusers.
 
 A packed stream holds the rows of n sequences one after the other, then padding rows that belong to none, up to some
 multiple of `ROW_MULTIPLE`. On a CPU with one thread per rank, this is what makes a sequence's numbers independent of
 its neighbours: a matrix product gives a row the same bits for every row count from 16 up (measured with torch 2.13,
 float32, MKL and oneDNN), and an elementwise loop over whole vectors never falls into the scalar tail whose `exp` or
 `tanh` may round otherwise.
+
+Where a sequence group shares a forward, a stream is as many windows of equal size as there are ranks, and between
+attentions each of them holds one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from typing import Any
@@ -18,10 +21,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vllm_cfg_plugin.distributed.sequence_group import SequenceGroup, current_group
 from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
 from vllm_cfg_plugin.pipelines.common.upload import upload
 
 ROW_MULTIPLE = 16
+# torch's elementwise loops take two vectors of up to 16 floats at a time. So many rows of any width are whole ones:
+# where the streams of one rank have no scalar tail, no window has one.
+WINDOW_MULTIPLE = 32
 
 # Layouts of a model that are kept: they serve every step of the requests that run together. 131,072 rows of a head of
 # 128 channels, so many requests of any lengths; and a layout that is too large for it costs little beside its forward.
@@ -72,10 +79,12 @@ class PackedRows:
     Attributes:
         lengths: rows of each sequence, in order.
         device: where the index tensors live.
+        group: the ranks that share the forward.
     """
 
     lengths: tuple[int, ...]
     device: torch.device
+    group: SequenceGroup = field(default_factory=current_group)
 
     @cached_property
     def total(self) -> int:
@@ -85,7 +94,21 @@ class PackedRows:
     @cached_property
     def sizes(self) -> list[int]:
         """Rows of each sequence, then those of the padding."""
-        return [*self.lengths, padding_rows(self.total)]
+        return [*self.lengths, self.group.size * self.window_size - self.total]
+
+    @cached_property
+    def window_size(self) -> int:
+        """Rows that one rank holds."""
+        if self.group.size == 1:
+            return self.total + padding_rows(self.total)
+        rows = -(-self.total // self.group.size)
+        rows += padding_rows(rows)
+        return rows + -rows % WINDOW_MULTIPLE
+
+    @cached_property
+    def window_rows(self) -> slice:
+        """The rows that this rank holds; none, some or all of them may be padding."""
+        return slice(self.group.rank * self.window_size, (self.group.rank + 1) * self.window_size)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -118,12 +141,31 @@ class PackedRows:
         starts = [self.starts[first] for first in firsts]
         return [slice(start, end) for start, end in zip(starts, [*starts[1:], None], strict=True)]
 
+    def window(self, stream: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a stream [rows, ...], which may lack its padding: zeros stand for that."""
+        own = stream[self.window_rows]
+        missing = self.window_size - own.shape[0]
+        return F.pad(own, [0, 0] * (own.dim() - 1) + [0, missing]) if missing else own
+
+    def window_of(self, rows: slice) -> slice:
+        """Where rows of the stream lie in this rank's window; empty if they don't."""
+        first, last = self.window_rows.start, self.window_rows.stop
+        stop = last if rows.stop is None else min(rows.stop, last)
+        return slice(max(rows.start or 0, first) - first, max(stop - first, 0))
+
+    def gather(self, window: torch.Tensor) -> torch.Tensor:
+        """The whole padded stream from every rank's window [rows, ...]."""
+        return self.group.all_gather(window)
+
 
 class LayoutCache(TensorCache[Any]):
-    """A model's layouts by what they depend on."""
+    """A model's layouts by what they depend on, and by the ranks that share the forward."""
 
     def __init__(self, capacity_bytes: int = _LAYOUT_CACHE_BYTES) -> None:
         super().__init__(capacity_bytes)
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        return super().get((current_group(), key), make)
 
 
 @lru_cache(256)

@@ -126,13 +126,13 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         Args:
             last: spans of the image after the last block.
         """
-        image = linear(self.img_in, pad_rows(latents))
-        text = linear(self.txt_in, rms_norm(self.txt_norm, pad_rows(prompts)))
+        image = linear(self.img_in, layout.image.window(latents))
+        text = linear(self.txt_in, rms_norm(self.txt_norm, layout.text.window(prompts)))
         for number, block in enumerate(self.transformer_blocks):
             is_last = number == len(self.transformer_blocks) - 1
             forward_dual_block(_parts(block, is_last), image, text, spans, number, layout)
         image = modulate_last(self.norm_out.norm, image, last)
-        return linear(self.proj_out, image)[: layout.image.total]
+        return layout.image.gather(linear(self.proj_out, image))[: layout.image.total]
 
     def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
         """The modulation of each timestep (in 0..1), bitwise independent of the others."""

@@ -84,8 +84,8 @@ class PackedSD3Transformer(SD3Transformer2DModel):
         )
         latents = rows_of("hidden_states", hidden_states, layout.image.lengths)
         prompts = rows_of("encoder_hidden_states", encoder_hidden_states, text_lengths)
-        image = self._embed_patches(latents, positions)
-        text = linear(self.context_embedder, pad_rows(prompts))
+        image = self._embed_patches(layout.image.window(latents), positions)
+        text = linear(self.context_embedder, layout.text.window(prompts))
         embedding = self.time_text_embed(pad_rows(upload(timestep, image.device)), pad_rows(pooled_projections))
         sample = forward_blocks(self, image, text, block_modulations(self, embedding, count), layout)
         # The output layer gives [patch, patch, channels] where the input has [channels, patch, patch].
@@ -95,19 +95,19 @@ class PackedSD3Transformer(SD3Transformer2DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed_patches(self, latents: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """[rows, dim] from patches [tokens, channels * patch * patch]: one image each to the convolution."""
+        """[rows, dim] from patches [rows, channels * patch * patch]: one image each to the convolution."""
         patch = self.config["patch_size"]
-        embedded = self.pos_embed.proj(pad_rows(latents).unflatten(1, (-1, patch, patch))).flatten(1)
+        embedded = self.pos_embed.proj(latents.unflatten(1, (-1, patch, patch))).flatten(1)
         return (embedded + positions).to(embedded.dtype)
 
     def _make_layout(
         self, grids: tuple[Grid, ...], text_lengths: tuple[int, ...], device: torch.device
     ) -> tuple[JointLayout, torch.Tensor]:
-        """The layout, and the position embedding of the image stream's rows, [rows, dim]."""
+        """The layout, and the position embedding of the rows of this rank's window of the image, [rows, dim]."""
         layout = make_joint_layout(text_lengths, tuple(height * width for height, width in grids), (), device)
         patch = self.config["patch_size"]
         embeds = [self.pos_embed.cropped_pos_embed(height * patch, width * patch)[0] for height, width in grids]
-        return layout, layout.image.join(embeds)
+        return layout, layout.image.window(layout.image.join(embeds))
 
 
 def patchify(latents: torch.Tensor, patch: int) -> torch.Tensor:

@@ -75,13 +75,15 @@ class PackedWanTransformer(WanTransformer3DModel):
         grids = [self._grid(one) for one in latents]
         layout = self._layout_of(grids, latents, texts, embedded_images)
         spans = self._spans(timestep, layout.video, latents[0].dtype)
-        video = layout.video.join(self._embed_patches(one) for one in latents)
-        text = self._embed_text(layout.text.join(texts))
-        image = None if embedded_images is None or layout.image is None else layout.image.join(embedded_images)
+        video = layout.video.window(layout.video.join(self._embed_patches(one) for one in latents))
+        text = self._embed_text(layout.text.window(layout.text.join(texts)))
+        image = None
+        if embedded_images is not None and layout.image is not None:
+            image = layout.image.window(layout.image.join(embedded_images))
         blocks: Any = self.blocks
         for number, block in enumerate(blocks):
             _forward_block(block, video, text, image, spans, number, layout)
-        out = linear(self.proj_out, modulate_last(self.norm_out, video, spans))
+        out = layout.video.gather(linear(self.proj_out, modulate_last(self.norm_out, video, spans)))
         videos = [self._unpatchify(*one).flatten(2) for one in zip(layout.video.split(out), grids, strict=True)]
         sample = torch.cat(videos, dim=2)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -125,7 +127,7 @@ class PackedWanTransformer(WanTransformer3DModel):
         return embedded.flatten(0, 1)
 
     def _spans(self, timesteps: Sequence[torch.Tensor], rows: PackedRows, dtype: torch.dtype) -> StreamSpans:
-        """The stream in maximal spans of one timestep; the last ends with the padding."""
+        """This rank's window of the stream in maximal spans of one timestep; the last ends with the padding."""
         parts = [part for one in zip(timesteps, rows.lengths, strict=True) for part in _parts(*one)]
         distinct = list(dict.fromkeys(t for t, _ in parts))
         of_timestep = dict(zip(distinct, self._modulations(distinct, dtype), strict=True))
@@ -135,7 +137,7 @@ class PackedWanTransformer(WanTransformer3DModel):
             spans.modulations.append(of_timestep[t])
             spans.rows.append(slice(start, None if end == rows.total else end))
             start = end
-        return spans
+        return spans.window(rows)
 
     def _modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
         """The modulation of each timestep, in float32 like upstream's.
@@ -210,7 +212,7 @@ def _forward_block(
     number: int,
     layout: WanLayout,
 ) -> None:
-    """Block `number` on the video's rows, [rows, dim], which are changed in place."""
+    """Block `number` on a window of the video's rows, [rows, dim], which are changed in place."""
     factors = spans.factors(number)
     attended = attend_to_video(block.attn1, modulate(block.norm1, video, spans.rows, factors, 0), layout)
     add_gated(video, attended, spans.rows, factors, 2)

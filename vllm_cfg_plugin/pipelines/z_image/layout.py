@@ -37,7 +37,7 @@ class ZImageLayout:
     Attributes:
         image, text: before they are joined.
         joint: image then text of sequence 0, of sequence 1, ...
-        image_pads, text_pads: which rows of the two streams are pad tokens.
+        image_pads, text_pads: which rows of this rank's windows of the two streams are pad tokens.
     """
 
     image: PaddedStream
@@ -47,10 +47,10 @@ class ZImageLayout:
     text_pads: torch.Tensor
 
     def image_of(self, stream: torch.Tensor) -> torch.Tensor:
-        """The image stream out of the joint one."""
-        lengths = self.image.rows.lengths
-        sequences = zip(self.joint.rows.split(stream), lengths, strict=True)
-        return self.image.rows.join(rows[:length] for rows, length in sequences)
+        """This rank's window of the image stream out of that of the joint one."""
+        image, joint = self.image.rows, self.joint.rows
+        sequences = zip(joint.split(joint.gather(stream)), image.lengths, strict=True)
+        return image.window(image.join(rows[:length] for rows, length in sequences))
 
 
 def make_layout(
@@ -63,12 +63,14 @@ def make_layout(
         text_rows = text_length + -text_length % SEQ_MULTI_OF
         images.append(_place(model, prod(grid), grid, text_rows + 1))
         texts.append(_place(model, text_length, (text_rows, 1, 1), 1))
+    image = _make_stream([[place] for place in images], device)
+    text = _make_stream([[place] for place in texts], device)
     return ZImageLayout(
-        image=_make_stream([[image] for image in images], device),
-        text=_make_stream([[text] for text in texts], device),
+        image=image,
+        text=text,
         joint=_make_stream([*zip(images, texts, strict=True)], device),
-        image_pads=upload(_pads_of(images), device),
-        text_pads=upload(_pads_of(texts), device),
+        image_pads=upload(_pads_of(images, image.rows), device),
+        text_pads=upload(_pads_of(texts, text.rows), device),
     )
 
 
@@ -91,5 +93,5 @@ def _make_stream(sequences: Sequence[Sequence[_Place]], device: torch.device) ->
     return PaddedStream(rows, upload(rows.join(part for parts in rotations for part in parts)[:, None], device))
 
 
-def _pads_of(places: Sequence[_Place]) -> torch.Tensor:
-    return torch.cat([is_pad for _, is_pad in places]).nonzero().flatten()
+def _pads_of(places: Sequence[_Place], rows: PackedRows) -> torch.Tensor:
+    return rows.window(rows.join(is_pad for _, is_pad in places)).nonzero().flatten()

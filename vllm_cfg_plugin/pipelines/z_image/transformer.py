@@ -147,30 +147,31 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
     ) -> torch.Tensor:
         """[image rows, patch] of all sequences from patches and prompt embeddings, each [tokens, ...]."""
         image_spans, spans = (StreamSpans.of(modulations, stream.rows) for stream in (layout.image, layout.joint))
-        image = linear(self.all_x_embedder[_PATCH_KEY], lay_out(patches, layout.image.rows))
+        image = linear(self.all_x_embedder[_PATCH_KEY], layout.image.rows.window(lay_out(patches, layout.image.rows)))
         image[layout.image_pads] = self.x_pad_token
         for number, block in enumerate(self.noise_refiner):
             _add_attention(block, image, layout.image, image_spans.rows, image_spans.factors(number))
             _add_feed_forward(block, image, image_spans.rows, image_spans.factors(number))
-        pairs = zip(layout.image.rows.split(image), self._refine_texts(texts, layout), strict=True)
-        stream = layout.joint.rows.join(piece for pair in pairs for piece in pair)
+        images = layout.image.rows.split(layout.image.rows.gather(image))
+        pairs = zip(images, self._refine_texts(texts, layout), strict=True)
+        stream = layout.joint.rows.window(layout.joint.rows.join(piece for pair in pairs for piece in pair))
         for number, block in enumerate(self.layers, len(self.noise_refiner)):
             _add_attention(block, stream, layout.joint, spans.rows, spans.factors(number))
             if block is self.layers[-1]:  # nothing reads the text any more
                 stream, spans = layout.image_of(stream), image_spans
             _add_feed_forward(block, stream, spans.rows, spans.factors(number))
         final: Any = self.all_final_layer[_PATCH_KEY]
-        return linear(final.linear, modulate_last(final.norm_final, stream, spans))
+        return layout.image.rows.gather(linear(final.linear, modulate_last(final.norm_final, stream, spans)))
 
     def _refine_texts(self, texts: Sequence[torch.Tensor], layout: ZImageLayout) -> list[torch.Tensor]:
         """What of each text joins its image, [text rows, dim]; the timestep does not matter to it."""
         norm, projection = self.cap_embedder
-        stream = linear(projection, rms_norm(norm, lay_out(texts, layout.text.rows)))
+        stream = linear(projection, rms_norm(norm, layout.text.rows.window(lay_out(texts, layout.text.rows))))
         stream[layout.text_pads] = self.cap_pad_token
         for block in self.context_refiner:
             _add_attention(block, stream, layout.text, [slice(None)], [_norm_weights(block)])
             _add_feed_forward(block, stream, [slice(None)], [_norm_weights(block)])
-        return layout.text.rows.split(stream)
+        return layout.text.rows.split(layout.text.rows.gather(stream))
 
 
 def _add_attention(

@@ -1,0 +1,117 @@
+"""The ranks that share one packed forward by its rows, as a forward sees them.
+
+Sequence parallelism after Ulysses (https://arxiv.org/abs/2309.14509). Every rank of a sequence group has a window of
+each stream's rows. All of a layer but attention works row by row; around attention the ranks trade rows for heads, so
+that each has all rows of some heads. No sum changes its order, so a group of any size gives the bits of one rank. Must
+import nothing but torch and the errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+
+from vllm_cfg_plugin.errors import RequestFailedError
+
+
+class SequenceGroup(Protocol):
+    """The ranks of one group, which all make the same calls in the same order.
+
+    Attributes:
+        rank, size: this process in the group.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
+        """[ranks, ...] to each rank -> [ranks, ...] from each rank.
+
+        Raises:
+            MemberFailedError: another rank called `fail`.
+        """
+
+    def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """[rows, ...] of each rank -> [ranks * rows, ...]; raises as `all_to_all` does."""
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Of each flag whether some rank has set it; raises as `all_to_all` does."""
+
+    def fail(self) -> None:
+        """Tell the others, in place of the next call, that this rank can't go on with what they do together."""
+
+
+class MemberFailedError(RequestFailedError):
+    """Another rank of the sequence group failed in what all of them did together; its own log has the reason."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"rank {rank} of this sequence group failed; its own log has the reason")
+
+
+class GroupBrokenError(BaseException):
+    """The ranks of a sequence group are at different calls and can't meet any more: they have to start anew.
+
+    No `Exception`, so that nobody takes it for the failure of a request.
+    """
+
+
+class _Alone:
+    """The group of one rank."""
+
+    rank = 0
+    size = 1
+
+    def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
+        return parts
+
+    def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        return [*flags]
+
+    def fail(self) -> None:
+        """There is nobody to tell."""
+
+
+ALONE: SequenceGroup = _Alone()
+_of_process: SequenceGroup = ALONE
+_of_context: ContextVar[SequenceGroup | None] = ContextVar("sequence_group", default=None)
+
+
+def current_group() -> SequenceGroup:
+    """The group that shares the forwards of this thread: that of `together`, else the process's own."""
+    return _of_context.get() or _of_process
+
+
+def use_group(group: SequenceGroup) -> None:
+    """Share the forwards of this process, wherever there is no `together`."""
+    global _of_process
+    _of_process = group
+
+
+@contextmanager
+def together(group: SequenceGroup) -> Iterator[None]:
+    """What all ranks of the group do alike, and all of them or none: where one fails, the others do at once.
+
+    Raises:
+        MemberFailedError: another rank failed.
+    """
+    token = _of_context.set(group)
+    try:
+        yield
+        group.any([])  # where a rank has failed after the last exchange
+    except MemberFailedError:
+        raise
+    except BaseException:
+        group.fail()
+        raise
+    finally:
+        _of_context.reset(token)
