@@ -16,6 +16,7 @@ import requests
 from PIL import Image
 
 from examples.vllm_server import HOST, VllmServer
+from tests.e2e import javascript_client
 from tests.e2e.conftest import START_TIMEOUT_S
 from tests.e2e.endings import end_amid_a_request
 from tests.e2e.scripts import flags, run
@@ -296,6 +297,19 @@ def test_the_examples_client_draws_an_image(server, tmp_path):
     )
     assert "saved rocket.png" in run("openai_client.py", *arguments, cwd=tmp_path)
     assert Image.open(tmp_path / "rocket.png").size == (64, 32)
+
+
+def test_the_javascript_client(server, tmp_path):
+    javascript_client.install(tmp_path)
+    seen = javascript_client.run(tmp_path, "client.mjs", f"{server.url}/v1", "tiny")
+    assert (seen["models"], seen["retrieved"]) == (["tiny", "alias"], "tiny")
+    assert seen["plain"] == seen["linked"] == seen["streamed"]
+    assert seen["usage"] > 16
+    assert seen["events"][-1] == "image_generation.completed"
+    assert seen["refused"] == ["BadRequestError", 400, "n"]
+    assert seen["missing"] == ["NotFoundError", 404]
+    assert seen["left"] == "APIUserAbortError"
+    wait_for_running(server, 0, timeout_s=5)
 
 
 def test_nothing_is_left_behind(server):
