@@ -166,10 +166,13 @@ def _check_device_count(platform: type[Platform], vllm_config: VllmConfig) -> No
         return
     parallel = vllm_config.parallel_config
     needed = parallel.world_size * (parallel.data_parallel_size_local or 1)
-    available = cast(Any, platform).device_count()  # CudaPlatform and RocmPlatform have it
+    named = parallel.assigned_physical_gpu_ids
+    # CudaPlatform and RocmPlatform have `device_count`.
+    available = cast(Any, platform).device_count() if named is None else len(named)
     if needed > available:
+        has = "this machine has" if named is None else "--device-ids names"
         raise ConfigurationError(
             f"cfg_parallel_size={parallel.world_size} with "
-            f"data_parallel_size_local={parallel.data_parallel_size_local} needs {needed} GPUs and this machine has "
+            f"data_parallel_size_local={parallel.data_parallel_size_local} needs {needed} GPUs and {has} "
             f"{available}: lower it, or make more GPUs visible"
         )

@@ -28,6 +28,7 @@ def make_config(architecture="QwenImagePipeline", cfg=2, **parallel):
         "data_parallel_size": 1,
         "data_parallel_size_local": 1,
         "world_size": 1,
+        "assigned_physical_gpu_ids": None,
         "worker_cls": "auto",
     }
     return SimpleNamespace(
@@ -62,6 +63,12 @@ def test_fewer_gpus_than_ranks_is_one_clear_line(ranks, replicas, gpus, enough):
     else:
         with pytest.raises(ConfigurationError, match=f"needs {ranks * replicas} GPUs and this machine has {gpus}"):
             _check_device_count(platform, config)
+
+
+def test_fewer_named_gpus_than_ranks_is_one_clear_line():
+    config = make_config(world_size=2, assigned_physical_gpu_ids=[3])
+    with pytest.raises(ConfigurationError, match="needs 2 GPUs and --device-ids names 1"):
+        _check_device_count(SimpleNamespace(device_type="cuda", device_count=lambda: 8), config)
 
 
 def test_a_machine_without_an_accelerator_refuses_what_it_cannot_run():

@@ -12,7 +12,6 @@ from itertools import count
 from typing import Any
 
 import cloudpickle
-from vllm.utils.system_utils import get_mp_context
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.abstract import Executor, FailureCallback
 
@@ -82,9 +81,9 @@ class CfgExecutor(Executor):
                 return calibrations
 
     def _choose_start(self, settings: EngineSettings) -> StartRanks:
-        """Fork on a CPU, which saves every rank the imports; elsewhere vLLM's choice: CUDA does not survive a fork."""
+        """Fork on a CPU, which saves every rank the imports; elsewhere spawn, as accelerators do not survive forks."""
         if self.device_config.device_type != "cpu":
-            return partial(OwnProcesses, self.vllm_config, get_mp_context())
+            return partial(OwnProcesses, self.vllm_config, multiprocessing.get_context("spawn"))
         pipeline_class(Checkpoint(self.model_config.model, self.model_config.revision))  # imported once for all
         if settings.shares_weights(self.device_config.device_type):
             self._template = Template(self.vllm_config)

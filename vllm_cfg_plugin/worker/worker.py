@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from vllm import envs
 from vllm.distributed import init_distributed_environment
+from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
@@ -41,8 +43,11 @@ class DiffusionWorker(WorkerBase):
             # A rank is one core's work, and with more threads a row's result depends on the batch that it is in.
             torch.set_num_threads(1)
         else:
-            self.device = torch.device(self.current_platform.device_type, self._visible_device())
+            self.local_rank = self._local_device()  # before the groups, which put their communicators there
+            visible = self.current_platform.logical_device_id_to_visible_device_id(self.local_rank)
+            self.device = torch.device(self.current_platform.device_type, visible)
             self.current_platform.set_device(self.device)
+            self.current_platform.check_if_supports_dtype(cast(torch.dtype, self.model_config.dtype))
         settings = EngineSettings.from_vllm_config(self.vllm_config)
         init_distributed_environment(
             world_size=self.parallel_config.world_size,
@@ -55,12 +60,17 @@ class DiffusionWorker(WorkerBase):
         # Here, where ranks meet anyway: a rank that can't load its model must not leave the others waiting.
         self._all_gather = make_all_gather(self.device)
 
-    def _visible_device(self) -> int:
-        """This rank's accelerator: replicas take consecutive blocks, unless vLLM assigned the devices itself."""
+    def _local_device(self) -> int:
+        """Number of this rank's accelerator among those of the server: as vLLM's own worker of a GPU finds it.
+
+        Replicas take consecutive blocks of them. With `--device-ids` it counts those.
+        """
         parallel = self.parallel_config
         if parallel.assigned_physical_gpu_ids is not None:
-            return self.current_platform.logical_device_id_to_visible_device_id(self.local_rank)
-        return self.local_rank + (parallel.data_parallel_rank_local or 0) * parallel.world_size
+            set_assigned_physical_gpu_ids(parallel.assigned_physical_gpu_ids)
+        replica = parallel.data_parallel_rank_local
+        replica = parallel.data_parallel_index if replica is None else replica
+        return self.local_rank + replica * parallel.world_size
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint's pipeline; every rank holds all of it, because any rank may own any branch."""
