@@ -15,8 +15,10 @@ from vllm.distributed import init_distributed_environment
 from vllm.utils.network_utils import get_open_port
 from vllm.v1.request import RequestStatus
 
+from tests.distributed.nccl_rules import nccl_rules
 from tests.families import load
 from tests.toy_pipeline import InlineSideWork, toy_vllm_config
+from tests.unit.test_run_ahead import DevicePace
 from tests.unit.test_scheduler import vllm_request
 from vllm_cfg_plugin.distributed import parallel_state
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepReport
@@ -24,6 +26,7 @@ from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import merge_reports
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
+from vllm_cfg_plugin.worker.pace import HostPace
 from vllm_cfg_plugin.worker.runner import StepRunner
 from vllm_cfg_plugin.worker.side_work import SideWork
 from vllm_cfg_plugin.worker.worker import make_all_gather
@@ -73,17 +76,21 @@ def run_ranks(
     fault: Fault = no_fault,
     load: Callable[[Path], EnginePipeline] = load,
     max_tokens: int = 1_000_000,
+    as_on_gpus: bool = False,
 ) -> list[Traces]:
     """Run all scripts on `ranks` forked processes; returns every rank's traces.
 
     Args:
         max_tokens: of a rank and step. Where there is such a limit, side work runs on threads, as in a server.
+        as_on_gpus: exchange over the process group, by NCCL's rules, and run a step ahead.
     """
     outs = [folder / f"traces-{rank}.pt" for rank in range(ranks)]
     port = get_open_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_run_rank, args=(model, ranks, rank, port, scripts, out, fault, load, max_tokens))
+        context.Process(
+            target=_run_rank, args=(model, ranks, rank, port, scripts, out, fault, load, max_tokens, as_on_gpus)
+        )
         for rank, out in enumerate(outs)
     ]
     for process in processes:
@@ -118,6 +125,7 @@ def _run_rank(
     fault: Fault,
     load: Callable[[Path], EnginePipeline],
     max_tokens: int,
+    as_on_gpus: bool,
 ) -> None:
     torch.set_num_threads(1)
     init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
@@ -130,12 +138,14 @@ def _run_rank(
         return pack_branches(branches)
 
     pipeline.pack_branches = pack_or_fail
-    all_gather = make_all_gather(torch.device("cpu"))
+    all_gather = make_all_gather(torch.device("cuda" if as_on_gpus else "cpu"))
     traces: Traces = {}
     for name, script in scripts.items():
         side = ThreadedSideWork(rank) if max_tokens < 1_000_000 else InlineSideWork(rank)
-        runner = RecordingRunner(pipeline, rank, ranks, all_gather, side)
-        _drive(runner, ranks, list(script), max_tokens)
+        pace = DevicePace() if as_on_gpus else HostPace()
+        runner = RecordingRunner(pipeline, rank, ranks, all_gather, side, pace)
+        with nccl_rules():
+            _drive(runner, ranks, list(script), max_tokens)
         assert not runner.states, "every request must be forgotten after its last step, or when it failed"
         traces[name] = dict(runner.trace)
     torch.save(traces, out)

@@ -71,7 +71,10 @@ def _run_rank(
     import torch
 
     torch.set_num_threads(1)
+    from tests.distributed.nccl_rules import nccl_rules
+
     try:
-        results.put((rank, function(*args), None))
+        with nccl_rules():
+            results.put((rank, function(*args), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

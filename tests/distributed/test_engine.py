@@ -145,6 +145,24 @@ def test_a_rank_that_fails_alone_costs_one_request_and_no_rank_waits(model, trac
             assert bitwise_equal(trace, traces[1][0][f"alone-{seed}"][seed])
 
 
+def test_as_on_gpus_a_rank_that_fails_alone_costs_one_request(model, traces, tmp_path):
+    """Over the process group, by NCCL's rules, where ranks learn of a failure a step later."""
+    requests = make_requests(model)
+    victim = requests[5]
+
+    def fault(rank, branches):
+        if rank == 1 and any(branch.request == victim and branch.branch == 1 for branch in branches):
+            raise RuntimeError("out of luck")
+
+    script = {"fault": [(0, request) for request in requests]}
+    for by_script in run_ranks(model, 2, script, tmp_path, fault, as_on_gpus=True):
+        by_seed = by_script["fault"]
+        assert len(by_seed.pop(victim.seed, [])) <= 2
+        assert len(by_seed) == len(requests) - 1
+        for seed, trace in by_seed.items():
+            assert bitwise_equal(trace, traces[1][0][f"alone-{seed}"][seed])
+
+
 # ---- long requests: those of more than so many tokens on a rank are forwarded beside the steps of the others ----
 
 MAX_TOKENS = 40  # 128x64 and 96x160 px are 32 and 60 tokens, and their texts
