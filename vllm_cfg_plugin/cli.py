@@ -16,9 +16,10 @@ from typing import Any
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.compat import run_and_fail_if_engine_died
-from vllm_cfg_plugin.config import LEAST_VALUES, EngineSettings, check_options, new_address, with_our_defaults
+from vllm_cfg_plugin.config import LEAST_VALUES, EngineSettings, new_address, with_our_defaults
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
+from vllm_cfg_plugin.vllm_options import check_options
 
 _FLAGS = {
     "cfg_parallel_size": "Ranks that share the branches of classifier-free guidance (1: one rank runs them in turn).",

@@ -6,7 +6,7 @@ Settings travel in `VllmConfig.additional_config`, which vLLM hands to every pro
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -43,7 +43,8 @@ ENGINE_DEFAULTS: dict[str, Any] = {
 }
 
 
-# Options of vLLM that would do nothing for a diffusion pipeline, or break it: name -> what to do instead.
+# Options of vLLM that would do nothing for a diffusion pipeline, or break it: name -> what to do instead. Those that
+# are about nothing of the kind are in `vllm_options.py`.
 _ONE_MACHINE = "cfg_parallel_size sets the number of ranks, data_parallel_size the number of replicas"
 _WEIGHTS_AS_THEY_ARE = "weights are loaded as they are in the checkpoint, in the type that dtype says"
 _NO_LANGUAGE = "it is about generating text"
@@ -166,20 +167,6 @@ def with_our_defaults(given: Mapping[str, Any], on_cpu: bool) -> dict[str, Any]:
     defaults = {**ENGINE_DEFAULTS, "dtype": default_dtype(on_cpu)}
     chosen = {name: value for name, value in given.items() if not (name in _AUTO_OPTIONS and value == "auto")}
     return defaults | chosen
-
-
-def check_options(options: Mapping[str, Any], vllms_default: Callable[[str], Any]) -> None:
-    """Check options of vLLM for a diffusion model.
-
-    Raises:
-        ConfigurationError: an option has no use for a diffusion pipeline.
-    """
-    for name, remedy in UNUSABLE_OPTIONS.items():
-        value = options.get(name)
-        if value and value != vllms_default(name):
-            raise ConfigurationError(
-                f"{name}={value!r} is not valid with a diffusion pipeline: leave it out ({remedy})"
-            )
 
 
 def additional_config(vllm_config: VllmConfig) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from vllm.platforms import builtin_platform_plugins
 from vllm.platforms.interface import Platform, PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_cfg_plugin.config import EngineSettings, check_options
+from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import class_names
+from vllm_cfg_plugin.vllm_options import check_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

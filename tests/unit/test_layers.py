@@ -16,6 +16,7 @@ LAYERS = (
     ("worker",),
     ("engine",),
     ("platform", "cli", "model"),
+    ("vllm_options",),
     ("config", "resolve", "tokens", "field_checks"),
     ("pipelines",),
     ("distributed", "checkpoint"),

@@ -7,9 +7,10 @@ from dataclasses import MISSING
 from typing import Any
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.config import PLUGIN_NAME, EngineSettings, check_options, new_address, with_our_defaults
+from vllm_cfg_plugin.config import PLUGIN_NAME, EngineSettings, new_address, with_our_defaults
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
+from vllm_cfg_plugin.vllm_options import check_options
 
 
 def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any) -> dict[str, Any]:
