@@ -169,6 +169,7 @@ def toy_vllm_config(ranks=2, max_num_seqs=4, max_num_batched_tokens=1000, **sett
     """`settings`: further fields of `EngineSettings`."""
     config = SimpleNamespace(
         additional_config={"cfg_parallel_size": ranks, **settings},
+        parallel_config=SimpleNamespace(data_parallel_index=0),
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
     )
     keep_calibration(config, Calibration(cost=UNCALIBRATED, token_budget=500, default_tokens=4))

@@ -39,6 +39,16 @@ _FLAGS = {
         "forwarded beside the steps of the others. Default: 1000, or what the model's own size takes if that is more."
     ),
 }
+_TEXTS = {
+    "variant": (
+        "NAME",
+        "Of the names of the model's weight files, as in model.fp16.safetensors. Default: those without one.",
+    ),
+    "cfg_trace": (
+        "FILE",
+        "Write what each rank does, step by step, for https://ui.perfetto.dev; at most 1 GiB. Default: none.",
+    ),
+}
 _SWITCHES = {
     "cfg_shared_weights": "One copy of the weights for all ranks of an engine. Default: on, where ranks run on a CPU.",
 }
@@ -65,13 +75,9 @@ def add_flags(parser: argparse.ArgumentParser, on_cpu: bool) -> None:
             metavar="N",
             help=text if default is None else f"{text} Default: {default}.",
         )
-    group.add_argument(
-        "--variant",
-        action=_SettingAction,
-        default=argparse.SUPPRESS,
-        metavar="NAME",
-        help="Of the names of the model's weight files, as in model.fp16.safetensors. Default: those without one.",
-    )
+    for name, (metavar, text) in _TEXTS.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, action=_SettingAction, default=argparse.SUPPRESS, metavar=metavar, help=text)
     for name, text in _SWITCHES.items():
         group.add_argument(f"--{name.replace('_', '-')}", action=_SwitchAction, default=argparse.SUPPRESS, help=text)
 
@@ -172,7 +178,7 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
     settings = getattr(namespace, "additional_config", None) or {}
     variant = EngineSettings.from_dict(settings).variant
     model = getattr(namespace, "model_tag", None) or model_option
-    ours = set(settings) & {*_FLAGS, *_SWITCHES, "variant"}
+    ours = set(settings) & {*_FLAGS, *_SWITCHES, *_TEXTS}
     if not isinstance(model, str):
         if ours:
             raise ConfigurationError(f"{min(ours)} needs a MODEL: a diffusers folder or the id of a repository")

@@ -19,7 +19,7 @@ def _names(*lines: str) -> tuple[str, ...]:
 
 WORKING = frozenset(
     _names(
-        "help model_tag model config served_model_name revision download_dir hf_token dtype config_format variant",
+        "help model_tag model config served_model_name revision download_dir hf_token dtype config_format",
         # the HTTP server
         "host port uds root_path middleware api_key api_server_count shutdown_timeout max_num_queued_reqs",
         "allow_credentials allowed_origins allowed_methods allowed_headers",

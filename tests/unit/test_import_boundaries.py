@@ -28,6 +28,8 @@ PURE = (
     "vllm_cfg_plugin.engine.planner",
     "vllm_cfg_plugin.engine.prediction",
     "vllm_cfg_plugin.engine.progress",
+    "vllm_cfg_plugin.engine.stats",
+    "vllm_cfg_plugin.engine.trace",
     "vllm_cfg_plugin.engine.step_result",
     "vllm_cfg_plugin.entrypoints.fields",
     "vllm_cfg_plugin.entrypoints.forms",

@@ -4,11 +4,11 @@ import pytest
 from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_cfg_plugin.cli import _FLAGS, _SWITCHES
+from vllm_cfg_plugin.cli import _FLAGS, _SWITCHES, _TEXTS
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.vllm_options import HARMLESS, REFUSED, WORKING
 
-OURS = {*_FLAGS, *_SWITCHES, "variant"}
+OURS = {*_FLAGS, *_SWITCHES, *_TEXTS}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_every_option_is_in_a_table(options):
 
 
 def test_no_option_is_in_two_tables():
-    tables = [WORKING, HARMLESS.keys(), REFUSED.keys(), OURS - {"variant"}]
+    tables = [WORKING, HARMLESS.keys(), REFUSED.keys(), OURS]
     assert sum(map(len, tables)) == len(set().union(*tables))
     assert {*EngineSettings.__struct_fields__} >= OURS
 

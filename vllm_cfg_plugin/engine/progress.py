@@ -17,6 +17,8 @@ import msgspec
 import numpy as np
 import zmq
 
+from vllm_cfg_plugin.engine.stats import EngineStats
+
 _POLL_MS = 100
 
 
@@ -36,7 +38,7 @@ class Preview(msgspec.Struct, array_like=True, frozen=True, tag=True):
     shape: tuple[int, ...]
 
 
-Update = Progress | Preview
+Update = Progress | Preview | EngineStats
 # An update and, with a preview, its pixels: uint8 [number, height, width, channels].
 OnUpdate = Callable[[Update, np.ndarray | None], None]
 

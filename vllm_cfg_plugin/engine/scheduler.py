@@ -23,7 +23,9 @@ from vllm_cfg_plugin.engine.plan import DECODED, KEPT, PREVIEWED, SideReport
 from vllm_cfg_plugin.engine.progress import Preview, Progress, ProgressPublisher
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
+from vllm_cfg_plugin.engine.stats import StatsCollector
 from vllm_cfg_plugin.engine.step_result import SideResult, StepResult
+from vllm_cfg_plugin.engine.trace import TraceFile, trace_path
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -84,6 +86,9 @@ class StepScheduler(SchedulerInterface):
         self._include_finished_set = include_finished_set
         self._log_stats = log_stats
         self._progress = ProgressPublisher(settings.progress_address) if settings.progress_address else None
+        engine, ranks = vllm_config.parallel_config.data_parallel_index, settings.cfg_parallel_size
+        self._stats = StatsCollector(engine, ranks)
+        self._trace = TraceFile(trace_path(settings.cfg_trace, engine), engine, ranks) if settings.cfg_trace else None
         self._pause = PauseState.UNPAUSED
         self._epoch = 0  # of the ranks that know our requests
         self._ready: list[ClientOutput] = []  # outputs that need no rank
@@ -128,6 +133,7 @@ class StepScheduler(SchedulerInterface):
         planned = self.batch.next_plan(
             admit=self._pause == PauseState.UNPAUSED, step=self._pause != PauseState.PAUSED_ALL
         )
+        self._stats.note_step(planned.running)
         if self._log_stats:
             for request in planned.admitted:
                 request.events.append(EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, request.admitted))
@@ -149,6 +155,7 @@ class StepScheduler(SchedulerInterface):
         outputs, self._ready = self._ready, []
         if isinstance(scheduler_output, StepSchedulerOutput) and isinstance(model_runner_output, StepResult):
             outputs += self._outcome(scheduler_output, model_runner_output)
+            self._publish_stats()
         return self._to_clients(outputs)
 
     def _outcome(self, output: StepSchedulerOutput, result: StepResult) -> list[ClientOutput]:
@@ -159,6 +166,9 @@ class StepScheduler(SchedulerInterface):
             return []
         outputs: list[ClientOutput] = []
         self.batch.note_result(output.planned, result)
+        self._stats.note_result(result)
+        if self._trace is not None:
+            self._trace.note_step(output.planned.plan.step, output.planned.running, result)
         self._publish_progress(output.planned.running)
         for id, message in result.failed.items():
             outputs += self._failed(self.batch.known(id), message)
@@ -168,6 +178,7 @@ class StepScheduler(SchedulerInterface):
 
     def _start_over(self, result: StepResult) -> list[ClientOutput]:
         self._epoch = result.epoch
+        self._stats.note_restart()
         outputs: list[ClientOutput] = []
         for request in self.batch.start_over(has_killed=result.was_lost):
             outputs += self._failed(
@@ -188,6 +199,9 @@ class StepScheduler(SchedulerInterface):
         """The image or the failure that a side report may bring."""
         report, pixels = side
         request = self.batch.note_side_report(report)
+        self._stats.note_side_report(report)
+        if self._trace is not None:
+            self._trace.note_side_report(report, request)
         if report.branch == PREVIEWED:
             self._publish_preview(request, report, pixels)
             return []
@@ -198,6 +212,14 @@ class StepScheduler(SchedulerInterface):
         if report.branch == KEPT:
             (request.kept_steps,), request.kept = report.shape, bytes(pixels)
         return self._finished(request, report, pixels) if report.branch == DECODED else []
+
+    def _publish_stats(self) -> None:
+        """To one API server, whose /metrics are those of all."""
+        is_idle = not len(self.batch)
+        if self._progress is not None and (stats := self._stats.take(is_idle)) is not None:
+            self._progress.publish(0, stats)
+        if self._trace is not None and is_idle:
+            self._trace.flush()
 
     def _publish_preview(self, request: ScheduledRequest | None, report: SideReport, pixels: memoryview | None) -> None:
         """A preview that could not be made is none: its request goes on."""
@@ -285,6 +307,8 @@ class StepScheduler(SchedulerInterface):
     def shutdown(self) -> None:
         if self._progress is not None:
             self._progress.close()
+        if self._trace is not None:
+            self._trace.close()
 
 
 _EMPTY_OUTPUT = {

@@ -20,6 +20,7 @@ class StepResult:
         failed: request id -> message, of the first rank that reported it.
         side: encodes and decodes that were done meanwhile.
         epoch: number of the ranks' start; those of another epoch than the plan's know nothing of its requests.
+        spans: of each rank, when its step began and when its latents were stepped.
         was_lost: the ranks had the plan and were started anew before they had carried it out.
     """
 
@@ -28,6 +29,7 @@ class StepResult:
     failed: dict[int, str] = field(default_factory=dict)
     side: list[SideResult] = field(default_factory=list)
     epoch: int = 0
+    spans: list[tuple[float, float]] = field(default_factory=list)
     was_lost: bool = False
 
 
@@ -38,6 +40,7 @@ def merge_reports(reports: Sequence[StepReport], epoch: int, side: list[SideResu
         denoised=max(report.denoised for report in reports),
         side=side,
         epoch=epoch,
+        spans=[(report.began, report.denoised) for report in reports],
     )
     for report in reports:
         for id, message in report.failed:

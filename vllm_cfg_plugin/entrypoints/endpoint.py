@@ -56,6 +56,7 @@ class DiffusionEndpointPlugin:
         with unpredicted_on_error():
             front_end = front_end.with_cost(await engine_client.collective_rpc("calibrate"))
         calls = EngineCalls(engine_client, lambda: _is_stopping(state))
+        calls.predict = front_end.predict
         drain_before_shutdown(engine_client, calls.drain)
         state.engine_calls = calls
         note_engine_client(engine_client)

@@ -17,7 +17,8 @@ import numpy as np
 from vllm.exceptions import GracefulHTTPError, QueueOverflowError, RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_cfg_plugin.engine.progress import Progress, Update
+from vllm_cfg_plugin.engine.progress import Preview, Progress, Update
+from vllm_cfg_plugin.entrypoints import metrics
 from vllm_cfg_plugin.entrypoints.front_end import GeneratedImage, pooling_params, read_output
 from vllm_cfg_plugin.entrypoints.updates import EngineUpdates
 from vllm_cfg_plugin.errors import InvalidRequestError, RequestAbortedError, ServerBusyError
@@ -54,11 +55,13 @@ class EngineCalls:
 
     Attributes:
         updates: of requests that run.
+        predict: seconds that a request will take on an engine of its own, where that is known.
     """
 
     def __init__(self, engine: EngineClient, is_stopping: Callable[[], bool]) -> None:
         self._engine = engine
-        self.updates = EngineUpdates()
+        self.updates = EngineUpdates(metrics.note_engine)
+        self.predict: Callable[[DiffusionRequest], float | None] = lambda request: None
         self._works: set[Work] = set()  # that are not done
         self._is_draining = False
         self._is_stopping = is_stopping
@@ -159,7 +162,8 @@ class EngineCalls:
         def note(update: Update, pixels: np.ndarray | None) -> None:
             if isinstance(update, Progress):
                 observe(index, update)
-            elif pixels is not None:
+            elif pixels is not None and isinstance(update, Preview):
+                metrics.note_preview()
                 observe(index, PreviewImage(update.index, pixels))
 
         with self.updates.observed(note) as key:
@@ -169,6 +173,12 @@ class EngineCalls:
 
     async def _run_one(self, request: DiffusionRequest, request_id: str) -> GeneratedImage:
         started = time.perf_counter()
+        with metrics.counted_failures():
+            image = await self._finished(request, request_id, started)
+        metrics.note_done(image.metrics, self.predict(request))
+        return image
+
+    async def _finished(self, request: DiffusionRequest, request_id: str, started: float) -> GeneratedImage:
         answer = None
         try:
             async for output in self._engine.encode(PLACEHOLDER_PROMPT, pooling_params(request), request_id):

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 
+from vllm_cfg_plugin.entrypoints import metrics
 from vllm_cfg_plugin.entrypoints.fields import schema_error
 from vllm_cfg_plugin.entrypoints.forms import MOST_TEXT_BYTES, limit_body
 from vllm_cfg_plugin.entrypoints.input_budget import InputHold
@@ -112,6 +113,7 @@ def error_response(error: CfgPluginError) -> JSONResponse:
     """Status and OpenAI error object of one of our errors."""
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, ServerBusyError) else None
     content = error_body(error)
+    metrics.note_refusal(content["error"]["code"])
     return JSONResponse(content, status_code=content["error"]["code"], headers=headers)
 
 

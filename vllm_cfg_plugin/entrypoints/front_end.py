@@ -90,6 +90,10 @@ class FrontEnd:
             logger.warning_once("Guidance was asked for but is inactive: %s", requests[0].guidance_off)
         return requests
 
+    def predict(self, request: DiffusionRequest) -> float | None:
+        """Seconds that a request takes on an engine with nothing else to do; None where nobody knows."""
+        return None if self.cost is None else predicted_seconds(request, 1, self.cost, self.ranks)
+
     def _check_seconds(self, requests: Sequence[DiffusionRequest]) -> None:
         if self.cost is None:
             return

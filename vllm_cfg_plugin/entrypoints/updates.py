@@ -10,6 +10,7 @@ from itertools import count
 import numpy as np
 
 from vllm_cfg_plugin.engine.progress import ProgressListener, Update
+from vllm_cfg_plugin.engine.stats import EngineStats
 
 # Called on the event loop with an update and, with a preview, its pixels: uint8 [number, height, width, channels].
 Observer = Callable[[Update, np.ndarray | None], None]
@@ -18,11 +19,15 @@ Observer = Callable[[Update, np.ndarray | None], None]
 class EngineUpdates:
     """Hands each update to whoever observes its request.
 
+    Args:
+        on_stats: called with the counts of an engine.
+
     Attributes:
         are_heard: whether there will be any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_stats: Callable[[EngineStats], None]) -> None:
+        self._on_stats = on_stats
         self.are_heard = False
         self._keys = count()
         self._observers: dict[str, Observer] = {}
@@ -56,6 +61,9 @@ class EngineUpdates:
             del self._observers[key]
 
     def _note(self, update: Update, pixels: np.ndarray | None) -> None:
+        if isinstance(update, EngineStats):
+            self._on_stats(update)
+            return
         observer = self._observers.get(update.key)
         if observer is not None:  # whose request is not over
             observer(update, pixels)
