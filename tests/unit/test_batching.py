@@ -342,7 +342,7 @@ def test_what_the_ranks_knew_waits_before_all_others_in_its_old_order():
     plan = batch.next_plan().plan
     assert [admission.id for admission in plan.admit] == [2, 3]
     assert plan.retire == [], "the new ranks never heard of what was aborted"
-    assert [batch.named(name).deaths_alone for name in "23"] == [1, 0], "who waited has killed nobody"
+    assert [len(batch.named(name).lone_deaths) for name in "23"] == [1, 0], "who waited has killed nobody"
 
 
 def test_requests_that_ranks_died_of_twice_are_tried_alone_and_the_one_that_kills_again_is_named():
@@ -367,6 +367,23 @@ def test_requests_that_ranks_died_of_twice_are_tried_alone_and_the_one_that_kill
         assert [request.id for request in batch.start_over(has_killed=True)] == killers
     batch.take_out(batch.named("1"))
     assert finish_all(batch, PlayedRanks(2)) == [3]
+
+
+@pytest.mark.parametrize(
+    ("steps_done", "deaths_until_it_fails"), [([7] * 9, 3), ([0, 9, 3, 4, 0, 0], 4), ([2, 8, 5, 14, 11, 18], 5)]
+)
+def test_only_deaths_at_one_step_convict_a_request_soon(steps_done, deaths_until_it_fails):
+    batch = StepBatch(2, 8, 10**6, UNCALIBRATED)
+    request = batch.add("a", 0, toy_request(steps=20))
+    for number, steps in enumerate(steps_done, start=1):
+        ranks = PlayedRanks(2)
+        while request.done_steps < steps or request.id not in batch.preparing | batch.running:
+            run_plan(batch, ranks)
+        convicted = batch.start_over(has_killed=True)
+        assert convicted == ([request] if number == deaths_until_it_fails else [])
+        if convicted:
+            return
+    raise AssertionError("it was never convicted")
 
 
 # ---- long requests: their forwards run beside the steps ----

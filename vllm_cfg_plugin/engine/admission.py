@@ -87,7 +87,7 @@ def _turn(request: ScheduledRequest) -> tuple[int, bool, int]:
     A suspect that was hit alone lets the others be tried first: what kills ranks from outside hits one of those then.
     """
     has_aged = request.overtaken >= MAX_OVERTAKEN // 2
-    return request.deaths_alone * request.is_suspect, not has_aged, request.id if has_aged else request.work
+    return len(request.lone_deaths) * request.is_suspect, not has_aged, request.id if has_aged else request.work
 
 
 def _last_that_may_join(in_line: Sequence[ScheduledRequest]) -> float:

@@ -170,11 +170,9 @@ class StepBatch:
         """
         known = sorted(self._known.values(), key=lambda request: request.id)
         for request in known:
+            if has_killed:
+                request.note_death(alone=len(known) == 1)
             request.start_over()
-            if has_killed and len(known) == 1:
-                request.deaths_alone += 1
-            elif has_killed:
-                request.deaths += 1
         self.waiting.put_back(known)
         self._meet_ranks()
         return [request for request in known if request.kills_ranks]

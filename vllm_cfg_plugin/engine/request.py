@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 _DEATHS_OF_A_SUSPECT = 2
-_DEATHS_ALONE = 2
+_MOST_DEATHS_ALONE = 5
 
 
 @dataclass(eq=False)
@@ -31,7 +31,8 @@ class ScheduledRequest:
         arrived, admitted, began, denoised: seconds of the engine's clock.
         encode_ms: milliseconds of the text that took longest.
         overtaken: requests that came later and were admitted earlier.
-        deaths, deaths_alone: how often ranks died while they knew it, beside others and nobody else.
+        deaths: how often ranks died while they knew it and others.
+        lone_deaths: how many steps were done whenever they died while they knew it and nobody else.
         is_long: it alone would give some rank more work in a step than a step may have.
         owners: cfg rank that forwards each branch, or will once it steps.
         assigned: the owners that the ranks were told last.
@@ -58,7 +59,7 @@ class ScheduledRequest:
     encode_ms: float = 0.0
     overtaken: int = 0
     deaths: int = 0
-    deaths_alone: int = 0
+    lone_deaths: list[int] = field(default_factory=list)
     is_long: bool = False
     owners: tuple[int, ...] = ()
     assigned: tuple[int, ...] = ()
@@ -73,6 +74,13 @@ class ScheduledRequest:
     made_previews: int = 0
     kept_steps: int = 0
     kept: bytes = b""
+
+    def note_death(self, alone: bool) -> None:
+        """Ranks died while they knew it."""
+        if alone:
+            self.lone_deaths.append(self.done_steps)
+        else:
+            self.deaths += 1
 
     def start_over(self) -> None:
         """Wait again: what the ranks knew of it is gone."""
@@ -99,12 +107,15 @@ class ScheduledRequest:
     @property
     def is_suspect(self) -> bool:
         """Whether it may be what kills the ranks: it is tried alone then."""
-        return self.deaths + self.deaths_alone >= _DEATHS_OF_A_SUSPECT
+        return self.deaths + len(self.lone_deaths) >= _DEATHS_OF_A_SUSPECT
 
     @property
     def kills_ranks(self) -> bool:
-        """Whether it surely does: tried alone, it may be hit by accident once."""
-        return self.deaths + self.deaths_alone > _DEATHS_OF_A_SUSPECT and self.deaths_alone >= _DEATHS_ALONE
+        """Whether it surely does: what it dies of lies at one step, and what comes from outside hits it anywhere."""
+        *earlier, last = self.lone_deaths or [0]
+        is_repeated = any(abs(last - steps) <= 1 for steps in earlier)
+        is_sure = is_repeated and self.deaths + len(self.lone_deaths) > _DEATHS_OF_A_SUSPECT
+        return is_sure or len(self.lone_deaths) >= _MOST_DEATHS_ALONE
 
     @cached_property
     def branch_tokens(self) -> tuple[int, ...]:
