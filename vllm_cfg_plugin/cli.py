@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.compat import run_and_fail_if_engine_died
+from vllm_cfg_plugin.compat import quiet_logs, run_and_fail_if_engine_died
 from vllm_cfg_plugin.config import LEAST_VALUES, EngineSettings, new_address, with_our_defaults
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
@@ -185,6 +185,8 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
         return False
     checkpoint = Checkpoint(model, getattr(namespace, "revision", None))
     is_diffusion = checkpoint.is_diffusers()
+    if is_diffusion:
+        quiet_logs()
     if is_diffusion or ours:
         check_servable(checkpoint, variant)
     if is_diffusion:

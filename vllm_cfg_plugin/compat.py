@@ -9,6 +9,7 @@ Where vLLM 0.32 and 0.33 differ, what we write suits both, and nothing asks for 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing.connection
 import multiprocessing.process
@@ -16,6 +17,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -300,20 +302,105 @@ def failed_start_has_cause(address: str) -> Iterator[None]:
             raise ConfigurationError(str(cause) if cause else f"{name}: {first['msg']}") from error
 
 
-def silence_chat_warmup() -> None:
-    """Drop one log record of the API server.
+# How records begin that are about language models, or look like a fault where there is none.
+_UNTRUE = (
+    "non-default args",  # with defaults of ours among them, and lengths that nobody asked for
+    "Resolved `--runner auto`",
+    "Resolved architecture",
+    "Using max model len",
+    "Chunked prefill is enabled",
+    "Disabling chunked prefill",
+    "Model Runner V2 requires",
+    "Using V1 model runner",
+    "Final IR op priority",
+    "Enabled custom fusion",
+    "Initializing a V1 LLM engine",
+    "world_size=",
+    "Using %s KV cache layout",
+    "init engine (profile",
+    "Using custom scheduler class",
+    "Inductor compilation was disabled",
+    "Resolved pooling config",
+    "Supported tasks",
+    "Available plugins for group",
+    "- %s -> %s",
+    "Loading plugin",
+    "Loaded endpoint plugin",
+    "Registered config parser",
+    "Using None for EOS token",
+    "Available routes are",
+    "Route: ",
+    "Failed to import from vllm._C",
+    "Chat template warmup failed",
+    "AsyncLLM created with api_server_count",
+)
 
-    Symptom: every start prints a traceback "Chat template warmup failed". Cause: vLLM warms up chat for every model and
-    reports the missing tokenizer of one that has `skip_tokenizer_init`. Exit condition: it asks for a tokenizer first.
+
+def quiet_logs() -> None:
+    """Drop records that say nothing true of a diffusion pipeline; with a log level of debug they stay.
+
+    Symptom: a start writes sixty lines on KV caches, chunked prefill and the like, a third of them warnings, and a
+    traceback "Chat template warmup failed"; the end writes fifty on "leaked" functions. Cause: vLLM prepares every
+    model as one of language; nanobind counts what triton holds until the process ends, when it says so on stderr, after
+    everything else. Exit condition: vLLM asks what a model is first; triton lets go.
     """
-    logger = logging.getLogger("vllm.renderers.base")
-    if not any(isinstance(present, _ChatWarmupFilter) for present in logger.filters):
-        logger.addFilter(_ChatWarmupFilter())
+    from vllm.logger import DEFAULT_LOGGING_CONFIG
+
+    config: dict[str, Any] = DEFAULT_LOGGING_CONFIG  # which each process applies anew
+    config["filters"] = {"quiet": {"()": QuietFilter}}
+    config["handlers"]["vllm"]["filters"] = ["quiet"]
+    handlers: list[logging.Filterer] = [*logging.getLogger("vllm").handlers]
+    for filterer in (*handlers, logging.getLogger("transformers.utils.import_utils")):
+        if not any(isinstance(present, QuietFilter) for present in filterer.filters):
+            filterer.addFilter(QuietFilter())
+    if _end_quietly not in _registered:
+        _registered.append(_end_quietly)
+        atexit.register(_end_quietly)
 
 
-class _ChatWarmupFilter(logging.Filter):
+_registered: list[Callable[[], None]] = []
+
+
+def _end_quietly() -> None:
+    """Registered early, so called last; what the interpreter's own end writes comes after it."""
+    if "triton" in sys.modules and not logging.getLogger("vllm").isEnabledFor(logging.DEBUG):
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+class QuietFilter(logging.Filter):
+    """See `quiet_logs`."""
+
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.msg != "Chat template warmup failed"
+        if logging.getLogger("vllm").isEnabledFor(logging.DEBUG):
+            return True
+        message = str(record.msg)
+        return not message.startswith(_UNTRUE) and "requires torchvision (not installed)" not in message
+
+
+def remove_dead_routes(app: Any) -> None:
+    """Take out routes of vLLM's that can do nothing for a diffusion pipeline.
+
+    Symptom: /tokenize, /pooling and others are described in /docs and answer with errors. Cause: vLLM adds them for
+    every model of the pooling runner. Exit condition: it asks what the model can do.
+    """
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") not in _DEAD_ROUTES]
+
+
+_DEAD_ROUTES = frozenset(
+    (
+        *(
+            "/tokenize",
+            "/detokenize",
+            "/pooling",
+            "/invocations",
+            "/kv_event_sources",
+            "/v1/systemone",
+            "/v1/decisions",
+        ),
+        *("/v1/embeddings", "/v2/embed", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+    )
+)
 
 
 def silence_all_gather_deprecation() -> None:

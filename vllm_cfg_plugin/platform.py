@@ -54,6 +54,10 @@ class HostPlatform(Platform):
         return torch.no_grad()
 
     @classmethod
+    def import_kernels(cls) -> None:
+        """This build of vLLM has none for a CPU, which stock vLLM warns of."""
+
+    @classmethod
     def set_device(cls, device: torch.device) -> None:
         """There is one CPU and it is current."""
 

@@ -26,9 +26,9 @@ def register() -> None:
 
 def endpoint() -> DiffusionEndpointPlugin:
     """`vllm.endpoint_plugins`: the OpenAI images and videos routes."""
-    from vllm_cfg_plugin.compat import explain_unauthorized, silence_chat_warmup
+    from vllm_cfg_plugin.compat import explain_unauthorized, quiet_logs
     from vllm_cfg_plugin.entrypoints.endpoint import DiffusionEndpointPlugin
 
-    silence_chat_warmup()
+    quiet_logs()
     explain_unauthorized()
     return DiffusionEndpointPlugin()

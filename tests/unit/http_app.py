@@ -33,8 +33,9 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.behave = None
         self.vllm_config = SimpleNamespace(
-            scheduler_config=SimpleNamespace(max_num_queued_reqs=None),
+            scheduler_config=SimpleNamespace(max_num_queued_reqs=None, max_num_seqs=32),
             parallel_config=SimpleNamespace(data_parallel_size=1, data_parallel_size_local=1),
+            model_config=SimpleNamespace(architectures=["QwenImagePipeline"], dtype="torch.float32"),
             additional_config={},
         )
         self.errored = False
@@ -79,7 +80,16 @@ def make_app(engine, monkeypatch, info=INFO, limits=LIMITS):
     init_exception_handler(app)
     plugin = DiffusionEndpointPlugin()
     plugin.attach_router(app)
-    args = Namespace(served_model_name=["emoji", "alias"], model="/models/emoji", log_error_stack=False)
+    args = Namespace(
+        served_model_name=["emoji", "alias"],
+        model="/models/emoji",
+        log_error_stack=False,
+        host=None,
+        port=8000,
+        uds=None,
+        ssl_keyfile=None,
+        api_key=None,
+    )
     asyncio.run(plugin.init_state(engine, app.state, args))
     app.state.args = args
     app.state.engine_client = engine

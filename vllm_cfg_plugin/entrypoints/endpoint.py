@@ -11,7 +11,13 @@ from fastapi import APIRouter, FastAPI
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 
-from vllm_cfg_plugin.compat import client_index, count_aborts, drain_before_shutdown, note_engine_client
+from vllm_cfg_plugin.compat import (
+    client_index,
+    count_aborts,
+    drain_before_shutdown,
+    note_engine_client,
+    remove_dead_routes,
+)
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.progress import address_of_client
 from vllm_cfg_plugin.entrypoints import health, models
@@ -22,13 +28,18 @@ from vllm_cfg_plugin.entrypoints.images import routes as images
 from vllm_cfg_plugin.entrypoints.images.links import ImageLinks
 from vllm_cfg_plugin.entrypoints.images.service import ImagesService
 from vllm_cfg_plugin.entrypoints.input_budget import InputBudget
+from vllm_cfg_plugin.entrypoints.start_lines import start_lines
 from vllm_cfg_plugin.entrypoints.videos import routes as videos
 from vllm_cfg_plugin.entrypoints.videos.service import VideosService
 from vllm_cfg_plugin.executor.lifeline import die_with_parent
+from vllm_cfg_plugin.logs import get_logger
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.tasks import SupportedTask
+
+
+logger = get_logger(__name__)
 
 
 class DiffusionEndpointPlugin:
@@ -38,6 +49,7 @@ class DiffusionEndpointPlugin:
     required_tasks: tuple[SupportedTask, ...] | None = ("plugin",)
 
     def attach_router(self, app: FastAPI) -> None:
+        remove_dead_routes(app)
         app.include_router(images.router)
         app.include_router(images.plain_router)
         app.include_router(videos.router)
@@ -70,6 +82,9 @@ class DiffusionEndpointPlugin:
         links = ImageLinks(settings.health_address.rpartition("-")[2] or secrets.token_hex(16))
         state.images_service = ImagesService(calls, front_end, names, links)
         state.videos_service = VideosService(calls, front_end, names)
+        if client_index(engine_client) == 0:
+            for line in start_lines(front_end, engine_client.vllm_config, args):
+                logger.info("%s", line)
         if front_end.progress_address:
             calls.updates.listen(address_of_client(front_end.progress_address, client_index(engine_client)))
 

@@ -17,16 +17,20 @@ import numpy as np
 from vllm.exceptions import GracefulHTTPError, QueueOverflowError, RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.progress import Preview, Progress, Update
 from vllm_cfg_plugin.entrypoints import metrics
 from vllm_cfg_plugin.entrypoints.front_end import GeneratedImage, pooling_params, read_output
 from vllm_cfg_plugin.entrypoints.updates import EngineUpdates
 from vllm_cfg_plugin.errors import InvalidRequestError, RequestAbortedError, ServerBusyError
+from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.model import PLACEHOLDER_PROMPT
 from vllm_cfg_plugin.params import DiffusionRequest
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+
+logger = get_logger(__name__)
 
 _SHUTDOWN_POLL_S = 0.5
 _DRAIN_POLL_S = 0.1
@@ -176,6 +180,7 @@ class EngineCalls:
         with metrics.counted_failures():
             image = await self._finished(request, request_id, started)
         metrics.note_done(image.metrics, self.predict(request))
+        logger.info("%s", _summary(request, request_id, image.metrics))
         return image
 
     async def _finished(self, request: DiffusionRequest, request_id: str, started: float) -> GeneratedImage:
@@ -202,6 +207,17 @@ async def _all_results(tasks: Sequence[asyncio.Task[GeneratedImage]]) -> list[Ge
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _summary(request: DiffusionRequest, request_id: str, taken: RequestMetrics) -> str:
+    """A finished result in one line."""
+    frames = f", {request.num_frames} frames" if request.num_frames > 1 else ""
+    guided = "guided" if request.guided else "not guided"
+    seconds = f"queue {taken.queue_ms / 1e3:.2f}, denoise {taken.denoise_ms / 1e3:.2f}"
+    return (
+        f"{request_id}: {request.width}x{request.height}{frames}, {taken.steps} steps, {guided}, "
+        f"seed {taken.seed}: {taken.e2e_time_ms / 1e3:.2f} s ({seconds})"
+    )
 
 
 def _queue_is_full() -> ServerBusyError:

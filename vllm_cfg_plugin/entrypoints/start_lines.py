@@ -1,0 +1,33 @@
+"""What a server says of itself when it is ready: the lines that an operator reads. Knows no HTTP."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from vllm_cfg_plugin.config import EngineSettings
+from vllm_cfg_plugin.entrypoints.front_end import FrontEnd
+from vllm_cfg_plugin.entrypoints.service import endpoint_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def start_lines(front_end: FrontEnd, vllm_config: VllmConfig, args: Namespace) -> list[str]:
+    """Model, ranks, limits, routes and address."""
+    info, limits = front_end.info, front_end.limits
+    settings = EngineSettings.from_vllm_config(vllm_config)
+    engines, kind = vllm_config.parallel_config.data_parallel_size, vllm_config.model_config.architectures[0]
+    names = ", ".join(args.served_model_name or [args.model])
+    scheme = "https" if args.ssl_keyfile else "http"
+    address = args.uds or f"{scheme}://{args.host or 'localhost'}:{args.port}"
+    results = f"{info.produces}s of up to {limits.max_image_pixels} pixels"
+    return [
+        f"Serving {names}: {kind}, {info.task}, in {str(vllm_config.model_config.dtype).removeprefix('torch.')}",
+        f"Ranks: {engines} engine(s) of {settings.cfg_parallel_size} (--cfg-parallel-size)",
+        f"Limits: {results}, {limits.max_inference_steps} steps, {limits.max_request_seconds} s a request; "
+        f"{vllm_config.scheduler_config.max_num_seqs} at work, "
+        f"{vllm_config.scheduler_config.max_num_queued_reqs} in all (docs/operating.md)",
+        f"Routes: POST {endpoint_of(info)}, GET /v1/models, /health, /metrics, /docs",
+        f"Ready at {address}/v1" + (", with an API key" if args.api_key else ""),
+    ]
