@@ -28,9 +28,9 @@ Phases = dict[str, float]  # seconds, in the order of the table's columns
 def measure_start(model: str, options: list[str], log_path: Path) -> Phases:
     """Start a server, wait until it is ready, stop it."""
     marks = {
-        "command line read": r"non-default args",
+        "command line read": r"version \d",
         "pipeline loaded": r"Loaded \S+ in",
-        "engine ready": r"Supported tasks",
+        "engine ready": r"Serving ",
     }
     seen: dict[str, float] = {}
 
