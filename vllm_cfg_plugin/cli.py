@@ -15,7 +15,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.compat import quiet_logs, run_and_fail_if_engine_died
+from vllm_cfg_plugin.compat.engine_deaths import serve_and_say_why_the_engine_ended
+from vllm_cfg_plugin.compat.quiet_logs import quiet_logs
 from vllm_cfg_plugin.config import LEAST_VALUES, EngineSettings, new_address, with_our_defaults
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
@@ -190,10 +191,15 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
     if is_diffusion or ours:
         check_servable(checkpoint, variant)
     if is_diffusion:
-        addresses = {f"{purpose}_address": new_address(purpose) for purpose in ("progress", "health")}
+        addresses = {f"{purpose}_address": new_address(purpose) for purpose in ("progress", "health", "cause")}
         namespace.additional_config = {**addresses, **settings}
         if hasattr(namespace, "dispatch_function"):  # of the `vllm` command
-            namespace.dispatch_function = partial(run_and_fail_if_engine_died, namespace.dispatch_function)
+            serve = partial(
+                serve_and_say_why_the_engine_ended,
+                namespace.dispatch_function,
+                namespace.additional_config["cause_address"],
+            )
+            namespace.dispatch_function = serve
         # vLLM loads routes of plugins only if they are named there; nothing was imported through it yet.
         os.environ.setdefault("VLLM_PLUGINS", all_plugin_names())
     return is_diffusion

@@ -100,7 +100,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         cfg_trace: file that is to hold a trace of the ranks' steps; "" for none.
         variant: of the names of the model's weight files, as in `model.fp16.safetensors`; "" for those without one.
         progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
-        failed_start_address: likewise, for why the engine could not start.
+        cause_address: likewise, for why the engine has ended or could not start.
         health_address: where engines can be asked whether their ranks serve, before the number of each.
     """
 
@@ -120,7 +120,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     cfg_trace: str = ""
     variant: str = ""
     progress_address: str = ""
-    failed_start_address: str = ""
+    cause_address: str = ""
     health_address: str = ""
 
     @classmethod

@@ -26,7 +26,8 @@ def register() -> None:
 
 def endpoint() -> DiffusionEndpointPlugin:
     """`vllm.endpoint_plugins`: the OpenAI images and videos routes."""
-    from vllm_cfg_plugin.compat import explain_unauthorized, quiet_logs
+    from vllm_cfg_plugin.compat.api_server import explain_unauthorized
+    from vllm_cfg_plugin.compat.quiet_logs import quiet_logs
     from vllm_cfg_plugin.entrypoints.endpoint import DiffusionEndpointPlugin
 
     quiet_logs()

@@ -4,7 +4,7 @@
 
 One for each OUT, which it prints to; the one whose name is `close` closes its engine. They are forked, so that the
 imports are done once, and each ends as an interpreter does. The delays make certain what is otherwise a race of
-microseconds; see `vllm_cfg_plugin.compat.end_output_thread`.
+microseconds; see `vllm_cfg_plugin.compat.engines.end_output_thread`.
 """
 
 from __future__ import annotations

@@ -20,9 +20,11 @@ from tests.e2e.conftest import START_TIMEOUT_S
 from tests.e2e.server import Footprint
 from vllm_cfg_plugin import DiffusionLLM, DiffusionParams
 from vllm_cfg_plugin.engine import plan as wire
+from vllm_cfg_plugin.errors import RankDiedError
 from vllm_cfg_plugin.executor import channel
 from vllm_cfg_plugin.executor.rank_pool import RankPool
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
+from vllm_cfg_plugin.worker.worker import DiffusionWorker
 
 pytestmark = pytest.mark.e2e
 
@@ -122,6 +124,7 @@ def test_a_sleeping_server_has_no_ranks_and_its_requests_wait(server, calm, leve
         time.sleep(0.2)
         assert requests.post(f"{server.url}/sleep?level={level}&mode=keep", timeout=60).ok
         assert requests.get(f"{server.url}/is_sleeping", timeout=10).json() == {"is_sleeping": True}
+        assert requests.get(f"{server.url}/health", timeout=10).ok, "who sent it to sleep does not want it replaced"
         waiting = pool.submit(draw, server, 8)
         assert {title for title in processes(server) if title.startswith("Cfg")} == left
         assert requests.post(f"{server.url}/wake_up", timeout=60).ok
@@ -137,7 +140,27 @@ def test_after_too_many_deaths_the_server_ends_in_an_error_that_says_why(server,
         time.sleep(1)
     assert server.process.wait(30) == 1
     assert footprint.leftovers() == []
-    assert f"cfg_max_restarts={RESTARTS} allows no further start" in server.log_tail(400)
+    assert f"cfg_max_restarts={RESTARTS} allows no further start" in server.log_tail(1)
+
+
+def test_ranks_that_die_while_they_measure_are_started_anew(model, monkeypatch, tmp_path):
+    """In this process, which does not hide the error of those that die each time."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    measure, died = DiffusionWorker.calibrate, tmp_path / "died"
+
+    def die_once(self):
+        if self.rank == 1 and not died.exists():
+            died.touch()
+            os._exit(1)
+        return measure(self)
+
+    monkeypatch.setattr(DiffusionWorker, "calibrate", die_once)
+    params = DiffusionParams(height=64, width=64, num_inference_steps=2, seed=1)
+    with DiffusionLLM(str(model), cfg_parallel_size=2) as llm:
+        assert llm.generate("a house", params, use_tqdm=False)[0].error is None
+    died.unlink()
+    with pytest.raises(RankDiedError, match="cfg rank 1 .* ended with code 1; cfg_max_restarts=0 allows no further"):
+        DiffusionLLM(str(model), cfg_parallel_size=2, cfg_max_restarts=0)
 
 
 def test_a_request_that_kills_ranks_fails_alone(model, monkeypatch):

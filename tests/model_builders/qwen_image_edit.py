@@ -23,7 +23,7 @@ from tests.model_builders.qwen_image import (
     text_encoder,
     transformer,
 )
-from vllm_cfg_plugin.compat import let_vl_processors_do_without_videos
+from vllm_cfg_plugin.compat.libraries import let_vl_processors_do_without_videos
 from vllm_cfg_plugin.pipelines.qwen_image.base import PROMPT_TEMPLATE
 from vllm_cfg_plugin.pipelines.qwen_image.edit import EDIT_TEMPLATE
 

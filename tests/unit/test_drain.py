@@ -9,7 +9,7 @@ import pytest
 
 from tests.toy_pipeline import toy_request
 from tests.unit.http_app import FakeEngine
-from vllm_cfg_plugin.compat import drain_before_shutdown
+from vllm_cfg_plugin.compat.engines import drain_before_shutdown
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.errors import RequestAbortedError
 

@@ -1,4 +1,4 @@
-"""Why an engine's process could not start, told to the program that started it."""
+"""Why an engine's process has ended or could not start, told to the program that started it."""
 
 import logging
 import multiprocessing
@@ -6,8 +6,8 @@ import multiprocessing
 import pytest
 from vllm.config import SchedulerConfig
 
-from vllm_cfg_plugin import compat
-from vllm_cfg_plugin.compat import failed_start_has_cause, report_failed_start
+from vllm_cfg_plugin.compat import engine_deaths
+from vllm_cfg_plugin.compat.engine_deaths import end_has_cause, report_end, serve_and_say_why_the_engine_ended
 from vllm_cfg_plugin.config import new_address
 from vllm_cfg_plugin.errors import ConfigurationError, RankDiedError
 
@@ -17,17 +17,17 @@ def address():
     return new_address("test")
 
 
-def fail(address, error):
+def fail(address, error, words="EngineCore failed to start."):
     """What vLLM does in the engine's process."""
-    report_failed_start(address)
+    report_end(address)
     try:
         raise error
     except Exception:
-        logging.getLogger("vllm.v1.engine.core").exception("EngineCore failed to start.")
+        logging.getLogger("vllm.v1.engine.core").exception(words)
 
 
 def failed(address, start):
-    with pytest.raises(ConfigurationError) as raised, failed_start_has_cause(address):
+    with pytest.raises(ConfigurationError) as raised, end_has_cause(address):
         start()
     return raised.value
 
@@ -50,9 +50,34 @@ def test_the_cause_is_in_the_exception(address, error, cause):
     assert str(failed(address, start)) == f"the engine could not start: {cause}"
 
 
+def serve(address, error):
+    """A server whose engine dies, which vLLM stops as if by a signal."""
+    engine_deaths._deaths.append("reported by itself")
+    died = "EngineCore encountered a fatal error."
+    serve_and_say_why_the_engine_ended(lambda _: error and fail(address, error, died), address, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (RankDiedError("cfg rank 0 ended"), "the engine died: cfg rank 0 ended"),
+        (None, "the engine died; the log says why"),
+    ],
+)
+def test_a_server_whose_engine_dies_ends_with_its_cause(address, capfd, monkeypatch, error, why):
+    monkeypatch.setattr(engine_deaths, "_CAUSE_MS", 500)
+    process = multiprocessing.get_context("fork").Process(target=serve, args=(address, error))
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+    log = capfd.readouterr().err
+    assert log.splitlines()[-1] == f"vllm serve: error: {why}"
+    assert "Traceback" not in log
+
+
 def test_an_error_without_a_report_stays_what_it_is(address, monkeypatch):
-    monkeypatch.setattr(compat, "_CAUSE_MS", 10)
-    with pytest.raises(RuntimeError, match="killed"), failed_start_has_cause(address):
+    monkeypatch.setattr(engine_deaths, "_CAUSE_MS", 10)
+    with pytest.raises(RuntimeError, match="killed"), end_has_cause(address):
         raise RuntimeError("killed")
 
 

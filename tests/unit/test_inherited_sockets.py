@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from vllm_cfg_plugin.compat import release_inherited_listeners
+from vllm_cfg_plugin.compat.forks import release_inherited_listeners
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from vllm_cfg_plugin.entrypoints.output import DiffusionOutput
 from vllm_cfg_plugin.errors import CfgPluginError, InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest
 
-NO_ARGS = {"additional_config": {"failed_start_address": "inproc://nobody"}}
+NO_ARGS = {"additional_config": {"cause_address": "inproc://nobody"}}
 
 
 class FakeEngine:

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from tests.unit.http_app import GENERATIONS, FakeEngine, make_app, send
-from vllm_cfg_plugin.compat import QuietFilter
+from vllm_cfg_plugin.compat.quiet_logs import QuietFilter
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import openai
 import pytest
 
 from tests.unit.http_app import GENERATIONS, FakeEngine, ask, get, make_app
-from vllm_cfg_plugin.compat import explain_unauthorized
+from vllm_cfg_plugin.compat.api_server import explain_unauthorized
 
 
 @pytest.fixture

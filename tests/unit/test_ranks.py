@@ -107,13 +107,15 @@ def test_ranks_that_die_while_they_start_are_started_again():
     assert next(outcomes, None) is None
 
 
-def test_the_error_after_too_many_restarts_names_the_cause_and_the_setting():
+def test_the_error_after_too_many_restarts_names_cause_and_setting(caplog):
     ranks = make_ranks(most=2)
     for _ in range(2):
         ranks.restart(RankDiedError("gone"))
     with pytest.raises(RankDiedError, match=r"^rank 1 ended with code -9; cfg_max_restarts=2 allows no further"):
         ranks.restart(RankDiedError("rank 1 ended with code -9"))
     assert ranks.is_restarting, "nobody can be served any more"
+    assert ranks.heal() is None, "the one whom it was raised for ends the engine, and nobody tries again"
+    assert len(caplog.messages) == 3 + 2, "each death once, and each start"
 
 
 def test_deaths_of_a_request_that_is_tried_alone_do_not_count():
@@ -139,7 +141,7 @@ def test_the_limit_forgets_what_is_ten_minutes_ago():
 def test_while_the_engine_is_idle_the_watching_thread_starts_them_anew():
     begun, made, pools = counted_pools(2)
     ranks = make_ranks(pools=pools)
-    ranks.watch(lambda: pytest.fail("they could be started"))
+    ranks.watch(lambda error: pytest.fail("they could be started"))
     made[0].die()
     assert begun.wait(10)
     ranks.close()
@@ -157,22 +159,24 @@ def test_ranks_that_cannot_be_started_anew_are_reported_once(error):
         return pool
 
     ranks = make_ranks(pools=make_pool)
-    ranks.watch(failed.set)
+    said = []
+    ranks.watch(lambda error: (said.append(error), failed.set()))
     ranks.pool.die()
     assert failed.wait(10)
+    assert str(said[0]).startswith(str(error))
 
 
 def test_nobody_is_started_anew_once_they_are_closed():
     ranks = make_ranks()
     ranks.close()
     ranks.pool.die()
-    assert ranks.are_well()
+    assert ranks.heal() is None
     assert ranks.epoch == 0
 
 
 def test_the_watching_thread_keeps_nothing_alive():
     ranks = make_ranks()
-    ranks.watch(lambda: None)
+    ranks.watch(lambda error: None)
     gone = threading.Event()
     weakref.finalize(ranks, gone.set)
     del ranks
@@ -183,12 +187,12 @@ def test_the_watching_thread_keeps_nothing_alive():
 def test_ranks_that_sleep_are_not_missed_and_are_watched_again_when_they_wake_up():
     begun, made, pools = counted_pools(3)
     ranks = make_ranks(pools=pools)
-    ranks.watch(lambda: pytest.fail("they could be started"))
+    ranks.watch(lambda error: pytest.fail("they could be started"))
     ranks.sleep()
     made[0].die()
     del made[0].processes.sentinels  # nobody may look at them any more
     assert ranks.sentinels == []
-    assert ranks.are_well()
+    assert ranks.heal() is None
     assert (ranks.epoch, len(made)) == (1, 1)
     ranks.wake_up()
     made[1].die()

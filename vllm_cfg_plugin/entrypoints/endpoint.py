@@ -11,13 +11,9 @@ from fastapi import APIRouter, FastAPI
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 
-from vllm_cfg_plugin.compat import (
-    client_index,
-    count_aborts,
-    drain_before_shutdown,
-    note_engine_client,
-    remove_dead_routes,
-)
+from vllm_cfg_plugin.compat.api_server import remove_dead_routes
+from vllm_cfg_plugin.compat.engine_deaths import note_engine_client
+from vllm_cfg_plugin.compat.engines import client_index, count_aborts, drain_before_shutdown
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.progress import address_of_client
 from vllm_cfg_plugin.entrypoints import health, models

@@ -32,7 +32,7 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
         **settings,
         "cfg_parallel_size": cfg_parallel_size,
         "progress_address": new_address("progress"),
-        "failed_start_address": new_address("failed-start"),
+        "cause_address": new_address("cause"),
     }
     variant = EngineSettings.from_dict(additional).variant
     check_servable(Checkpoint(model, engine_args.get("revision")), variant)

@@ -21,7 +21,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
-from vllm_cfg_plugin.compat import end_output_thread, failed_start_has_cause, wake_on_engine_death
+from vllm_cfg_plugin.compat.engine_deaths import end_has_cause, wake_on_engine_death
+from vllm_cfg_plugin.compat.engines import end_output_thread
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.entrypoints.engine_args import diffusion_engine_args
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output, unpredicted_on_error
@@ -71,8 +72,8 @@ class DiffusionLLM:
         self._pid = os.getpid()
         self._ids = itertools.count()
         args = diffusion_engine_args(model, cfg_parallel_size, **engine_args)
-        address = args["additional_config"]["failed_start_address"]
-        with _children_ignore_ctrl_c(), failed_start_has_cause(address):
+        address = args["additional_config"]["cause_address"]
+        with _children_ignore_ctrl_c(), end_has_cause(address):
             self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
         # Newer than vLLM's own finalizers, so at exit it runs before them.
         self._finalizer = weakref.finalize(self, _stop, self._engine, self._pid)

@@ -16,7 +16,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.abstract import Executor, FailureCallback
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.compat import answer_rejected_requests, release_inherited_wakeup, report_failed_start
+from vllm_cfg_plugin.compat.engine_deaths import report_end, tell_why
+from vllm_cfg_plugin.compat.engines import answer_rejected_requests
+from vllm_cfg_plugin.compat.forks import release_inherited_wakeup
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration, slowest, step_timeout_s
@@ -46,13 +48,14 @@ class CfgExecutor(Executor):
         self._calls = count()
         self._template: Template | None = None
         settings = EngineSettings.from_vllm_config(self.vllm_config)
+        self._cause_address = settings.cause_address
         if multiprocessing.parent_process() is not None:
             # The API server started this process. Without this, killing it with -9 would leave the engine behind.
             die_with_parent()
             release_inherited_wakeup()
             answer_rejected_requests()
-            if settings.failed_start_address:
-                report_failed_start(settings.failed_start_address)
+            if self._cause_address:
+                report_end(self._cause_address)
         make_pool = partial(
             RankPool,
             self._choose_start(settings),
@@ -174,10 +177,12 @@ class CfgExecutor(Executor):
     def register_failure_callback(self, callback: FailureCallback) -> None:
         self._failure_callback = callback
 
-    def _notify_failure(self) -> None:
-        """Tell EngineCore once; called from the pool's monitor thread."""
+    def _notify_failure(self, error: Exception) -> None:
+        """Tell EngineCore once, which does not ask why; called from the thread that watches the ranks."""
         callback, self._failure_callback = self._failure_callback, None
         if callback is not None:
+            if self._cause_address:
+                tell_why(self._cause_address, f"the engine died: {error}")
             callback()
 
     def shutdown(self) -> None:
@@ -220,10 +225,10 @@ class CfgExecutor(Executor):
         """There is no multi-modal cache."""
 
 
-def _call_if_alive(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+def _call_if_alive(method: weakref.WeakMethod[Callable[[Exception], None]], error: Exception) -> None:
     alive = method()
     if alive is not None:
-        alive()
+        alive(error)
 
 
 class PlanAnswer(Future[StepResult]):

@@ -37,11 +37,8 @@ def run_worker(
     vllm_config: VllmConfig, rank: int, address: str, init_method: str, is_forked_by_template: bool = False
 ) -> None:
     """Entry point of the process of `rank`; ends the process when told to stop."""
-    from vllm_cfg_plugin.compat import (
-        release_inherited_listeners,
-        silence_all_gather_deprecation,
-        unshare_progress_lock,
-    )
+    from vllm_cfg_plugin.compat.forks import release_inherited_listeners, unshare_progress_lock
+    from vllm_cfg_plugin.compat.libraries import silence_all_gather_deprecation
 
     die_with_parent()
     if is_forked_by_template:

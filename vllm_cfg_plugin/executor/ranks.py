@@ -80,6 +80,19 @@ class Ranks:
         """
         began = time.monotonic()
         self.is_restarting = True
+        try:
+            self._start_anew(why)
+        except (RankDiedError, ConfigurationError):
+            self._closing.set()  # nobody tries again
+            raise
+        self.epoch += 1
+        self.is_restarting = False
+        logger.warning(
+            "The cfg ranks were started anew in %.1f s; the requests that they had begin again",
+            time.monotonic() - began,
+        )
+
+    def _start_anew(self, why: RankDiedError) -> None:
         logger.error("%s", _sentence(why))
         if not self.is_trial:
             self._limit.note(why)
@@ -87,16 +100,10 @@ class Ranks:
         while True:
             try:
                 self.pool = self._make_pool()
-                break
+                return
             except RankDiedError as error:
                 logger.error("%s", _sentence(error))
                 self._limit.note(error)
-        self.epoch += 1
-        self.is_restarting = False
-        logger.warning(
-            "The cfg ranks were started anew in %.1f s; the requests that they had begin again",
-            time.monotonic() - began,
-        )
 
     def sleep(self) -> None:
         """End the ranks until `wake_up`, which frees all that they hold; what was due is not answered."""
@@ -115,8 +122,8 @@ class Ranks:
             self.pool = self._make_pool()
             self.is_asleep = False
 
-    def watch(self, on_failure: Callable[[], None]) -> None:
-        """Restart ranks that die while the engine is idle, from a thread; `on_failure` if they can't be."""
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Restart ranks that die while the engine is idle, from a thread; `on_failure` is told why they can't be."""
         arguments = (weakref.ref(self), self._closing, on_failure)
         threading.Thread(target=_watch, args=arguments, daemon=True, name="cfg-rank-monitor").start()
 
@@ -126,8 +133,8 @@ class Ranks:
         with self.lock:
             return [] if self.is_asleep or self._closing.is_set() else self.pool.processes.sentinels
 
-    def are_well(self) -> bool:
-        """Have dead ranks started anew; False if they can't be."""
+    def heal(self) -> Exception | None:
+        """Have dead ranks started anew; returns why they can't be."""
         # While the engine's thread waits for ranks it has the lock, and notices their death by itself.
         with self.lock:
             try:
@@ -137,9 +144,8 @@ class Ranks:
                 try:
                     self.restart(death)
                 except (RankDiedError, ConfigurationError) as error:
-                    logger.error("%s", _sentence(error))
-                    return False
-        return True
+                    return error
+        return None
 
     def close(self) -> None:
         self._closing.set()
@@ -152,7 +158,7 @@ def _sentence(error: Exception) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _watch(watched: weakref.ref[Ranks], closing: threading.Event, on_failure: Callable[[], None]) -> None:
+def _watch(watched: weakref.ref[Ranks], closing: threading.Event, on_failure: Callable[[Exception], None]) -> None:
     while not closing.is_set():
         ranks = watched()
         if ranks is None:
@@ -161,7 +167,7 @@ def _watch(watched: weakref.ref[Ranks], closing: threading.Event, on_failure: Ca
         del ranks  # this thread must not keep them alive
         multiprocessing.connection.wait(sentinels, _LOOK_SECONDS)
         ranks = watched()
-        if ranks is not None and not ranks.are_well():
-            on_failure()
+        if ranks is not None and (error := ranks.heal()):
+            on_failure(error)
             return
         del ranks

@@ -37,5 +37,5 @@ class RestartLimit:
             raise RankDiedError(
                 f"{why}; cfg_max_restarts={self._most} allows no further start of the cfg ranks within "
                 f"{WINDOW_SECONDS / 60:.0f} minutes: the engine ends"
-            )
+            ) from None  # whose words are in these
         self._at.append(now)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
-from vllm_cfg_plugin.compat import let_have_children, release_inherited_listeners, unshare_progress_lock
+from vllm_cfg_plugin.compat.forks import let_have_children, release_inherited_listeners, unshare_progress_lock
 from vllm_cfg_plugin.errors import ConfigurationError, RankDiedError, one_line
 from vllm_cfg_plugin.executor.lifeline import die_with_parent
 from vllm_cfg_plugin.executor.rank_processes import Meeting, OwnProcesses, RankProcesses, end_processes

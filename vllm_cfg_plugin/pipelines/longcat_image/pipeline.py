@@ -19,7 +19,7 @@ from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos
 from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
-from vllm_cfg_plugin.compat import split_contractions_alike
+from vllm_cfg_plugin.compat.libraries import split_contractions_alike
 from vllm_cfg_plugin.distributed.cfg_parallel import same_on_all_ranks
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance

@@ -13,7 +13,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline a
 from PIL import Image
 
 from vllm_cfg_plugin.checkpoint import ImageSize
-from vllm_cfg_plugin.compat import let_vl_processors_do_without_videos
+from vllm_cfg_plugin.compat.libraries import let_vl_processors_do_without_videos
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import to_pil

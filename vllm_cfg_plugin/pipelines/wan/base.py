@@ -16,7 +16,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import randn_tensor
 
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, PipelineInfo, TextRules
-from vllm_cfg_plugin.compat import let_unipc_run_ahead, unipc_runs_ahead
+from vllm_cfg_plugin.compat.libraries import let_unipc_run_ahead, unipc_runs_ahead
 from vllm_cfg_plugin.distributed.cfg_parallel import log_once
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, Guidance, ImageInput
