@@ -159,7 +159,7 @@ def test_ranks_that_die_while_they_measure_are_started_anew(model, monkeypatch, 
     with DiffusionLLM(str(model), cfg_parallel_size=2) as llm:
         assert llm.generate("a house", params, use_tqdm=False)[0].error is None
     died.unlink()
-    with pytest.raises(RankDiedError, match="cfg rank 1 .* ended with code 1; cfg_max_restarts=0 allows no further"):
+    with pytest.raises(RankDiedError, match=r"cfg rank 1 .* ended with code 1; cfg_max_restarts=0 allows no further"):
         DiffusionLLM(str(model), cfg_parallel_size=2, cfg_max_restarts=0)
 
 
