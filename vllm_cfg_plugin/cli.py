@@ -17,7 +17,7 @@ from typing import Any
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.compat.engine_deaths import serve_and_say_why_the_engine_ended
 from vllm_cfg_plugin.compat.quiet_logs import quiet_logs
-from vllm_cfg_plugin.config import LEAST_VALUES, EngineSettings, new_address, with_our_defaults
+from vllm_cfg_plugin.config import LEAST_VALUES, EngineSettings, check_settings, new_address, with_our_defaults
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
 from vllm_cfg_plugin.vllm_options import check_options
@@ -111,6 +111,8 @@ class _MergeConfig(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         settings = self._settings(values, option_string)
+        if not isinstance(settings, dict):
+            parser.exit(2, f"{parser.prog}: error: {option_string} takes a JSON object, not {settings!r}\n")
         namespace.additional_config = {**(namespace.additional_config or {}), **settings}
 
     def _settings(self, values: Any, option_string: str | None) -> dict[str, Any]:
@@ -191,6 +193,7 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
     if is_diffusion or ours:
         check_servable(checkpoint, variant)
     if is_diffusion:
+        check_settings(settings)
         addresses = {f"{purpose}_address": new_address(purpose) for purpose in ("progress", "health", "cause")}
         namespace.additional_config = {**addresses, **settings}
         if hasattr(namespace, "dispatch_function"):  # of the `vllm` command

@@ -6,7 +6,8 @@ Settings travel in `VllmConfig.additional_config`, which vLLM hands to every pro
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -169,6 +170,27 @@ def with_our_defaults(given: Mapping[str, Any], on_cpu: bool) -> dict[str, Any]:
     defaults = {**ENGINE_DEFAULTS, "dtype": default_dtype(on_cpu)}
     chosen = {name: value for name, value in given.items() if not (name in _AUTO_OPTIONS and value == "auto")}
     return defaults | chosen
+
+
+def check_settings(additional: object) -> None:
+    """Check what a user of a diffusion model gives as `additional_config`, which nobody else reads then.
+
+    Raises:
+        ConfigurationError: it is no dictionary, or has a name that is no setting of ours.
+    """
+    if not isinstance(additional, dict):
+        example = '{"cfg_parallel_size": 2}'
+        raise ConfigurationError(
+            f"additional_config={additional!r} is not valid: it must be settings such as {example}"
+        )
+    if unknown := set(additional) - set(EngineSettings.__struct_fields__):
+        raise ConfigurationError(f"additional_config: {unknown_name(min(unknown), EngineSettings.__struct_fields__)}")
+
+
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """Words for a name that there is not, with those that are alike."""
+    alike = get_close_matches(name, known)
+    return f"there is no {name}" + f": did you mean {' or '.join(alike)}?" * bool(alike)
 
 
 def additional_config(vllm_config: VllmConfig) -> dict[str, Any]:

@@ -140,13 +140,19 @@ _REFUSED: dict[str, tuple[str, ...]] = {
 
 REFUSED: dict[str, str] = {name: remedy for remedy, names in _REFUSED.items() for name in names} | UNUSABLE_OPTIONS
 
+# Of options that work: what is the least, where vLLM takes less or refuses it late.
+_LEAST = {"max_num_seqs": 1, "max_num_queued_reqs": 1, "max_num_batched_tokens": 1, "shutdown_timeout": 0}
+
 
 def check_options(options: Mapping[str, Any], vllms_default: Callable[[str], Any]) -> None:
     """Check options of vLLM for a diffusion model.
 
     Raises:
-        ConfigurationError: an option has no use for a diffusion pipeline.
+        ConfigurationError: an option has no use for a diffusion pipeline, or is less than can be served with.
     """
+    for name, least in _LEAST.items():
+        if isinstance(value := options.get(name), int) and value < least:
+            raise ConfigurationError(f"{name}={value} is not valid: it must be an integer from {least} up")
     for name, remedy in REFUSED.items():
         value = options.get(name)
         if value and value != vllms_default(name):

@@ -38,8 +38,8 @@ SPELLINGS = [
     ["--cfg_parallel_size", "2"],
     ["--additional-config.cfg_parallel_size", "2"],
     ["--additional-config", '{"cfg_parallel_size": 2}'],
-    ["--additional-config", '{"other": 1}', "--cfg-parallel-size", "2"],
-    ["--cfg-parallel-size", "2", "--additional-config", '{"other": 1}'],
+    ["--additional-config", '{"max_image_pixels": 1}', "--cfg-parallel-size", "2"],
+    ["--cfg-parallel-size", "2", "--additional-config", '{"max_image_pixels": 1}'],
 ]
 
 
@@ -49,7 +49,8 @@ def test_every_spelling_reaches_the_engine(parse, model, spelling, model_first):
     args = parse(*([model, *spelling] if model_first else [*spelling, model]))
     engine_args = AsyncEngineArgs.from_cli_args(args)
     assert engine_args.additional_config["cfg_parallel_size"] == 2
-    assert ("other" in engine_args.additional_config) == any("other" in part for part in spelling)
+    asked = any("max_image_pixels" in part for part in spelling)
+    assert ("max_image_pixels" in engine_args.additional_config) == asked
 
 
 SWITCH_SPELLINGS = [
@@ -204,6 +205,26 @@ def test_a_wrong_cfg_size_is_one_clear_line(parse, capsys, model, size):
 def test_a_wrong_setting_in_json_is_one_clear_line(parse, capsys, model):
     line = rejected(parse, capsys, model, "--additional-config", '{"cfg_parallel_size": 0}')
     assert "cfg_parallel_size=0 is not valid" in line
+
+
+@pytest.mark.parametrize("value", ["[]", '"x"', "3"])
+def test_additional_config_that_is_no_object_is_one_clear_line(parse, capsys, model, value):
+    line = rejected(parse, capsys, model, "--additional-config", value)
+    assert f"--additional-config takes a JSON object, not {value}" in line.replace("'", "")
+
+
+def test_a_setting_that_there_is_not_is_one_clear_line(parse, capsys, model):
+    line = rejected(parse, capsys, model, "--additional-config", '{"cfg_paralel_size": 2}')
+    assert "there is no cfg_paralel_size: did you mean cfg_parallel_size?" in line
+
+
+LEAST = [("max-num-seqs", 0, 1), ("max-num-queued-reqs", 0, 1), ("shutdown-timeout", -1, 0)]
+
+
+@pytest.mark.parametrize(("flag", "value", "least"), LEAST)
+def test_an_option_of_vllm_below_its_least_is_one_clear_line(parse, capsys, model, flag, value, least):
+    line = rejected(parse, capsys, model, f"--{flag}", value)
+    assert f"error: {flag.replace('-', '_')}={value} is not valid: it must be an integer from {least} up" in line
 
 
 def test_a_model_that_is_no_diffusers_folder_is_one_clear_line(parse, capsys, tmp_path):

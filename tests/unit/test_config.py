@@ -40,6 +40,22 @@ def test_an_option_without_a_use_is_refused(qwen_image_folders):
             diffusion_engine_args(model, 1, **{name: value})
 
 
+WRONG_ARGUMENTS = [
+    ({"bogus": 1}, r"^DiffusionLLM: there is no bogus$"),
+    ({"cfg_shared_weight": True}, "no cfg_shared_weight: did you mean cfg_shared_weights"),
+    ({"max_num_sequences": 4}, "no max_num_sequences: did you mean max_num_seqs"),
+    ({"max_num_seqs": 0}, "max_num_seqs=0 is not valid: it must be an integer from 1 up"),
+    ({"additional_config": [1]}, r"additional_config=\[1\] is not valid"),
+    ({"additional_config": {"cfg_max_restart": 1}}, "additional_config: there is no cfg_max_restart: did you mean"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), WRONG_ARGUMENTS)
+def test_a_wrong_argument_is_named_with_those_that_are_alike(qwen_image_folders, arguments, said):
+    with pytest.raises(ConfigurationError, match=said):
+        diffusion_engine_args(str(qwen_image_folders["tiny"]), 1, **arguments)
+
+
 @pytest.mark.parametrize("name", UNUSABLE_OPTIONS)
 def test_every_option_without_a_use_is_one_of_vllms(name):
     assert name in EngineArgs.__dataclass_fields__

@@ -7,7 +7,14 @@ from dataclasses import MISSING
 from typing import Any
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.config import PLUGIN_NAME, EngineSettings, new_address, with_our_defaults
+from vllm_cfg_plugin.config import (
+    PLUGIN_NAME,
+    EngineSettings,
+    check_settings,
+    new_address,
+    unknown_name,
+    with_our_defaults,
+)
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
 from vllm_cfg_plugin.vllm_options import check_options
@@ -20,12 +27,13 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
         engine_args: fields of `EngineSettings`, or anything that `EngineArgs` takes.
 
     Raises:
-        ConfigurationError: a model that we don't serve, a setting out of range, an option without a use, or a
-            VLLM_PLUGINS without us.
+        ConfigurationError: a model that we don't serve, a name that there is not, a setting out of range, an option
+            without a use, or a VLLM_PLUGINS without us.
     """
     _check_plugin_is_allowed()
     from vllm.platforms import current_platform
 
+    check_settings(engine_args.get("additional_config", {}))
     settings = {name: engine_args.pop(name) for name in EngineSettings.__struct_fields__ if name in engine_args}
     additional = {
         **engine_args.pop("additional_config", {}),
@@ -36,9 +44,18 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
     }
     variant = EngineSettings.from_dict(additional).variant
     check_servable(Checkpoint(model, engine_args.get("revision")), variant)
+    _check_names(engine_args)
     check_options(engine_args, _vllms_default)
     options = with_our_defaults(engine_args, current_platform.is_cpu())
     return {**options, "model": model, "additional_config": additional}
+
+
+def _check_names(engine_args: dict[str, Any]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = [*EngineSettings.__struct_fields__, *EngineArgs.__dataclass_fields__]
+    if unknown := set(engine_args) - set(known):
+        raise ConfigurationError(f"DiffusionLLM: {unknown_name(min(unknown), known)}")
 
 
 def _vllms_default(name: str) -> Any:
