@@ -1,12 +1,13 @@
 """A server whose ranks are killed and stopped again and again, under traffic whose every image is known.
 
-    python -m benchmarks.chaos [--minutes 30] [--every 8] [--clients 16] [--quick] [--out DIR]
+    python -m benchmarks.chaos [--minutes 30] [--every 8] [--clients 16] [--data-parallel-size 1] [--quick] [--out DIR]
 
-One `vllm serve` of the bundled model with two ranks, and a closed loop of so many clients with mixed requests (half of
-them guided, 64 to 256 px, 4 to 30 steps). Every `--every` seconds one fault: kill -9 of a rank, of both, of one twice
-in a row, of the process that ranks are forked from, or SIGSTOP of a rank, which is noticed after `--cfg-step-timeout`
-(5 s here). Printed are the requests, those that failed or came with other bytes than before the first fault, their
-latencies, and each process's memory before the first fault and after the last. Exit code 1 if any failed or differ.
+One `vllm serve` of the bundled model with two ranks, or with so many engines of two, and a closed loop of so many
+clients with mixed requests (half of them guided, 64 to 256 px, 4 to 30 steps). Every `--every` seconds one fault: kill
+-9 of a rank, of all, of one twice in a row, of a process that ranks are forked from, or SIGSTOP of a rank, which is
+noticed after `--cfg-step-timeout` (5 s here). Printed are the requests, those that failed or came with other bytes than
+before the first fault, their latencies, and each process's memory before the first fault and after the last. Exit code
+1 if any failed or differ.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def kill_one(server: VllmServer, draw: random.Random) -> int:
     return 1
 
 
-def kill_both(server: VllmServer, draw: random.Random) -> int:
+def kill_all(server: VllmServer, draw: random.Random) -> int:
     ranks = _ranks(server)
     for rank in ranks:
         rank.kill()
@@ -64,7 +65,8 @@ def kill_twice(server: VllmServer, draw: random.Random) -> int:
 
 
 def kill_template(server: VllmServer, draw: random.Random) -> int:
-    processes(server)["CfgTemplate"].kill()
+    templates = [process for title, process in processes(server).items() if title.startswith("CfgTemplate")]
+    draw.choice(templates).kill()
     return 2  # its ranks end with it
 
 
@@ -75,7 +77,7 @@ def stop_one(server: VllmServer, draw: random.Random) -> int:
 
 FAULTS: dict[str, Callable[[VllmServer, random.Random], int]] = {
     "kill -9 of a rank": kill_one,
-    "kill -9 of both ranks": kill_both,
+    "kill -9 of all ranks": kill_all,
     "kill -9 twice in a row": kill_twice,
     "kill -9 of the template": kill_template,
     "SIGSTOP of a rank": stop_one,
@@ -114,10 +116,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--every", type=float, default=8.0, help="seconds between two faults")
     parser.add_argument("--clients", type=int, default=CLIENTS)
+    parser.add_argument("--data-parallel-size", type=int, default=1, help="engines, of two ranks each")
     args = parser.parse_args()
     seconds = 60 * (args.minutes or (0.5 if args.quick else 30))
     on = machine()
-    with serving(FLAGS) as server:
+    with serving([*FLAGS, "--data-parallel-size", str(args.data_parallel_size)]) as server:
         before = resident_megabytes(server)
         record, faults, ranks = asyncio.run(endure(server, seconds, args.every, args.clients))
         after = resident_megabytes(server)

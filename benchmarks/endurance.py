@@ -28,7 +28,8 @@ from examples.vllm_server import VllmServer
 CLIENTS = 16
 MEGABYTE = 2**20
 # Process titles, and what stands for processes that are replaced.
-_TITLE = re.compile(r"CfgRank\d+|CfgTemplate|EngineCore|vllm serve")
+_TITLE = re.compile(r"CfgRank\d+|CfgTemplate|EngineCore(?:_DP\d+)?|ApiServer_\d+|vllm serve")
+_ENGINE = re.compile(r"EngineCore(_DP\d+)")
 
 
 @dataclass
@@ -126,16 +127,18 @@ class Traffic:
 
 
 def processes(server: VllmServer) -> dict[str, psutil.Process]:
-    """The server's processes by title."""
+    """The server's processes by title; with several engines, that of a rank ends as that of its engine does."""
     found = {}
     parent = psutil.Process(server.process.pid)
     for process in [parent, *parent.children(recursive=True)]:
         try:
             title = _TITLE.search(" ".join(process.cmdline()))
+            ancestors = " ".join(" ".join(ancestor.cmdline()) for ancestor in process.parents())
         except psutil.Error:
             continue
         if title:
-            found[title[0]] = process
+            engine = _ENGINE.search(ancestors)
+            found[title[0] + (engine[1] if engine else "")] = process
     return found
 
 
