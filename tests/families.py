@@ -117,11 +117,15 @@ class _ReturnsLatents:
 
 def call(pipeline: Any, case: Case, seed: int, output_type: str = "latent") -> Any:
     """One direct call of diffusers' pipeline or of ours."""
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(**arguments(case), generator=generator, output_type=output_type, return_dict=False)[0]
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    """What a direct call takes of a case."""
     images = case.images if len(case.images) <= len(case.image_names) else (list(case.images),)
     given = dict(zip(case.image_names, images, strict=False))
-    kwargs = {"prompt": case.prompt, **given, **case.params}
-    generator = torch.Generator().manual_seed(seed)
-    return pipeline(**kwargs, generator=generator, output_type=output_type, return_dict=False)[0]
+    return {"prompt": case.prompt, **given, **case.params}
 
 
 def load(folder: Path) -> EnginePipeline:
@@ -210,7 +214,6 @@ FAMILIES: tuple[Family, ...] = (
             Case("unguided", "a rocket", _sized(64, 96, guidance_scale=0.0)),
             Case("guided, long text", "cat " * 40, _sized(32, 48, guidance_scale=0.5)),
         ),
-        to_reference=lambda pipeline, patches, request: pipeline._from_patches(patches, request),
     ),
     _wan("2.1", "2.1"),
     _wan("2.2 14B", "2.2", guidance_scale_2=2.0),

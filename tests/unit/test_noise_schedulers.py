@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.contract import generate, make_request
-from tests.families import FAMILIES, call, load
+from tests.families import FAMILIES, arguments, call, load
 from tests.unit.fakes import VIDEO_INFO
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
@@ -61,36 +61,39 @@ OPTIONS = {
 NOT_STEPPED = ("ScoreSdeVeScheduler", "ScoreSdeVpScheduler")  # these have other methods than `step`
 CLASSES = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and name not in NOT_STEPPED)
 TABLE = [(name, options) for name in CLASSES for options in ({}, *OPTIONS.get(name, []))]
-# Z-Image's latents are patches here, so the noise of a step lies otherwise than in diffusers' image.
-DRAWS_PATCHES = ("ZImagePipeline",)
-KINDS = {
-    family.label: family
-    for family in FAMILIES
-    if family.label
-    in (
-        "QwenImagePipeline",
-        "LongCatImagePipeline",
-        "FluxPipeline",
-        "StableDiffusion3Pipeline",
-        "ZImagePipeline",
-        "WanPipeline (2.1)",
-    )
-}
+BY_LABEL = {family.label: family for family in FAMILIES}
+KINDS = (
+    "QwenImagePipeline",
+    "LongCatImagePipeline",
+    "FluxPipeline",
+    "StableDiffusion3Pipeline",
+    "ZImagePipeline",
+    "WanPipeline (2.1)",
+)
+# Of one kind each, with guidance and with images: step by step in one order, by two orders, by steps that draw noise.
+FEW = [
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
+    ("UniPCMultistepScheduler", OPTIONS["UniPCMultistepScheduler"][0]),
+    ("DPMSolverMultistepScheduler", OPTIONS["DPMSolverMultistepScheduler"][1]),
+]
+GUIDED = ("QwenImagePipeline", "ZImagePipeline", "QwenImageEditPipeline", "LongCatImageEditPipeline")
 
 
 class Model:
     """A family's tiny checkpoint, in diffusers' pipeline and in ours, of which the noise scheduler is exchanged."""
 
-    def __init__(self, family, folder):
+    def __init__(self, family, folder, mode="unguided"):
         self.folder = family.build(folder / "model")
         self.reference, self.ours = family.reference(self.folder), load(self.folder)
         self.family = family
-        case = next(case for case in family.cases if "unguided" in case.mode)
-        self.case = replace(case, params={**case.params, "height": 32, "width": 32, "num_inference_steps": STEPS})
+        case = next(case for case in family.cases if case.mode.startswith(mode))
+        sides = {} if case.images else {"height": 32, "width": 32}
+        self.case = replace(case, params={**case.params, **sides, "num_inference_steps": STEPS})
         info = describe(Checkpoint(str(self.folder)))
         few = msgspec.structs.replace(info.default_params, num_inference_steps=STEPS)
         self.info = replace(info, default_params=few)
-        self.request = make_request(self.folder, case.prompt, seed=SEED, **self.case.params)
+        self.request = make_request(self.folder, case.prompt, case.images, seed=SEED, **self.case.params)
 
     def expected(self, scheduler):
         """Latents of diffusers' pipeline; None where it does not run."""
@@ -98,9 +101,10 @@ class Model:
         if "generator" in inspect.signature(scheduler.step).parameters:
             scheduler.step = partial(scheduler.step, generator=generator)
         self.reference.scheduler = scheduler
-        arguments = {"prompt": self.case.prompt, "output_type": "latent", "return_dict": False, **self.case.params}
         try:
-            return self.reference(**arguments, generator=generator)[0]
+            return self.reference(**arguments(self.case), generator=generator, output_type="latent", return_dict=False)[
+                0
+            ]
         except Exception:
             return None
 
@@ -133,18 +137,29 @@ class Model:
         return "", self.family.to_reference(self.ours, latents, request)
 
 
-def draws(name, options):
-    return "stochastic_sampling" in options or name in ("FlowMatchLCMScheduler", "LTXEulerAncestralRFScheduler")
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def model(request, tmp_path_factory):
-    return Model(KINDS[request.param], tmp_path_factory.mktemp("model"))
+    return Model(BY_LABEL[request.param], tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", params=GUIDED)
+def guided_model(request, tmp_path_factory):
+    return Model(BY_LABEL[request.param], tmp_path_factory.mktemp("model"), "guided")
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "options"), TABLE, ids=str)
 def test_as_diffusers_or_refused(model, name, options, tmp_path):
+    check_as_diffusers_or_refused(model, name, options, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "options"), FEW, ids=str)
+def test_with_guidance_and_images_as_diffusers_or_refused(guided_model, name, options, tmp_path):
+    check_as_diffusers_or_refused(guided_model, name, options, tmp_path)
+
+
+def check_as_diffusers_or_refused(model, name, options, tmp_path):
     try:
         scheduler = getattr(diffusers, name)(**options)
         checkpoint = model.checkpoint(tmp_path, scheduler)
@@ -155,7 +170,7 @@ def test_as_diffusers_or_refused(model, name, options, tmp_path):
     if reason:
         assert expected is None or "scale_factors" in options, f"diffusers runs it: {reason}"
         assert "\n" not in reason
-    elif expected is not None and not (model.family.class_name in DRAWS_PATCHES and draws(name, options)):
+    elif expected is not None:
         assert (latents - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max())
 
 

@@ -24,7 +24,7 @@ from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, joint_time
 from vllm_cfg_plugin.pipelines.common.arguments import CallArguments
 from vllm_cfg_plugin.pipelines.common.autoencoders import decode_scaled, vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.flow_schedule import dynamic_shift, set_shifted_timesteps
-from vllm_cfg_plugin.pipelines.common.generate import Generators, branch_texts
+from vllm_cfg_plugin.pipelines.common.generate import branch_texts
 from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked, ImagePipeline
 from vllm_cfg_plugin.pipelines.z_image.transformer import FRAMES_PATCH, PATCH, PackedZImageTransformer
 
@@ -94,8 +94,10 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
 
     def pack_branches(self, branches: Sequence[BranchInput]) -> dict[str, Any]:
         ahead = joint_timesteps_ahead(branches)
+        images = [branch.latents.transpose(0, 1).to(self._weight.dtype) for branch in branches]
+        patches = [self.transformer._patchify_image(image, PATCH, FRAMES_PATCH)[0] for image in images]
         return {
-            "x": torch.cat([branch.latents for branch in branches], dim=1).to(self._weight.dtype),
+            "x": torch.cat(patches)[None],
             "t": _image_time(torch.stack([branch.timestep for branch in branches])),
             "cap_feats": [branch.embeds.tokens for branch in branches],
             "grids": [(1, *self._grid(branch.request.height, branch.request.width)) for branch in branches],
@@ -103,7 +105,10 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
         }
 
     def unpack_predictions(self, prediction: torch.Tensor, branches: Sequence[BranchInput]) -> list[torch.Tensor]:
-        return list(prediction.split([branch.latents.shape[1] for branch in branches], dim=1))
+        sizes = [(1, *branch.latents.shape[-2:]) for branch in branches]
+        patches = prediction[0].split([branch.request.image_tokens for branch in branches])
+        images = self.transformer.unpatchify(list(patches), sizes, PATCH, FRAMES_PATCH)
+        return [image.transpose(0, 1) for image in images]
 
     def forget_derived(self) -> None:
         self.transformer.modulations.clear()
@@ -113,7 +118,8 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
         return self._weight.new_empty(0, dtype=torch.float32)  # see `predict_noise`
 
     def prediction_shape(self, request: DiffusionRequest) -> tuple[int, ...]:
-        return request.image_tokens, PATCH * PATCH * FRAMES_PATCH * self.transformer.in_channels
+        factor = self.vae_scale_factor
+        return self.transformer.in_channels, request.height // factor, request.width // factor
 
     @property
     def _latent_channels(self) -> int:
@@ -129,21 +135,6 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
         embeds: torch.Tensor = encoded.hidden_states[-2][0]
         return embeds
 
-    def _first_latents(
-        self, request: DiffusionRequest, count: int, generator: Generators, latents: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """[count, image tokens, patch], in float32 whatever the transformer's dtype."""
-        noise = super()._first_latents(request, count, generator, latents)
-        images = [self.transformer._patchify_image(image, PATCH, FRAMES_PATCH)[0] for image in noise.unsqueeze(2)]
-        return torch.stack(images)
-
-    def _from_patches(self, patches: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
-        """[batch, channels, latent height, latent width] of [batch, image tokens, patch]."""
-        size = (1, request.height // self.vae_scale_factor, request.width // self.vae_scale_factor)
-        count = patches.shape[0]
-        images = self.transformer.unpatchify(list(patches.unbind()), [size] * count, PATCH, FRAMES_PATCH)
-        return torch.stack(images).squeeze(2)
-
     @staticmethod
     def set_timesteps(scheduler: Any, num_inference_steps: int, image_tokens: int, device: torch.device) -> None:
         sigmas = get_default_z_image_sigmas(num_inference_steps)
@@ -151,14 +142,7 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
         set_shifted_timesteps(scheduler, num_inference_steps, sigmas, shift, device)
 
     def _decode_latents(self, latents: torch.Tensor, request: DiffusionRequest) -> torch.Tensor:
-        return decode_scaled(self.vae, self._from_patches(latents, request).to(self.vae.dtype))
-
-    def _results(
-        self, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor], output_type: str
-    ) -> Any:
-        if output_type == "latent":
-            return self._from_patches(latents, request)
-        return super()._results(latents, request, condition, output_type)
+        return decode_scaled(self.vae, latents.to(self.vae.dtype))
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         side = PATCH * self.vae_scale_factor
