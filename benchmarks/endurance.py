@@ -108,15 +108,17 @@ class Traffic:
             record.failures[type(error).__name__] += 1
         else:
             if status != 200:
-                record.failures[f"HTTP {status}"] += 1
+                record.failures[f"HTTP {status}: {digest}"] += 1
             record.wrong += status == 200 and digest != self._known.get(job, digest)
         record.seconds.append(time.monotonic() - began)
 
     async def _ask(self, job: Job) -> tuple[int, str]:
+        """The status, and the image's digest or why there is none."""
         async with self._session.post(self._url, json=request_body(job)) as response:
             answer = await response.json()
-            image = answer["data"][0]["b64_json"] if response.status == 200 else ""
-            return response.status, hashlib.sha256(image.encode()).hexdigest()
+            if response.status != 200:
+                return response.status, answer["error"]["message"]
+            return response.status, hashlib.sha256(answer["data"][0]["b64_json"].encode()).hexdigest()
 
     async def abandon(self, job: Job, after: float) -> None:
         """A client that leaves after so many seconds, whether it has its image or not."""
