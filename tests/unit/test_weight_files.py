@@ -117,3 +117,16 @@ def test_an_empty_quantization_of_a_text_encoder_is_none_as_it_is_to_transformer
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {}}))
     check_servable(Checkpoint(str(model)))
     QwenImagePipeline.from_pretrained(str(model))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_file_of_a_tokenizer_is_named(model, name):
+    path = model / "tokenizer" / name
+    path.write_bytes(path.read_bytes()[:-5])
+    assert f"tokenizer/{name} is broken: " in refusal(model)
+
+
+def test_a_tokenizer_without_files_is_named(model):
+    shutil.rmtree(model / "tokenizer")
+    (model / "tokenizer").mkdir()
+    assert "is incomplete: tokenizer/ has no JSON files" in refusal(model)

@@ -7,6 +7,7 @@ import torch, diffusers or transformers by itself; it is called when the family'
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,22 @@ def check_weight_files(checkpoint: Checkpoint, family: type, variant: str = "") 
                     raise ConfigurationError(
                         f"model {checkpoint.model!r}: {component}/{path.name} is broken: {problem}"
                     )
+        else:
+            _check_json_files(checkpoint, folder, component)
+
+
+def _check_json_files(checkpoint: Checkpoint, folder: Path, component: str) -> None:
+    """Of a component without weights, such as a tokenizer: it is there, and its JSON files can be read."""
+    paths = [path for path in sorted((folder / component).glob("*.json")) if not path.name.startswith(".")]
+    if not paths:
+        raise ConfigurationError(f"model {checkpoint.model!r} is incomplete: {component}/ has no JSON files")
+    for path in paths:
+        try:
+            json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"model {checkpoint.model!r}: {component}/{path.name} is broken: {error}"
+            ) from error
 
 
 def _components(checkpoint: Checkpoint, family: type) -> dict[str, tuple[str, str]]:
