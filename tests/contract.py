@@ -26,9 +26,10 @@ def make_request(
     """A request to the model in a folder, as the front end would resolve it."""
     checkpoint, limits = Checkpoint(str(folder)), RequestLimits()
     info = describe(checkpoint)
+    extra = {name: params.pop(name) for name in info.extra_fields if name in params}
     inputs = read_images(list(images), "image", limits.max_input_pixels)
     count = TokenCounter.of(checkpoint, info.text)
-    return resolve_requests(prompt, DiffusionParams(**params), info, limits, count, inputs)[0]
+    return resolve_requests(prompt, DiffusionParams(**params, extra=extra), info, limits, count, inputs)[0]
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ local folder or a hub repository id; of the latter only the small JSON files are
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ class TextRules:
             `max_sequence_length` may set a lower limit, and its default may be lower.
         template: what a prompt is wrapped in before the tokenizer sees it.
         prefix_tokens: leading tokens of the template whose embeddings the model never sees.
-        tokenizer: its folder in the checkpoint.
+        tokenizer: its folder in the checkpoint; "" where texts are not counted, and none is too long.
         pads: every text is padded to the limit of its request.
         extra_tokens: what every text takes in the sequence beside its own tokens.
         sees_images: the text encoder reads a request's images too.
@@ -95,6 +95,12 @@ class PipelineInfo:
             text beyond what stands for them in `image_template`.
         images_take_result_size: images are brought to the size of the result, which `condition_tokens` is then given.
         default_size: (height, width) of the result for images of these (width, height); None: `default_params` say.
+        sizes: (height, width) of all results that it makes; empty where its multiples are the only limit.
+        lacks: fields that all other models read.
+        extra_fields: what `DiffusionParams.extra` may hold: name -> Python's annotation of its type.
+        strength: the default of the extra field of this name, the share of the steps that are taken.
+        call_arguments: for a model that runs as diffusers' own pipeline, what `DiffusionRequest.call` is for parameters
+            whose defaults are filled in; None for all others.
     """
 
     text: TextRules
@@ -119,6 +125,11 @@ class PipelineInfo:
     condition_tokens: Callable[[Sequence[ImageSize]], tuple[int, int]] = lambda sizes: (0, 0)
     images_take_result_size: bool = False
     default_size: Callable[[Sequence[ImageSize]], ImageSize] | None = None
+    sizes: tuple[ImageSize, ...] = ()
+    lacks: frozenset[str] = frozenset()
+    extra_fields: Mapping[str, str] = field(default_factory=dict)
+    strength: float = 1.0
+    call_arguments: Callable[[DiffusionParams], dict[str, Any]] | None = field(default=None, compare=False)
 
     def image_tokens(self, height: int, width: int, num_frames: int = 1, layers: int = 0) -> int:
         """Tokens of the latents; a layered image has one more than its layers."""

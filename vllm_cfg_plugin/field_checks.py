@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec import UNSET
 
@@ -30,6 +32,8 @@ _OPTIONAL = (*_SCALES, "guidance_scale_2", "num_frames", "layers", "max_sequence
 
 def is_read(name: str, info: PipelineInfo) -> bool:
     """Whether this model reads a field of a request."""
+    if name in info.lacks:
+        return False
     if name in GUIDANCE_FIELDS:
         return name in info.guidance_fields
     return name not in _OPTIONAL or name in info.options or name in (info.cfg_scale, info.distilled_scale)
@@ -37,6 +41,9 @@ def is_read(name: str, info: PipelineInfo) -> bool:
 
 def check_known_fields(asked: DiffusionParams, info: PipelineInfo) -> None:
     """Reject what this model does not read: it would be ignored."""
+    for name in sorted(info.lacks - set(_OPTIONAL)):
+        if (value := getattr(asked, name)) is not UNSET:
+            raise InvalidRequestError(name, value, "absent: this model does not take it")
     for name in _OPTIONAL:
         value = getattr(asked, name)
         if value is UNSET or is_read(name, info):
@@ -46,6 +53,35 @@ def check_known_fields(asked: DiffusionParams, info: PipelineInfo) -> None:
     for name in sorted(GUIDANCE_FIELDS - info.guidance_fields):
         if (value := getattr(asked, name)) is not UNSET:
             raise InvalidRequestError(name, value, "absent: this model's guidance does not read it")
+
+
+def checked_extra(extra: Mapping[str, object], info: PipelineInfo) -> dict[str, object]:
+    """The fields of diffusers' own pipeline, each of a type that it takes."""
+    for name, value in extra.items():
+        if name not in info.extra_fields:
+            near = difflib.get_close_matches(name, info.extra_fields, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise InvalidRequestError(name, value, f"absent: this model has no field of that name{hint}")
+        if not _is_of(value, info.extra_fields[name]):
+            raise InvalidRequestError(name, value, f"of the type {info.extra_fields[name]}")
+    return {name: value for name, value in extra.items() if value is not None}
+
+
+def _is_of(value: object, annotation: str) -> bool:
+    """Whether a value fits an annotation, all of whose types are plain."""
+    if value is None:
+        return "None" in annotation or "Optional" in annotation
+    if isinstance(value, (list, tuple)):
+        return bool(re.search(r"\b([Ll]ist|[Tt]uple)\b", annotation)) and all(
+            _is_of(item, annotation) for item in value
+        )
+    if isinstance(value, bool):
+        return "bool" in annotation
+    if isinstance(value, int):
+        return "int" in annotation or "float" in annotation
+    if isinstance(value, float):
+        return "float" in annotation and math.isfinite(value)
+    return isinstance(value, str) and "str" in annotation
 
 
 def check_image_count(count: int, info: PipelineInfo, limits: RequestLimits) -> None:
@@ -151,6 +187,9 @@ def checked_size(params: DiffusionParams, info: PipelineInfo, limits: RequestLim
     """(height, width)."""
     height = _checked_side("height", params.height, info)
     width = _checked_side("width", params.width, info)
+    if info.sizes and (height, width) not in info.sizes:
+        allowed = ", ".join(f"{width}x{height}" for height, width in info.sizes)
+        raise InvalidRequestError("size", f"{width}x{height}", f"one of {allowed}: this model makes no others")
     if height * width > limits.max_image_pixels:
         raise InvalidRequestError(
             "size", f"{width}x{height}", f"at most {limits.max_image_pixels} pixels in all (--max-image-pixels)"

@@ -17,7 +17,7 @@ from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.config import CONFIG_FORMAT, FIND_TOKEN_BUDGET
-from vllm_cfg_plugin.pipelines.registry import class_names, implementation_of
+from vllm_cfg_plugin.pipelines.registry import architecture_of, architectures
 
 # vLLM's own prompt of a request is one placeholder token; the text travels in the request's parameters.
 PLACEHOLDER_PROMPT: Any = {"type": "token", "prompt_token_ids": [0]}
@@ -55,11 +55,11 @@ class DiffusersConfigParser(ConfigParserBase):
         **kwargs: Any,
     ) -> tuple[dict[str, Any], PreTrainedConfig]:
         checkpoint = Checkpoint(str(model), revision)
-        implementation_of(checkpoint)
+        architecture = architecture_of(checkpoint)
         # Sizes that vLLM reads of every model; they describe the placeholder prompt, nothing of the pipeline.
         sizes = {"hidden_size": 1, "num_attention_heads": 1, "num_hidden_layers": 1, "vocab_size": 1}
         config = PreTrainedConfig.from_dict(
-            {"architectures": [checkpoint.class_name()], "max_position_embeddings": _MAX_PROMPT_TOKENS, **sizes}
+            {"architectures": [architecture], "max_position_embeddings": _MAX_PROMPT_TOKENS, **sizes}
         )
         return config.to_dict(), config
 
@@ -69,6 +69,6 @@ def register_models() -> None:
     if CONFIG_FORMAT in _CONFIG_FORMAT_TO_CONFIG_PARSER:
         return
     register_config_parser(CONFIG_FORMAT)(DiffusersConfigParser)
-    for class_name in class_names():
+    for architecture in architectures():
         # The class object, not a "module:Class" string: vLLM inspects lazy names in a subprocess, which costs seconds.
-        ModelRegistry.register_model(class_name, DiffusionModel)
+        ModelRegistry.register_model(architecture, DiffusionModel)

@@ -7,6 +7,8 @@ vLLM.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -48,6 +50,7 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         combine_rule: "cfg", "cfg_zero_star" or "apg".
         seed: 64-bit integer; unset or None draws one, which the outputs report.
         n: results, with seeds seed, seed + 1, ...
+        extra: further parameters of the `__call__` of diffusers' own pipeline, for a model that runs as such.
     """
 
     negative_prompt: str | UnsetType | None = UNSET
@@ -66,6 +69,7 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     combine_rule: str | UnsetType = UNSET
     seed: int | UnsetType | None = UNSET
     n: int = 1
+    extra: dict[str, Any] = {}
 
 
 class ImageInput(msgspec.Struct, frozen=True, array_like=True):
@@ -123,6 +127,8 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         num_timesteps: how many timesteps it takes then, as second-order ones forward twice in a step; None: as many.
         num_frames: frames of a video; 1 of an image. layers: of a layered image; 0 of all others.
         max_sequence_length: tokens that a text is cut to; 0 for the family's own number.
+        call: arguments of the `__call__` of diffusers' own pipeline, which every rank runs for this request; None where
+            the engine makes its steps itself.
         guidance_off: why a request that asked for guidance runs without it; empty otherwise.
         progress_key: the caller's name of this request on the channel of updates; "" for one that asks for none.
         previews: how many previews are asked for.
@@ -144,20 +150,30 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     num_frames: int = 1
     layers: int = 0
     max_sequence_length: int = 0
+    call: dict[str, Any] | None = None
     guidance_off: str = ""
     progress_key: str = ""
     previews: int = 0
 
     @property
     def preview_steps(self) -> tuple[int, ...]:
-        """After how many steps each preview is taken: after every fifth of all, and never after the last."""
-        points = (max(1, (index + 1) * self.steps // 5) for index in range(self.previews))
+        """After how many steps each preview is taken: after every fifth of all, and never after the last.
+
+        The latents of a pipeline's own call are nothing that could be decoded in between.
+        """
+        previews = 0 if self.on_all_ranks else self.previews
+        points = (max(1, (index + 1) * self.steps // 5) for index in range(previews))
         return tuple(step for step in dict.fromkeys(points) if step < self.steps)
 
     @property
     def steps(self) -> int:
         """Steps of the engine: in each one timestep is forwarded, and the noise scheduler stepped once."""
         return self.num_inference_steps if self.num_timesteps is None else self.num_timesteps
+
+    @property
+    def on_all_ranks(self) -> bool:
+        """Whether every rank prepares it, and none knows the shape of its predictions before that."""
+        return self.call is not None
 
     @property
     def guided(self) -> bool:

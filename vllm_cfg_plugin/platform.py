@@ -17,7 +17,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.pipelines.registry import class_names
+from vllm_cfg_plugin.pipelines.registry import architectures
 from vllm_cfg_plugin.vllm_options import check_options
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class HostPlatform(Platform):
         model_config = vllm_config.model_config
         if model_config is not None and not is_diffusion(vllm_config):
             raise ConfigurationError(
-                f"model {model_config.model!r} is not a diffusion pipeline ({', '.join(sorted(class_names()))}); on a "
-                "machine without an accelerator this build of vLLM serves only those. Install vLLM's CPU build to "
+                f"model {model_config.model!r} is not a diffusion pipeline of diffusers; on a machine "
+                "without an accelerator this build of vLLM serves only those. Install vLLM's CPU build to "
                 "serve other models here."
             )
 
@@ -128,7 +128,7 @@ class CfgPlatform(_Base):  # type: ignore[misc, valid-type]
 
 def is_diffusion(vllm_config: VllmConfig) -> bool:
     model_config = vllm_config.model_config
-    return model_config is not None and bool(set(model_config.architectures or ()) & class_names())
+    return model_config is not None and bool(set(model_config.architectures or ()) & architectures())
 
 
 def _turn_compilation_off(vllm_config: VllmConfig) -> None:

@@ -5,7 +5,8 @@ Runs once for a request, in the front end; nothing invalid goes further. Must no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec import UNSET
 
@@ -16,6 +17,7 @@ from vllm_cfg_plugin.field_checks import (
     check_images,
     check_known_fields,
     check_results,
+    checked_extra,
     checked_frames,
     checked_guidance,
     checked_int,
@@ -64,7 +66,11 @@ def resolve_requests(
     layers = 0 if params.layers is UNSET else checked_int("layers", params.layers, 1, 16)
     most_steps = limits.max_inference_steps
     steps = checked_int("num_inference_steps", params.num_inference_steps, 1, most_steps, "--max-inference-steps")
+    extra = checked_extra(params.extra, info)
     num_timesteps = _counted_timesteps(steps, info)
+    if info.call_arguments is not None:
+        # An estimate: pipelines round it in ways of their own.
+        num_timesteps = max(1, math.ceil(num_timesteps * _checked_strength(extra, info)))
     count = checked_int("n", params.n, 1, MAX_IMAGES_PER_REQUEST)
     check_results(height, width, num_frames, layers, count, info, limits)
     check_copies(images, count, limits)
@@ -93,6 +99,7 @@ def resolve_requests(
             num_inference_steps=steps,
             num_timesteps=num_timesteps,
             guidance=guidance,
+            call=info.call_arguments(params) if info.call_arguments else None,
             seed=first_seed + i,
             guidance_off="" if guided else _why_guidance_is_off(asked, info, guidance, num_timesteps),
         )
@@ -152,6 +159,14 @@ def _asked_parts(asked: DiffusionParams, guidance: Guidance) -> list[str]:
         if value is not UNSET and value != neutral:
             parts.append(name)
     return parts
+
+
+def _checked_strength(extra: Mapping[str, object], info: PipelineInfo) -> float:
+    """The share of the steps that a pipeline takes which begins with an image."""
+    strength = extra.get("strength", info.strength)
+    if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+        raise InvalidRequestError("strength", strength, "a number from 0 to 1")
+    return strength
 
 
 def _counted_timesteps(steps: int, info: PipelineInfo) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -23,12 +24,14 @@ class TokenCounter:
         self._count = lru_cache(maxsize=_CACHED_PROMPTS)(self._count_uncached)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, rules: TextRules) -> TokenCounter:
+    def of(cls, checkpoint: Checkpoint, rules: TextRules) -> Callable[[str], int]:
         """Load the tokenizer of a checkpoint, local or on the hub.
 
         Raises:
             ConfigurationError: the checkpoint has no tokenizer that can be loaded.
         """
+        if not rules.tokenizer:
+            return lambda prompt: 0
         from transformers import AutoTokenizer
 
         try:

@@ -84,19 +84,23 @@ def run_ranks(
         max_tokens: of a rank and step. Where there is such a limit, side work runs on threads, as in a server.
         as_on_gpus: exchange over the process group, by NCCL's rules, and run a step ahead.
     """
+    options = {"fault": fault, "load": load, "max_tokens": max_tokens, "as_on_gpus": as_on_gpus}
+    return [traces[model] for traces in run_models({model: scripts}, ranks, folder, **options)]
+
+
+def run_models(models: dict[Path, Scripts], ranks: int, folder: Path, **options) -> list[dict[Path, Traces]]:
+    """The same for several models, one after the other on the same processes."""
     outs = [folder / f"traces-{rank}.pt" for rank in range(ranks)]
     port = get_open_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(
-            target=_run_rank, args=(model, ranks, rank, port, scripts, out, fault, load, max_tokens, as_on_gpus)
-        )
+        context.Process(target=_run_rank, args=(models, ranks, rank, port, out), kwargs=options)
         for rank, out in enumerate(outs)
     ]
     for process in processes:
         process.start()
     _join(processes)
-    return [torch.load(out) for out in outs]
+    return [torch.load(out, weights_only=False) for out in outs]
 
 
 def _join(processes: list[multiprocessing.Process]) -> None:
@@ -116,40 +120,43 @@ def _join(processes: list[multiprocessing.Process]) -> None:
 
 
 def _run_rank(
-    model: Path,
+    models: dict[Path, Scripts],
     ranks: int,
     rank: int,
     port: int,
-    scripts: Scripts,
     out: Path,
-    fault: Fault,
-    load: Callable[[Path], EnginePipeline],
-    max_tokens: int,
-    as_on_gpus: bool,
+    fault: Fault = no_fault,
+    load: Callable[[Path], EnginePipeline] = load,
+    max_tokens: int = 1_000_000,
+    as_on_gpus: bool = False,
 ) -> None:
     torch.set_num_threads(1)
     init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
     parallel_state.initialize_model_parallel(ranks)
-    pipeline = load(model)
-    pack_branches = pipeline.pack_branches
+    all_gather = make_all_gather(torch.device("cuda" if as_on_gpus else "cpu"))
+    traces: dict[Path, Traces] = {}
+    for model, scripts in models.items():
+        pipeline = load(model)
+        pipeline.pack_branches = _failing(pipeline.pack_branches, fault, rank)
+        traces[model] = {}
+        for name, script in scripts.items():
+            side = ThreadedSideWork(rank) if max_tokens < 1_000_000 else InlineSideWork(rank)
+            pace = DevicePace() if as_on_gpus else HostPace()
+            runner = RecordingRunner(pipeline, rank, ranks, all_gather, side, pace)
+            with nccl_rules():
+                _drive(runner, ranks, list(script), max_tokens)
+            assert not runner.states, "every request must be forgotten after its last step, or when it failed"
+            traces[model][name] = dict(runner.trace)
+    torch.save(traces, out)
+    parallel_state.destroy_model_parallel()
 
+
+def _failing(pack_branches, fault: Fault, rank: int):
     def pack_or_fail(branches):
         fault(rank, branches)
         return pack_branches(branches)
 
-    pipeline.pack_branches = pack_or_fail
-    all_gather = make_all_gather(torch.device("cuda" if as_on_gpus else "cpu"))
-    traces: Traces = {}
-    for name, script in scripts.items():
-        side = ThreadedSideWork(rank) if max_tokens < 1_000_000 else InlineSideWork(rank)
-        pace = DevicePace() if as_on_gpus else HostPace()
-        runner = RecordingRunner(pipeline, rank, ranks, all_gather, side, pace)
-        with nccl_rules():
-            _drive(runner, ranks, list(script), max_tokens)
-        assert not runner.states, "every request must be forgotten after its last step, or when it failed"
-        traces[name] = dict(runner.trace)
-    torch.save(traces, out)
-    parallel_state.destroy_model_parallel()
+    return pack_or_fail
 
 
 def _drive(runner: StepRunner, ranks: int, script: list[tuple[int, DiffusionRequest | int]], max_tokens: int) -> None:

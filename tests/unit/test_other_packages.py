@@ -3,12 +3,13 @@
 import logging
 import sys
 
+import diffusers
 import pytest
 import torch
 
 from tests.model_builders.aura_flow import build_aura_flow
 from tests.packages import install, install_sample
-from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines import registry
 from vllm_cfg_plugin.pipelines.registry import check_servable, class_names, describe, pipeline_class
@@ -30,9 +31,15 @@ def site(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_without_the_package_the_class_is_not_served(aura_flow):
-    with pytest.raises(ConfigurationError, match="AuraFlowPipeline, which this plugin does not serve"):
-        check_servable(aura_flow)
+def test_without_the_package_the_class_runs_as_diffusers_own(aura_flow):
+    check_servable(aura_flow)
+    assert pipeline_class(aura_flow).diffusers_class is diffusers.AuraFlowPipeline
+
+
+def test_a_class_that_nobody_has_is_not_served(tmp_path):
+    (tmp_path / MODEL_INDEX).write_text('{"_class_name": "AuraFlowVideoPipeline"}')
+    with pytest.raises(ConfigurationError, match="AuraFlowVideoPipeline, which this plugin does not serve"):
+        check_servable(Checkpoint(str(tmp_path)))
 
 
 def test_an_installed_family_is_described_and_loaded(aura_flow, site):

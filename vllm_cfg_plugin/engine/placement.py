@@ -48,7 +48,13 @@ class Placement:
         return tuple(planner.level(items, self._ranks, loads))
 
     def first_encodes(self, request: ScheduledRequest) -> list[Encode]:
-        """Encode each branch's text on its owner, and on ranks that have it cached: there it costs nothing."""
+        """Encode each branch's text on its owner, and on ranks that have it cached: there it costs nothing.
+
+        What all ranks must prepare is encoded as a whole, as branch 0.
+        """
+        if request.spec.on_all_ranks:
+            request.asked = [set(self._everywhere) for _ in request.asked]
+            return [self._encode(request, 0, rank) for rank in range(self._ranks)]
         encodes = []
         for branch, owner in enumerate(request.owners):
             cached = self._encoded_on.get(request.spec.embeds_key(branch), set())
@@ -127,7 +133,11 @@ class Placement:
         self._take_back(report.id, report.branch, report.rank)
 
     def note_encoded(self, report: SideReport, request: ScheduledRequest) -> None:
-        """A rank holds the text of a branch."""
+        """A rank holds the text of a branch, or all of a request that every rank prepares."""
+        if request.spec.on_all_ranks:
+            for holders in request.holders:
+                holders.add(report.rank)
+            return
         request.holders[report.branch].add(report.rank)
         key = request.spec.embeds_key(report.branch)
         self._encoded_on.setdefault(key, set()).add(report.rank)

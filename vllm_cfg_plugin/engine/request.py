@@ -154,11 +154,13 @@ class ScheduledRequest:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it may step: every rank has its noise, and some rank holds the text of each branch.
+        """Whether it may step: every rank has its noise, and some rank, or all that must, holds each branch's text.
 
         A long request's branches stay where they are, so it must be their owners.
         """
         if self.is_long and not all(owner in held for owner, held in zip(self.owners, self.holders, strict=True)):
+            return False
+        if self.spec.on_all_ranks and self.holders[0] != self.asked[0]:
             return False
         return self.is_prepared and all(self.holders)
 

@@ -106,6 +106,11 @@ class EnginePipeline(CFGParallelMixin, ABC):
         """
 
     @classmethod
+    def loaded_class(cls) -> type:
+        """The class of diffusers, or one derived from it, whose components are loaded."""
+        return cls
+
+    @classmethod
     def load(
         cls,
         model: str,
@@ -196,7 +201,10 @@ class EnginePipeline(CFGParallelMixin, ABC):
 
     @abstractmethod
     def prediction_shape(self, request: DiffusionRequest) -> tuple[int, ...]:
-        """Shape of one prediction without its leading 1, known without computing it."""
+        """Shape of one prediction without its leading 1, known without computing it.
+
+        Of a request that is prepared on all ranks it is asked after `encode_branch`.
+        """
 
     @property
     def prediction_like(self) -> torch.Tensor:

@@ -43,9 +43,31 @@ FAMILIES: dict[str, str] = {
 }
 
 
+ANY_PIPELINE = f"{_PIPELINES}.any_pipeline.classes"  # has a class for each class of diffusers, by its name
+
+
+# What vLLM is told of models whose class no family stands for: diffusers has too many to name each.
+ANY_ARCHITECTURE = "DiffusionPipeline"
+
+
 def class_names() -> set[str]:
-    """The diffusers classes that are served, by this package or by another one."""
+    """The diffusers classes that a family stands for, of this package or of another one."""
     return {*FAMILIES, *_of_other_packages()}
+
+
+def architectures() -> set[str]:
+    """The architectures of all models that are served, as vLLM names them."""
+    return {*class_names(), ANY_ARCHITECTURE}
+
+
+def architecture_of(checkpoint: Checkpoint) -> str:
+    """One of `architectures`.
+
+    Raises:
+        ConfigurationError: see `implementation_of`.
+    """
+    point = _entry_point_of(checkpoint)
+    return ANY_ARCHITECTURE if point.module == ANY_PIPELINE else point.name
 
 
 @cache
@@ -61,8 +83,8 @@ def implementation_of(checkpoint: Checkpoint) -> str:
     """ "module:Class" of the pipeline that serves a checkpoint.
 
     Raises:
-        ConfigurationError: not a diffusers checkpoint, of a class that nobody serves (names those that are served), or
-            of one that several packages serve.
+        ConfigurationError: not a diffusers checkpoint, of a class that neither diffusers nor anybody else has (names
+            those that are served), or of one that several packages serve.
     """
     return _entry_point_of(checkpoint).value
 
@@ -79,16 +101,25 @@ def _entry_point_of(checkpoint: Checkpoint) -> EntryPoint:
     match _of_other_packages().get(class_name, []):
         case [point]:
             return point
+        case [] if _is_in_diffusers(class_name):
+            return EntryPoint(class_name, f"{ANY_PIPELINE}:{class_name}", ENTRY_POINTS)
         case []:
             raise ConfigurationError(
-                f"model {checkpoint.model!r} is a {class_name}, which this plugin does not serve; it serves: "
-                f"{', '.join(sorted(class_names()))}"
+                f"model {checkpoint.model!r} is a {class_name}, which this plugin does not serve; it serves all "
+                f"pipelines of the installed diffusers and, with batched forwards: {', '.join(sorted(class_names()))}"
             )
         case points:
             packages = " and ".join(_package(point) for point in points)
             raise ConfigurationError(
                 f"model {checkpoint.model!r} is a {class_name}, which {packages} serve: uninstall all but one"
             )
+
+
+@cache
+def _is_in_diffusers(class_name: str) -> bool:
+    import diffusers
+
+    return class_name in dir(diffusers) and class_name.endswith("Pipeline")
 
 
 def pipeline_class(checkpoint: Checkpoint) -> type[EnginePipeline]:
@@ -148,10 +179,17 @@ def check_servable(checkpoint: Checkpoint, variant: str = "") -> None:
         ConfigurationError: unknown class, missing components, missing or unreadable component configs, a noise
             scheduler that the family can't set, missing or truncated weight files.
     """
-    _warn_of_claims(_entry_point_of(checkpoint).name)
+    point = _entry_point_of(checkpoint)
+    _warn_of_claims(point.name)
+    if point.module == ANY_PIPELINE:
+        logger.info(
+            "%s has no batched forwards here: each request runs the pipeline of diffusers by itself, and the ranks "
+            "share the branches of its guidance",
+            point.name,
+        )
     checkpoint.check_components()
     _check_noise_schedule(checkpoint, describe(checkpoint))
-    check_weight_files(checkpoint, pipeline_class(checkpoint), variant)
+    check_weight_files(checkpoint, pipeline_class(checkpoint).loaded_class(), variant)
 
 
 def _check_noise_schedule(checkpoint: Checkpoint, info: PipelineInfo) -> None:

@@ -32,7 +32,8 @@ from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of, group_branches
 from vllm_cfg_plugin.pipelines.registry import describe, implementation_of
-from vllm_cfg_plugin.worker.sample_request import sample_request
+from vllm_cfg_plugin.worker.call_calibration import calibrate_calls
+from vllm_cfg_plugin.worker.sample_request import sample_request, sample_requests
 from vllm_cfg_plugin.worker.stopwatch import Run, Stopwatch
 
 logger = get_logger(__name__)
@@ -44,7 +45,7 @@ _FORWARD_SCALES = (0.25, 0.5, 1, 2, 4)
 _DECODE_SCALES = (0.25, 0.5, 1, 2)
 _MOST_SEQUENCES = 256
 
-_COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder")
+_COMPONENTS = ("transformer", "transformer_2", "unet", "vae", "text_encoder")
 
 
 def calibrate_rank(pipeline: EnginePipeline, checkpoint: Checkpoint, folder: Path, ranks: int) -> Calibration:
@@ -57,7 +58,8 @@ def calibrate_rank(pipeline: EnginePipeline, checkpoint: Checkpoint, folder: Pat
     path = folder / f"{_key(pipeline, checkpoint, ranks)}.json"
     calibration = _load(path)
     if calibration is None:
-        calibration = calibrate(pipeline, describe(checkpoint))
+        info = describe(checkpoint)
+        calibration = (calibrate if info.call_arguments is None else calibrate_calls)(pipeline, info)
         _store(path, calibration)
     return calibration
 
@@ -68,9 +70,9 @@ def calibrate(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration:
     stopwatch = Stopwatch(next(pipeline.transformer.parameters()).device)
     texts: dict[str, PromptEmbeds] = {}
     encodes = stopwatch.climb(_encode_runs(pipeline, info, texts))
-    decodes = stopwatch.climb(_decode_runs(pipeline, _requests(info, _DECODE_SCALES)))
+    decodes = stopwatch.climb(_decode_runs(pipeline, sample_requests(info, _DECODE_SCALES)))
     text = texts[_PROMPTS[0]]
-    branches = [_branch(pipeline, request, text) for request in _requests(info, _FORWARD_SCALES)]
+    branches = [_branch(pipeline, request, text) for request in sample_requests(info, _FORWARD_SCALES)]
     forwards = stopwatch.climb(_forward_run(pipeline, [branch]) for branch in branches)
     default_tokens = _length(_branch(pipeline, sample_request(info), text))
     single = max(index for index, run in enumerate(forwards) if index == 0 or run.tokens <= default_tokens)
@@ -142,13 +144,6 @@ def _length(branch: BranchInput) -> int:
 
 def _has_found_budget(packs: Sequence[Run]) -> bool:
     return find_token_budget([run.sample for run in packs]) < packs[-1].tokens
-
-
-def _requests(info: PipelineInfo, scales: Iterable[float]) -> list[DiffusionRequest]:
-    """Requests of growing size; scales that come to the same size give one."""
-    return list(
-        {request.image_tokens: request for request in (sample_request(info, scale) for scale in scales)}.values()
-    )
 
 
 def _branch(pipeline: EnginePipeline, request: DiffusionRequest, embeds: PromptEmbeds) -> BranchInput:

@@ -24,8 +24,12 @@ _CONSTANT = (dict, np.ndarray, np.generic)
 
 
 def is_due(state: RequestState) -> bool:
-    """Whether the request is to be kept now: a video, every few steps, and not when it is about to be decoded."""
-    return state.request.num_frames > 1 and state.index % KEEP_EVERY_STEPS == 0 and not state.is_denoised
+    """Whether the request is to be kept now: a video, every few steps, and not when it is about to be decoded.
+
+    Where a pipeline's own call runs, it can't be: what that holds is in a thread.
+    """
+    is_video = state.request.num_frames > 1 and not state.request.on_all_ranks
+    return is_video and state.index % KEEP_EVERY_STEPS == 0 and not state.is_denoised
 
 
 def note(state: RequestState) -> Noted:

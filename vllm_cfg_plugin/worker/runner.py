@@ -135,7 +135,8 @@ class StepRunner:
     def _admit(self, admission: Admission) -> None:
         state = self.states[admission.id] = RequestState(admission.id, admission.request)
         try:
-            state.prediction_shape = checked_shape(self.pipeline.prediction_shape(state.request))
+            if not state.request.on_all_ranks:
+                state.prediction_shape = checked_shape(self.pipeline.prediction_shape(state.request))
         except Exception as error:
             self._note_failure(state, _PREPARING, error)  # the engine lets it join no step then
             return
@@ -176,6 +177,12 @@ class StepRunner:
             with self._text_lock:
                 return self.pipeline.encode_branch(request, branch)
 
+        if request.on_all_ranks:
+            if (preparation := state.preparation) is not None:
+                preparation.result()
+            state.prompt_embeds = dict.fromkeys(range(len(request.prompts)), encode())
+            state.prediction_shape = checked_shape(self.pipeline.prediction_shape(request))
+            return
         state.condition = self._condition(request)
         embeds = self.embeddings.get(request.embeds_key(branch), encode)
         self._hand_over((*embeds.tensors, *state.condition))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
+import msgspec
 from msgspec import UNSET
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
@@ -25,9 +27,18 @@ def sample_request(info: PipelineInfo, scale: float = 1.0, prompt: str = "a cat"
     frames = _frames(info, scale)
     layers = 0 if default.layers is UNSET else default.layers
     steps = _FEW_STEPS if default.num_inference_steps is UNSET else default.num_inference_steps
+    prompts, call = [prompt], None
+    if info.call_arguments is not None:
+        steps, scale_of_guidance = _FEW_STEPS, getattr(default, info.cfg_scale)
+        prompts += [""] * (scale_of_guidance is not UNSET and scale_of_guidance > 1)
+        extra = {"strength": 1.0} if "strength" in info.extra_fields else {}
+        given = {"height": height, "width": width, "num_inference_steps": steps, "extra": extra}
+        given |= {} if default.num_frames is UNSET else {"num_frames": frames}
+        call = info.call_arguments(msgspec.structs.replace(default, **given))
     return DiffusionRequest(
-        prompts=[prompt],
-        text_tokens=[len(prompt)],
+        prompts=prompts,
+        text_tokens=[len(text) for text in prompts],
+        call=call,
         image_tokens=info.image_tokens(height, width, frames, layers),
         condition_tokens=info.tokens_of_images(sizes, height, width)[0],
         images=images,
@@ -40,6 +51,12 @@ def sample_request(info: PipelineInfo, scale: float = 1.0, prompt: str = "a cat"
         guidance=Guidance(distilled=1.0 if info.distilled_scale else None),
         seed=0,
     )
+
+
+def sample_requests(info: PipelineInfo, scales: Iterable[float]) -> list[DiffusionRequest]:
+    """Requests of growing size; scales that come to the same size give one."""
+    requests = (sample_request(info, scale) for scale in scales)
+    return list({request.image_tokens: request for request in requests}.values())
 
 
 def _frames(info: PipelineInfo, scale: float) -> int:

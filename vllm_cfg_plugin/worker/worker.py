@@ -75,7 +75,9 @@ class DiffusionWorker(WorkerBase):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint's pipeline; every rank holds all of it, because any rank may own any branch."""
         pipeline = load_pipeline(self.vllm_config, self.device)
-        check_noise_scheduler(pipeline, describe(self._checkpoint))
+        info = describe(self._checkpoint)
+        if info.call_arguments is None:  # else the pipeline sets and steps it as it likes
+            check_noise_scheduler(pipeline, info)
         self.runner = StepRunner(
             pipeline,
             parallel_state.get_classifier_free_guidance_rank(),
