@@ -87,6 +87,7 @@ class PipelineInfo:
             beyond them: their `prompts` and `text_tokens`.
         guidance_fields: those of `GUIDANCE_FIELDS` that its `combine_branches` reads; set by the registry.
         min_images, max_images: images that a request must and may bring along.
+        takes_mask: the last of a request's images says where the first one is to be changed.
         produces: "image" or "video".
         frames_per_latent: frames of a video that one latent frame stands for; frames must be a multiple plus 1.
         fps: frames per second at which a video is meant to be shown.
@@ -118,6 +119,7 @@ class PipelineInfo:
     max_images: int = 0
     with_more_branches: Callable[[DiffusionRequest], DiffusionRequest] = lambda request: request
     guidance_fields: frozenset[str] = GUIDANCE_FIELDS
+    takes_mask: bool = False
     produces: str = "image"
     frames_per_latent: int = 1
     fps: int = 0

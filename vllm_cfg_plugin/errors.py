@@ -2,6 +2,7 @@
 
 CfgPluginError
 ├── InvalidRequestError (ValueError)   one request is wrong: HTTP 400, `ValueError` offline
+├── InputsRefusedError  (ValueError)   a pipeline of diffusers refuses its inputs: HTTP 400, `.error` offline
 ├── ModelNotFoundError  (ValueError)   the request names another model: HTTP 404
 ├── VideoNotFoundError  (LookupError)  the request names a video that is not here: HTTP 404
 ├── ConfigurationError  (ValueError)   the server can't start as configured
@@ -22,6 +23,7 @@ RETRY_AFTER_S = 2
 __all__ = [
     "CfgPluginError",
     "ConfigurationError",
+    "InputsRefusedError",
     "InvalidRequestError",
     "ModelNotFoundError",
     "RankDiedError",
@@ -88,6 +90,10 @@ def _rebuild_invalid_request(param: str, message: str) -> InvalidRequestError:
     error = InvalidRequestError.__new__(InvalidRequestError, message)
     error.param = param
     return error
+
+
+class InputsRefusedError(CfgPluginError, ValueError):
+    """A request has inputs that the pipeline of diffusers refuses, which nobody could tell before it ran."""
 
 
 class ModelNotFoundError(CfgPluginError, ValueError):

@@ -98,6 +98,8 @@ def check_image_count(count: int, info: PipelineInfo, limits: RequestLimits) -> 
         allowed = counted(most, "image") if most <= info.min_images else f"{info.min_images} to {most} images"
         if info.produces == "video" and most > 1:
             allowed += ", the first frame and the last,"
+        if info.takes_mask and most >= info.min_images:
+            allowed = "an image and its mask (white, or of no opacity, where it is to be changed)"
         whose = "on this server (--max-input-images)" if most < info.max_images else "for this model"
         raise InvalidRequestError("image", given, f"{allowed} {whose}, which does {info.task}")
 

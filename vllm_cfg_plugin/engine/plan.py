@@ -143,6 +143,7 @@ class SideReport(msgspec.Struct, array_like=True, frozen=True):
             PREVIEWED for a preview; KEPT when a frame follows that lets the request go on from here after a restart of
             the ranks.
         error: why it could not be done; '' if it was.
+        is_refused: the error is one of the request's inputs.
         shape: of what was decoded, whose pixels follow as one frame: uint8 [number, height, width, channels]; of what
             is kept the steps taken.
     """
@@ -153,6 +154,7 @@ class SideReport(msgspec.Struct, array_like=True, frozen=True):
     milliseconds: float
     error: str = ""
     shape: tuple[int, ...] = ()
+    is_refused: bool = False
 
 
 DECODED = -1

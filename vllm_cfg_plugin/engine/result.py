@@ -14,11 +14,15 @@ from vllm_cfg_plugin.engine.metrics import RequestMetrics
 
 
 class ResultHeader(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """`error` is None for pixels of `shape`, [number, height, width, channels], else the message."""
+    """`error` is None for pixels of `shape`, [number, height, width, channels], else the message.
+
+    `is_refused` is true for an error of the request's inputs.
+    """
 
     metrics: RequestMetrics
     shape: tuple[int, ...] = ()
     error: str | None = None
+    is_refused: bool = False
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -206,7 +206,7 @@ class StepScheduler(SchedulerInterface):
             self._publish_preview(request, report, pixels)
             return []
         if report.error:
-            return self._failed(request, report.error)
+            return self._failed(request, report.error, report.is_refused)
         if request is None or pixels is None:  # None: aborted meanwhile
             return []
         if report.branch == KEPT:
@@ -234,13 +234,13 @@ class StepScheduler(SchedulerInterface):
         output = _output(request.request_id, FinishReason.STOP, header, pixels, request.events)
         return [(request.client_index, output)]
 
-    def _failed(self, request: ScheduledRequest | None, message: str) -> list[ClientOutput]:
+    def _failed(self, request: ScheduledRequest | None, message: str, is_refused: bool = False) -> list[ClientOutput]:
         """Retire a failed request on every rank; the plan already queued may still name it, and the ranks skip it."""
         if request is None:  # reported before, or aborted meanwhile
             return []
         self.batch.take_out(request)
         logger.warning("Request %s failed and left the batch: %s", request.request_id, message)
-        header = ResultHeader(metrics=request.metrics(time.monotonic()), error=message)
+        header = ResultHeader(metrics=request.metrics(time.monotonic()), error=message, is_refused=is_refused)
         output = _output(request.request_id, FinishReason.ERROR, header, events=request.events)
         return [(request.client_index, output)]
 

@@ -22,6 +22,7 @@ from vllm_cfg_plugin.entrypoints.input_budget import InputHold
 from vllm_cfg_plugin.entrypoints.json_bodies import unreadable
 from vllm_cfg_plugin.errors import (
     CfgPluginError,
+    InputsRefusedError,
     InvalidRequestError,
     ModelNotFoundError,
     RequestAbortedError,
@@ -122,6 +123,8 @@ def error_body(error: Exception) -> dict[str, Any]:
     param: str | None = None
     if isinstance(error, InvalidRequestError):
         status, kind, param = HTTPStatus.BAD_REQUEST, "BadRequestError", error.param
+    elif isinstance(error, InputsRefusedError):
+        status, kind = HTTPStatus.BAD_REQUEST, "BadRequestError"
     elif isinstance(error, ModelNotFoundError):
         status, kind, param = HTTPStatus.NOT_FOUND, "NotFoundError", "model"
     elif isinstance(error, VideoNotFoundError):

@@ -6,12 +6,13 @@ ignored: what can't be honoured is refused, naming the field. Must not import vL
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.entrypoints import hints
@@ -24,7 +25,7 @@ MAX_PROMPT_CHARACTERS = 32_000  # OpenAI's limit
 _PASSED_ON = tuple(
     name
     for name in DiffusionParams.__struct_fields__
-    if name not in ("height", "width", "num_frames", "negative_prompt")
+    if name not in ("height", "width", "num_frames", "negative_prompt", "extra")
 )
 # Fields of a form that are texts, where "" and "null" are texts too.
 _TEXTS = ("prompt", "negative_prompt")
@@ -62,6 +63,8 @@ class DiffusionFields(BaseModel):
     safety_identifier: str | None = Field(None, description="ignored")
     metadata: Any = Field(None, description="ignored")
 
+    _is_form: bool = PrivateAttr(False)
+
     IMAGES: ClassVar[str] = ""  # the field of the images that come along; it is read before the others
     _SERVED: ClassVar[Served] = {}
 
@@ -83,7 +86,9 @@ class DiffusionFields(BaseModel):
         given = {
             name: None if value in ("", "null") and name not in _TEXTS else value for name, value in lifted.items()
         }
-        return cls._validated(given, is_strict=False)
+        body = cls._validated(given, is_strict=False)
+        body._is_form = True
+        return body
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
@@ -108,7 +113,7 @@ class DiffusionFields(BaseModel):
             InvalidRequestError: naming the field.
         """
         for name, value in (self.model_extra or {}).items():
-            if value is not None:  # a null asks for nothing
+            if value is not None and name not in info.extra_fields:  # a null asks for nothing
                 hint = self.hint(name, info)
                 allowed = f"absent: this endpoint has no field of that name{hint and f'; {hint}'}"
                 raise InvalidRequestError(name, value, allowed)
@@ -123,7 +128,7 @@ class DiffusionFields(BaseModel):
     @classmethod
     def hint(cls, name: str, info: PipelineInfo) -> str:
         """What the user of an unknown field meant; '' where nobody knows."""
-        return hints.hint(name, cls.model_fields, info, cls.IMAGES)
+        return hints.hint(name, [*cls.model_fields, *info.extra_fields], info, cls.IMAGES)
 
     def check_result(self, request: DiffusionRequest) -> None:
         """Reject a result that no file can hold.
@@ -142,7 +147,14 @@ class DiffusionFields(BaseModel):
         given = {name: value for name in _PASSED_ON if (value := getattr(self, name, None)) is not None}
         if "negative_prompt" in self.model_fields_set:
             given["negative_prompt"] = self.negative_prompt
-        return DiffusionParams(height=height, width=width, **given)
+        return DiffusionParams(height=height, width=width, extra=self._extra(info), **given)
+
+    def _extra(self, info: PipelineInfo) -> dict[str, Any]:
+        """What only some pipelines of diffusers have a field for."""
+        given = {name: value for name, value in (self.model_extra or {}).items() if name in info.extra_fields}
+        if self._is_form:
+            given = {name: _of_text(value, info.extra_fields[name]) for name, value in given.items()}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _sides(self) -> tuple[int | UnsetType, int | UnsetType]:
         if self.size is None or self.size == "auto":
@@ -160,6 +172,16 @@ class DiffusionFields(BaseModel):
             return error
         allowed = f'WIDTHxHEIGHT or "auto": {error.param}={error.value} must be {error.allowed}'
         return InvalidRequestError("size", self.size, allowed)
+
+
+def _of_text(value: Any, annotation: str) -> Any:
+    """A form's text as the value that it stands for, where a text is not what is asked for."""
+    if not isinstance(value, str) or re.search(r"\bstr\b", annotation):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value  # to be refused as what it is
 
 
 def _lift_extra_body(data: Any) -> Any:

@@ -23,7 +23,13 @@ from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.prediction import predicted_seconds
 from vllm_cfg_plugin.engine.result import unpack_result
-from vllm_cfg_plugin.errors import InvalidRequestError, ModelNotFoundError, RequestAbortedError, RequestFailedError
+from vllm_cfg_plugin.errors import (
+    InputsRefusedError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RequestAbortedError,
+    RequestFailedError,
+)
 from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, ImageInput, RequestLimits
 from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.resolve import resolve_requests
@@ -145,6 +151,7 @@ def read_output(output: PoolingRequestOutput, e2e_time_ms: float) -> GeneratedIm
 
     Raises:
         RequestAbortedError: the engine was stopped or paused before the image was done.
+        InputsRefusedError: the pipeline refused what the request asks for.
         RequestFailedError: the request failed while it ran.
     """
     data = output.outputs.data
@@ -154,5 +161,7 @@ def read_output(output: PoolingRequestOutput, e2e_time_ms: float) -> GeneratedIm
         )
     header, pixels = unpack_result(data)
     if pixels is None:
+        if header.is_refused:
+            raise InputsRefusedError(header.error)
         raise RequestFailedError(f"request {output.request_id} failed: {header.error}")
     return GeneratedImage(pixels, msgspec.structs.replace(header.metrics, e2e_time_ms=e2e_time_ms))

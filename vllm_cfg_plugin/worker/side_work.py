@@ -24,6 +24,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, KEPT, PREVIEWED, SideReport
+from vllm_cfg_plugin.errors import InputsRefusedError
 from vllm_cfg_plugin.logs import get_logger
 
 logger = get_logger(__name__)
@@ -135,13 +136,15 @@ class SideWork:
 
     def _run(self, thread: SideThread, work: _Work) -> None:
         began = time.monotonic()
-        pixels, message = None, ""
+        pixels, message, is_refused = None, "", False
         try:
             with _StopWhenCancelled(work) if thread in self._stoppable else nullcontext():
                 pixels = None if work.is_cancelled else work.run()
             thread.synchronize()
         except _Cancelled:
             logger.debug("Request %d left while %s", work.id, work.doing)
+        except InputsRefusedError as error:
+            message, is_refused = str(error), True
         except Exception as error:
             logger.error("A request failed while %s", work.doing, exc_info=error)
             message = f"failed while {work.doing}: {type(error).__name__}: {error}"
@@ -151,7 +154,7 @@ class SideWork:
             return
         milliseconds = 0.0 if message else 1e3 * (time.monotonic() - began)
         shape = () if pixels is None else tuple(pixels.shape)
-        self.deliver(SideReport(work.id, work.branch, self._rank, milliseconds, message, shape), pixels)
+        self.deliver(SideReport(work.id, work.branch, self._rank, milliseconds, message, shape, is_refused), pixels)
 
 
 def run_now(run: Callable[[], None]) -> Future[None]:

@@ -64,14 +64,27 @@ async def read_edit_form(raw_request: Request) -> EditForm:
         return _from_json(await read_json(raw_request))
     fields = await read_form(raw_request)
     files = files_in(fields.pop(EditsRequest.IMAGES, None), EditsRequest.IMAGES, uploaded_file)
-    return EditForm(EditsRequest.from_form(fields), files)
+    mask = files_in(fields.get("mask"), "mask", uploaded_file)
+    return EditForm(EditsRequest.from_form(fields), _with_mask(files, mask))
 
 
 def _from_json(fields: dict[str, Any]) -> EditForm:
     """`images`, a list of references, as the official clients' types have it; or `image`, as some write it."""
     kind = JsonEditsRequest if JsonEditsRequest.IMAGES in fields else EditsRequest
     files = files_in(fields.pop(kind.IMAGES, None), kind.IMAGES, referenced_file)
-    return EditForm(kind.from_json(fields), files)
+    mask = files_in(fields.get("mask"), "mask", referenced_file)
+    return EditForm(kind.from_json(fields), _with_mask(files, mask))
+
+
+def _with_mask(files: Files, mask: Files) -> Files:
+    """The images and, behind them, what says where the first one is to be changed."""
+    return files if mask is None else [*_listed(files), *_listed(mask)]
+
+
+def _listed(files: Files) -> list[bytes]:
+    if files is None:
+        return []
+    return files if isinstance(files, list) else [files]
 
 
 @router.post(

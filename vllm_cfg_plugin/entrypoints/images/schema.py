@@ -39,6 +39,7 @@ _SERVED_TRANSPARENT: Served = {
     "background": ((None, "auto", "transparent"), '"auto" or "transparent": the model draws transparent layers'),
     "stream": ((None, False), "false for this model: a result is several images"),
 }
+_SERVED_WITHOUT_PREVIEWS: Served = {"partial_images": ((None, 0), "0 for this model: its steps can't be shown")}
 
 
 class ImagesRequest(DiffusionFields):
@@ -67,7 +68,8 @@ class ImagesRequest(DiffusionFields):
     }
 
     def served(self, info: PipelineInfo) -> Served:
-        return self._SERVED | (_SERVED_TRANSPARENT if info.is_transparent else {})
+        without_previews = _SERVED_WITHOUT_PREVIEWS if info.call_arguments is not None else {}
+        return self._SERVED | (_SERVED_TRANSPARENT if info.is_transparent else {}) | without_previews
 
     def check(self, info: PipelineInfo) -> None:
         super().check(info)
@@ -133,6 +135,10 @@ class EditsRequest(ImagesRequest):
         **ImagesRequest._SERVED,
         "mask": ((None,), "absent: the model takes no masks; say in the prompt which part of the image to change"),
     }
+
+    def served(self, info: PipelineInfo) -> Served:
+        served = super().served(info)
+        return {name: rule for name, rule in served.items() if name != "mask"} if info.takes_mask else served
 
 
 class JsonEditsRequest(EditsRequest):

@@ -122,6 +122,7 @@ def describe_class(diffusers_class: Any, checkpoint: Checkpoint) -> PipelineInfo
         options=frozenset({"num_frames", "max_sequence_length", "guidance_scale_2"} & set(parameters)),
         min_images=len(images[: 2 if "mask_image" in images else 1]) if needs_images else 0,
         max_images=_MOST_IMAGES if is_several else len(images),
+        takes_mask="mask_image" in images,
         produces="video" if is_video else "image",
         frames_per_latent=_first_int(outline, _TEMPORAL, 1),
         fps=_fps(parameters) if is_video else 0,

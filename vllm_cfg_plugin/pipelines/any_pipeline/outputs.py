@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vllm_cfg_plugin.errors import InputsRefusedError
 from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
 from vllm_cfg_plugin.pipelines.any_pipeline.description import image_parameters, parameters_of
 from vllm_cfg_plugin.pipelines.base import to_pil
@@ -49,13 +50,13 @@ def pixels_of(result: Any, request: DiffusionRequest) -> torch.Tensor:
 
     Raises:
         TypeError: it returned something else.
-        ValueError: they are not as large or as many as was asked.
+        InputsRefusedError: they are not as large or as many as was asked.
     """
     pixels = _pixels(result)
     made = dict(zip(("num_frames", "height", "width"), pixels.shape, strict=False))
     asked = {name: value for name, value in (request.call or {}).items() if name in made}
     if any(made[name] != value for name, value in asked.items()):
-        raise ValueError(
+        raise InputsRefusedError(
             f"the pipeline made {_words({name: made[name] for name in asked})} where it was asked for {_words(asked)}: "
             "ask for that, some pipelines change sizes to those that suit them"
         )

@@ -16,7 +16,7 @@ import diffusers
 import torch
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
-from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.errors import ConfigurationError, InputsRefusedError
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.any_pipeline.calls import Denoiser
 from vllm_cfg_plugin.pipelines.any_pipeline.description import DENOISERS, describe_class
@@ -100,8 +100,15 @@ class AnyPipeline(EnginePipeline):
         return run
 
     def encode_branch(self, request: DiffusionRequest, branch: int) -> PromptEmbeds:
-        """Run the pipeline until it needs the first predictions."""
-        self._runs[id(request)].begin()
+        """Run the pipeline until it needs the first predictions.
+
+        Raises:
+            InputsRefusedError: with what it says of its inputs.
+        """
+        try:
+            self._runs[id(request)].begin()
+        except ValueError as error:
+            raise InputsRefusedError(f"{self.diffusers_class.__name__} refuses the request: {error}") from error
         return PromptEmbeds(torch.zeros(0, 1))
 
     def encode_images(self, request: DiffusionRequest) -> list[torch.Tensor]:
