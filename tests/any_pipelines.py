@@ -26,6 +26,10 @@ def _sized(height: int, width: int, **params: Any) -> dict[str, Any]:
 
 ANY_PIPELINES: tuple[Family, ...] = (
     _any(
+        "StableDiffusionPipeline",
+        Case("guided, one timestep more", "a red apple", _sized(64, 96, guidance_scale=5.0, negative_prompt="ugly")),
+    ),
+    _any(
         "StableDiffusionXLPipeline",
         Case("guided", "a red apple", _sized(64, 96, guidance_scale=5.0, negative_prompt="ugly")),
         Case("unguided", "a rocket", _sized(32, 32, guidance_scale=1.0)),

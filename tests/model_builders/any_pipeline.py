@@ -71,6 +71,29 @@ def _sdxl(in_channels: int = LATENT_CHANNELS) -> dict[str, Any]:
     }
 
 
+def _sd() -> dict[str, Any]:
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        norm_num_groups=8,
+    )
+    return {
+        "vae": image_vae(LATENT_CHANNELS),
+        "text_encoder": clip_text_model(WIDTH),
+        "tokenizer": clip_tokenizer(),
+        "unet": unet,
+        "scheduler": diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+
+
 def _gemma() -> dict[str, Any]:
     config = Gemma2Config(
         vocab_size=len(Qwen2Tokenizer.from_pretrained(TOKENIZER)),
@@ -323,6 +346,7 @@ def _ltx() -> dict[str, Any]:
 
 
 COMPONENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "StableDiffusionPipeline": _sd,
     "StableDiffusionXLPipeline": _sdxl,
     "StableDiffusionXLImg2ImgPipeline": _sdxl,
     "StableDiffusionXLInpaintPipeline": _sdxl,

@@ -28,11 +28,13 @@ logger = get_logger(__name__)
 DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet", "prior", "decoder")
 
 _CONFIG_FILES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
-_IMAGES = ("image", "input_images", "mask_image", "control_image", "last_image")
-_MOST_IMAGES = 16  # of a parameter that takes several
+_IMAGES = ("image", "images", "input_images", "reference_image", "mask_image", "control_image", "last_image")
+_OPTIONAL_IMAGES = ("reference_image", "last_image")
+SEVERAL_IMAGES = ("images", "input_images")  # parameters that take a list
+_MOST_IMAGES = 16  # of such a list
 # Classes that make nothing without an image, though their `__call__` has a default for it.
 _NEED_IMAGES = re.compile(
-    "Img2Img|Image2Image|ImageToImage|Inpaint|ImageToVideo|Image2Video|I2V|I2I|ControlNet|Pix2Pix"
+    "Img2Img|Image2Image|ImageToImage|Inpaint|Fill|Edit|Pix2Pix|I2I|ImageToVideo|Image2Video|I2V|ControlNet|Upscale"
 )
 # What the engine decides for every request, and what would change the number of steps behind its back.
 _OURS = {
@@ -92,18 +94,15 @@ def describe_class(diffusers_class: Any, checkpoint: Checkpoint) -> PipelineInfo
         ConfigurationError: its `__call__` is not one of those that can be served.
     """
     parameters = parameters_of(diffusers_class)
-    for needed in ("prompt", "num_inference_steps"):
-        if needed not in parameters:
-            raise ConfigurationError(
-                f"model {checkpoint.model!r} is a {diffusers_class.__name__}, which can't be served: its __call__ has "
-                f"no {needed}"
-            )
+    if problem := _why_not_servable(diffusers_class, checkpoint):
+        raise ConfigurationError(
+            f"model {checkpoint.model!r} is a {diffusers_class.__name__}, which can't be served: {problem}"
+        )
     outline = _outline(diffusers_class, checkpoint)
     patch = _patch_size(outline)
     spatial = _first_int(outline, _SPATIAL, 8)
     multiple = _size_multiple(outline, spatial * patch)
     images = image_parameters(diffusers_class)
-    is_several = images == ["input_images"]
     needs_images = bool(_NEED_IMAGES.search(diffusers_class.__name__)) or any(
         parameters[name].default is inspect.Parameter.empty for name in images
     )
@@ -120,8 +119,8 @@ def describe_class(diffusers_class: Any, checkpoint: Checkpoint) -> PipelineInfo
         distilled_scale="guidance_scale" if {"true_cfg_scale", "guidance_scale"} <= set(parameters) else "",
         needs_negative_prompt=cfg_scale == "true_cfg_scale",
         options=frozenset({"num_frames", "max_sequence_length", "guidance_scale_2"} & set(parameters)),
-        min_images=len(images[: 2 if "mask_image" in images else 1]) if needs_images else 0,
-        max_images=_MOST_IMAGES if is_several else len(images),
+        min_images=len([name for name in images if name not in _OPTIONAL_IMAGES]) if needs_images else 0,
+        max_images=_MOST_IMAGES if images and images[0] in SEVERAL_IMAGES else len(images),
         takes_mask="mask_image" in images,
         produces="video" if is_video else "image",
         frames_per_latent=_first_int(outline, _TEMPORAL, 1),
@@ -133,6 +132,24 @@ def describe_class(diffusers_class: Any, checkpoint: Checkpoint) -> PipelineInfo
         strength=_default(parameters, "strength", 1.0),
         sizes=tuple((height, width) for width, height in getattr(outline, "resolutions", ())),
     )
+
+
+def _why_not_servable(diffusers_class: Any, checkpoint: Checkpoint) -> str:
+    """What of a class no request could satisfy; '' if there is nothing."""
+    parameters = parameters_of(diffusers_class)
+    for name in ("prompt", "num_inference_steps"):
+        if name not in parameters:
+            return f"its __call__ has no {name}"
+    given = {"self", "prompt", *_IMAGES, *extra_fields(diffusers_class), *DiffusionParams.__struct_fields__}
+    for name, parameter in parameters.items():
+        is_needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if is_needed and name not in given:
+            return f"its __call__ needs {name}, which no request has"
+    if not {"height", "num_frames", "video_length", *_IMAGES} & set(parameters):
+        return "it makes neither images nor videos"
+    if "scheduler" not in (checkpoint.read_json(MODEL_INDEX) or {}):
+        return "it has no noise scheduler of the name scheduler"
+    return ""
 
 
 def _call_arguments(fields: Sequence[str], params: DiffusionParams) -> dict[str, Any]:

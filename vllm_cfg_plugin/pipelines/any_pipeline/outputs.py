@@ -11,7 +11,7 @@ from PIL import Image
 
 from vllm_cfg_plugin.errors import InputsRefusedError
 from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
-from vllm_cfg_plugin.pipelines.any_pipeline.description import image_parameters, parameters_of
+from vllm_cfg_plugin.pipelines.any_pipeline.description import SEVERAL_IMAGES, image_parameters, parameters_of
 from vllm_cfg_plugin.pipelines.base import to_pil
 
 
@@ -25,12 +25,11 @@ def arguments_of(diffusers_class: Any, request: DiffusionRequest) -> dict[str, A
 
 
 def _images(names: Sequence[str], images: Sequence[ImageInput]) -> dict[str, Any]:
-    """The images by the names of their parameters; those that are too many for that belong to the first."""
+    """The images by the names of their parameters."""
     if not images:
         return {}
-    if len(names) == 1:
-        pictures: list[Any] = [to_pil(image).convert("RGB") for image in images]
-        return {names[0]: pictures if len(pictures) > 1 or names[0] == "input_images" else pictures[0]}
+    if names[0] in SEVERAL_IMAGES:
+        return {names[0]: [to_pil(image).convert("RGB") for image in images]}
     return {
         name: _mask(image) if "mask" in name else to_pil(image).convert("RGB")
         for name, image in zip(names, images, strict=False)

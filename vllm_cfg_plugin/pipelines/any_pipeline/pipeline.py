@@ -48,6 +48,8 @@ class AnyPipeline(EnginePipeline):
                 f"a {type(pipeline).__name__} can't be served: none of its components is a denoiser "
                 f"({', '.join(DENOISERS)})"
             )
+        if any(isinstance(value, diffusers.DiffusionPipeline) for value in vars(pipeline).values()):
+            raise ConfigurationError(f"a {type(pipeline).__name__} can't be served: it is made of other pipelines")
         self.transformer = self.denoisers[0].module
         self._runs: WeakValueDictionary[int, PipelineRun] = WeakValueDictionary()  # by the id of their request
 
@@ -164,8 +166,8 @@ class AnyPipeline(EnginePipeline):
 def _own_copy(pipeline: Any) -> Any:
     """A pipeline for one request, with the same weights.
 
-    Its noise scheduler counts its steps, and an autoencoder may change what it is for a while: its dtype, and what it
-    remembers of the frames before.
+    Its noise scheduler counts its steps, as does a guider, and an autoencoder may change what it is for a while: its
+    dtype, and what it remembers of the frames before.
     """
     own = copy.copy(pipeline)
     for name, component in pipeline.components.items():
@@ -173,6 +175,8 @@ def _own_copy(pipeline: Any) -> Any:
             # Past the pipeline's own __setattr__, which would register the class.
             vars(own)[name] = scheduler = copy.deepcopy(component)
             scheduler.__class__ = watched(type(component))
+        elif type(component).__module__.startswith("diffusers.guiders."):
+            vars(own)[name] = copy.deepcopy(component)
         elif isinstance(component, torch.nn.Module) and name.startswith(_AUTOENCODERS):
             vars(own)[name] = _with_same_weights(component)
     return own
