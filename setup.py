@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
-    package_data={NAME: ["py.typed"]},
+    package_data={NAME: ["py.typed", "entrypoints/page.html"]},
     python_requires=">=3.11",
     install_requires=[
         "vllm>=0.32.0,<0.34",

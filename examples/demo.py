@@ -130,8 +130,9 @@ def start(server: VllmServer) -> None:
 
 def serve_and_run(log: Path) -> tuple[list[Done], float]:
     """The results of all jobs, and how long they took together in ms."""
-    print(f"Starting vllm serve {MODEL.name} --cfg-parallel-size {CFG_PARALLEL_SIZE} (log: {log})")
-    with VllmServer(MODEL, ["--cfg-parallel-size", str(CFG_PARALLEL_SIZE)], log) as server:
+    options = ["--cfg-parallel-size", str(CFG_PARALLEL_SIZE), "--served-model-name", MODEL.name]
+    print(f"Starting vllm serve {MODEL.name} {' '.join(options)} (log: {log})")
+    with VllmServer(MODEL, options, log) as server:
         start(server)
         started = time.perf_counter()
         try:

@@ -51,6 +51,7 @@ _TEXTS = {
     ),
 }
 _SWITCHES = {
+    "cfg_page": "A page at / of the server, on which a person can try the model. Default: on.",
     "cfg_shared_weights": "One copy of the weights for all ranks of an engine. Default: on, where ranks run on a CPU.",
 }
 # Naming this plugin in VLLM_PLUGINS would opt in to downloads that stock vLLM does not do on its own.

@@ -98,6 +98,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         cfg_step_timeout: seconds after which ranks that owe an answer and send nothing count as dead.
         max_image_pixels, ...: what an operator allows, as in `RequestLimits`.
         max_step_ms: milliseconds that one rank's forwards may take in one step; None: found at start-up.
+        cfg_page: whether the server has a page on which a person can try the model.
         cfg_trace: file that is to hold a trace of the ranks' steps; "" for none.
         variant: of the names of the model's weight files, as in `model.fp16.safetensors`; "" for those without one.
         progress_address: ZMQ address on which a caller listens for denoising progress; empty: nobody does.
@@ -118,6 +119,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_upload_bytes: int = RequestLimits().max_upload_bytes
     max_input_bytes_in_flight: int = RequestLimits().max_input_bytes_in_flight
     max_step_ms: int | None = None
+    cfg_page: bool = True
     cfg_trace: str = ""
     variant: str = ""
     progress_address: str = ""

@@ -1,4 +1,4 @@
-"""OpenAI's JavaScript client, where node and npm's registry are there."""
+"""Scripts for node, where it and npm's registry are there: OpenAI's client, and a browser at the page."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ def install(folder: Path) -> None:
     command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
     installed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     if installed.returncode:
-        pytest.skip(f"npm can't install OpenAI's client: {installed.stderr[-200:]}")
+        pytest.skip(f"npm can't install what they import: {installed.stderr[-200:]}")
 
 
 def run(folder: Path, script: str, *arguments: str) -> dict:

@@ -299,9 +299,31 @@ def test_the_examples_client_draws_an_image(server, tmp_path):
     assert Image.open(tmp_path / "rocket.png").size == (64, 32)
 
 
-def test_the_javascript_client(server, tmp_path):
-    javascript_client.install(tmp_path)
-    seen = javascript_client.run(tmp_path, "client.mjs", f"{server.url}/v1", "tiny")
+@pytest.fixture(scope="module")
+def javascript(tmp_path_factory):
+    """A folder with the scripts and what they import."""
+    folder = tmp_path_factory.mktemp("javascript")
+    javascript_client.install(folder)
+    return folder
+
+
+def test_a_person_at_the_page(server, javascript):
+    shot = javascript / "page.png"
+    seen = javascript_client.run(javascript, "page.mjs", f"{server.url}/", str(shot))
+    assert seen["model"] == "tiny"
+    assert seen["previewed"] == "data:image/png;base64,"
+    assert seen["state"].startswith("seed 5, ")
+    assert (seen["prompt"], seen["hurt"]) == ('<img src=x onerror="window.hurt=1">', 0)
+    assert seen["again"] == ["5", seen["prompt"]]
+    assert "n=11" in seen["error"]
+    assert [lane.strip() for lane in seen["lanes"][1:]] == ["engine 0 rank 0", "engine 0 rank 1"]
+    assert [problem for problem in seen["problems"] if "400" not in problem] == []
+    assert set(seen["requested"]) == {server.url, "null"}, "nothing comes from elsewhere"
+    assert Image.open(shot).size == (1100, 760)
+
+
+def test_the_javascript_client(server, javascript):
+    seen = javascript_client.run(javascript, "client.mjs", f"{server.url}/v1", "tiny")
     assert (seen["models"], seen["retrieved"]) == (["tiny", "alias"], "tiny")
     assert seen["plain"] == seen["linked"] == seen["streamed"]
     assert seen["usage"] > 16

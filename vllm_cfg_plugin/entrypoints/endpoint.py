@@ -16,7 +16,7 @@ from vllm_cfg_plugin.compat.engine_deaths import note_engine_client
 from vllm_cfg_plugin.compat.engines import client_index, count_aborts, drain_before_shutdown
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.progress import address_of_client
-from vllm_cfg_plugin.entrypoints import health, models
+from vllm_cfg_plugin.entrypoints import health, models, page
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.entrypoints.error_route import answer_unknown_route
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, unpredicted_on_error
@@ -51,6 +51,8 @@ class DiffusionEndpointPlugin:
         app.include_router(videos.router)
         for router in (health.router, models.router):
             replace_routes(app, router)
+        if getattr(app.state, "args", None) is None or wants_page(app.state.args):
+            app.include_router(page.router)
         app.add_exception_handler(HTTPException, answer_unknown_route)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
@@ -74,6 +76,7 @@ class DiffusionEndpointPlugin:
         state.max_upload_bytes = front_end.limits.max_upload_bytes
         state.input_budget = InputBudget(front_end.limits.max_input_bytes_in_flight)
         settings = EngineSettings.from_vllm_config(engine_client.vllm_config)
+        state.page_info = page.page_info(front_end, names[0])
         # A name of this server, or of nobody where it has none.
         links = ImageLinks(settings.health_address.rpartition("-")[2] or secrets.token_hex(16))
         state.images_service = ImagesService(calls, front_end, names, links)
@@ -83,6 +86,11 @@ class DiffusionEndpointPlugin:
                 logger.info("%s", line)
         if front_end.progress_address:
             calls.updates.listen(address_of_client(front_end.progress_address, client_index(engine_client)))
+
+
+def wants_page(args: Namespace) -> bool:
+    """Whether the operator wants `GET /` to be a page."""
+    return EngineSettings.from_dict(getattr(args, "additional_config", None) or {}).cfg_page
 
 
 def replace_routes(app: FastAPI, router: APIRouter) -> None:

@@ -29,5 +29,7 @@ def start_lines(front_end: FrontEnd, vllm_config: VllmConfig, args: Namespace) -
         f"{vllm_config.scheduler_config.max_num_seqs} at work, "
         f"{vllm_config.scheduler_config.max_num_queued_reqs} in all (docs/operating.md)",
         f"Routes: POST {endpoint_of(info)}, GET /v1/models, /health, /metrics, /docs",
-        f"Ready at {address}/v1" + (", with an API key" if args.api_key else ""),
+        f"Ready at {address}/v1"
+        + (", with an API key" if args.api_key else "")
+        + (f"; a page to try it: {address}/" if settings.cfg_page else ""),
     ]
