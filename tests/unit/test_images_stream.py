@@ -11,7 +11,7 @@ from tests.unit.edits import CAT, EDIT_INFO
 from tests.unit.fakes import INFO, answer
 from tests.unit.http_app import GENERATIONS, FakeEngine, ask, decode, disconnect_when, make_app, send
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
-from vllm_cfg_plugin.engine.progress import Preview, Progress
+from vllm_cfg_plugin.engine.progress import Preview, Progress, Queued
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.entrypoints.images import stream
 
@@ -108,6 +108,23 @@ def test_comments_say_how_far_it_is(app, engine, monkeypatch):
     assert comments[0] == ": step 0 of 20"
     assert comments.count(": step 7 of 20") >= 3, "silence is broken"
     assert response.text.rstrip().splitlines()[-1].startswith('data: {"type":"image_generation.completed"')
+
+
+def test_comments_say_where_in_line_it_is(app, engine, monkeypatch):
+    monkeypatch.setattr(stream, "_COMMENT_SECONDS", 0.01)
+    updates = app.state.engine_calls.updates
+
+    async def behave(request):
+        for ahead in (7, 2):
+            updates._note(Queued(request.progress_key, ahead), None)
+            await asyncio.sleep(0.05)
+        updates._note(Progress(request.progress_key, 1, request.steps), None)
+        await asyncio.sleep(0.05)
+        return answer(request)
+
+    engine.behave = behave
+    comments = [line for line in send(app, GENERATIONS, json=GOOD).text.splitlines() if line.startswith(":")]
+    assert comments[-2:] == [": queued behind 2", ": step 1 of 20"]
 
 
 def test_a_failure_in_mid_stream_raises_in_the_client(app, engine):

@@ -10,7 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.toy_pipeline import toy_request, toy_vllm_config
 from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, KEPT, PREVIEWED, SideReport
-from vllm_cfg_plugin.engine.progress import Preview, Progress
+from vllm_cfg_plugin.engine.progress import Preview, Progress, Queued
 from vllm_cfg_plugin.engine.result import unpack_result
 from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import StepResult
@@ -91,6 +91,17 @@ def test_progress_is_published_step_by_step_for_who_asked_for_it():
         finish(scheduler, output)
     progress = [message for message in published if isinstance(message[1], Progress)]
     assert progress == [(0, Progress("bar", done, 3)) for done in (1, 2, 3)]
+
+
+def test_who_waits_hears_once_a_second_how_many_came_before(monkeypatch):
+    scheduler, published = make_scheduler(max_num_seqs=1), []
+    scheduler._progress = SimpleNamespace(publish=lambda *message: published.append(message))
+    for name, key in (("a", ""), ("b", "second"), ("c", ""), ("d", "fourth")):
+        scheduler.add_request(vllm_request(name, msgspec.structs.replace(toy_request(), progress_key=key)))
+    for _ in range(3):
+        scheduler.schedule()
+    queued = [update for _, update in published if isinstance(update, Queued)]
+    assert queued == [Queued("second", 0), Queued("fourth", 2)]
 
 
 def test_a_preview_is_published_to_the_client_that_asked_for_it():

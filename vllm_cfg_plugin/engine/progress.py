@@ -30,6 +30,13 @@ class Progress(msgspec.Struct, array_like=True, frozen=True, tag=True):
     steps: int
 
 
+class Queued(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """A request waits; so many came before it and wait too. Shorter ones may overtake it, a bounded number of times."""
+
+    key: str
+    ahead: int
+
+
 class Preview(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Preview number `index`, from 0 up, of a request; its pixels follow, of `shape` as in a side report."""
 
@@ -38,7 +45,7 @@ class Preview(msgspec.Struct, array_like=True, frozen=True, tag=True):
     shape: tuple[int, ...]
 
 
-Update = Progress | Preview | EngineStats
+Update = Progress | Queued | Preview | EngineStats
 # An update and, with a preview, its pixels: uint8 [number, height, width, channels].
 OnUpdate = Callable[[Update, np.ndarray | None], None]
 

@@ -20,7 +20,7 @@ from vllm_cfg_plugin.engine.batching import PlannedStep, StepBatch
 from vllm_cfg_plugin.engine.calibration import calibration_of, max_side_us, max_step_us, token_budget
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.plan import DECODED, KEPT, PREVIEWED, SideReport
-from vllm_cfg_plugin.engine.progress import Preview, Progress, ProgressPublisher
+from vllm_cfg_plugin.engine.progress import Preview, Progress, ProgressPublisher, Queued
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.engine.stats import StatsCollector
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = get_logger(__name__)
+
+_QUEUE_SECONDS = 1.0
+_MOST_QUEUED = 100
 
 ClientOutput = tuple[int, EngineCoreOutput]  # client_index, output
 
@@ -93,6 +96,7 @@ class StepScheduler(SchedulerInterface):
         self._epoch = 0  # of the ranks that know our requests
         self._ready: list[ClientOutput] = []  # outputs that need no rank
         self._last_counts = (0, 0)
+        self._queue_told = 0.0  # when clients last heard of it
 
     # ---- requests come and go ----
 
@@ -134,6 +138,7 @@ class StepScheduler(SchedulerInterface):
             admit=self._pause == PauseState.UNPAUSED, step=self._pause != PauseState.PAUSED_ALL
         )
         self._stats.note_step(planned.running)
+        self._publish_queue()
         if self._log_stats:
             for request in planned.admitted:
                 request.events.append(EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, request.admitted))
@@ -212,6 +217,16 @@ class StepScheduler(SchedulerInterface):
         if report.branch == KEPT:
             (request.kept_steps,), request.kept = report.shape, bytes(pixels)
         return self._finished(request, report, pixels) if report.branch == DECODED else []
+
+    def _publish_queue(self) -> None:
+        """Where the first ones stand in line, once a second: a line may be long, and move with every step."""
+        now = time.monotonic()
+        if self._progress is None or not self.batch.waiting or now - self._queue_told < _QUEUE_SECONDS:
+            return
+        self._queue_told = now
+        for ahead, request in enumerate(self.batch.waiting.in_order()[:_MOST_QUEUED]):
+            if key := request.spec.progress_key:
+                self._progress.publish(request.client_index, Queued(key, ahead))
 
     def _publish_stats(self) -> None:
         """To one API server, whose /metrics are those of all."""

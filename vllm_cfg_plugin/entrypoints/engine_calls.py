@@ -18,7 +18,7 @@ from vllm.exceptions import GracefulHTTPError, QueueOverflowError, RetryableRequ
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
-from vllm_cfg_plugin.engine.progress import Preview, Progress, Update
+from vllm_cfg_plugin.engine.progress import Preview, Progress, Queued, Update
 from vllm_cfg_plugin.entrypoints import metrics
 from vllm_cfg_plugin.entrypoints.front_end import GeneratedImage, pooling_params, read_output
 from vllm_cfg_plugin.entrypoints.updates import EngineUpdates
@@ -48,7 +48,7 @@ class PreviewImage:
 
 
 # Called with the position of a request among those that were started together, and what is known of it.
-Observe = Callable[[int, Progress | PreviewImage | GeneratedImage], None]
+Observe = Callable[[int, Progress | Queued | PreviewImage | GeneratedImage], None]
 
 
 class EngineCalls:
@@ -164,7 +164,7 @@ class EngineCalls:
             return await self._run_one(request, request_id)
 
         def note(update: Update, pixels: np.ndarray | None) -> None:
-            if isinstance(update, Progress):
+            if isinstance(update, (Progress, Queued)):
                 observe(index, update)
             elif pixels is not None and isinstance(update, Preview):
                 metrics.note_preview()

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from pydantic import BaseModel
 
-from vllm_cfg_plugin.engine.progress import Progress
+from vllm_cfg_plugin.engine.progress import Progress, Queued
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls, PreviewImage
 from vllm_cfg_plugin.entrypoints.front_end import GeneratedImage
 from vllm_cfg_plugin.entrypoints.images.files import background_of, base64_file
@@ -86,6 +86,7 @@ class ImageStream:
         self._created_at = int(time.time())
         # What is to be sent: comments, and images with their positions; None: there will be no more.
         self._queue: asyncio.Queue[str | tuple[int, PreviewImage | GeneratedImage] | None] = asyncio.Queue()
+        self._ahead: dict[int, int] = {}  # of results that waited, how many came before them
         self._progress = [Progress("", 0, request.steps) for request in requests]
         self._queue.put_nowait(self._how_far())  # at once, so that a client knows that it was heard
         self._work = calls.start(requests, request_id, self._observe)
@@ -128,10 +129,14 @@ class ImageStream:
 
     def _how_far(self) -> str:
         done, steps = sum(p.done for p in self._progress), sum(p.steps for p in self._progress)
+        if not done and self._ahead:
+            return f": queued behind {min(self._ahead.values())}\n\n"
         return f": step {done} of {steps}\n\n"
 
-    def _observe(self, index: int, update: Progress | PreviewImage | GeneratedImage) -> None:
-        if isinstance(update, Progress):
+    def _observe(self, index: int, update: Progress | Queued | PreviewImage | GeneratedImage) -> None:
+        if isinstance(update, Queued):
+            self._ahead[index] = update.ahead
+        elif isinstance(update, Progress):
             self._progress[index] = update
         else:
             self._hold.count(update.pixels.nbytes)
