@@ -101,3 +101,24 @@ def test_all_of_this_with_avx2():
 def test_torch_computes_with_avx2():
     if torch.backends.mkl.is_available():
         assert cpu_kernels.cpu_kernels() == TORCH
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [900, 1100, 1536, 1790, 2400])
+def test_attention_in_pieces_has_the_bits_of_one_call(monkeypatch, dtype, length):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(attention, "cpu_kernels", CpuKernels)
+    rows = PackedRows((length,), torch.device("cpu"))
+    query, key, value = torch.randn(3, length, 3, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def attend():
+        return attention.attend_sequences(query, key, value, rows, processor=None)[0]
+
+    whole = attend()
+    calls = []
+    kernel = attention.dispatch_attention_fn
+    monkeypatch.setattr(attention, "dispatch_attention_fn", lambda *args: calls.append(args) or kernel(*args))
+    for most in (2 * length * length, length * length // 2, 1):
+        monkeypatch.setattr(attention, "_CALL_SCORES", most)
+        assert torch.equal(attend(), whole)
+    assert len(calls) > 3 + 2

@@ -24,6 +24,10 @@ from vllm_cfg_plugin.pipelines.common.packing import ROW_MULTIPLE, PackedRows, c
 
 # Scores computed at a time: 1 MiB of them.
 _SCORES = 1 << 18
+# Scores of one call of torch's kernel on a CPU, half a second of them: a request that is aborted stops between two.
+_CALL_SCORES = 1 << 27
+_CALL_ROWS = 256  # of queries, a multiple of which the kernel computes together if there are `_LEAST_CALL_ROWS`
+_LEAST_CALL_ROWS = 768
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,34 @@ def attend_sequences(
             attended += [_attend_onednn(*one) for one in zip(*blocks, strict=True)]
             continue
         # A kernel works on one sequence and head at a time: a run of equal lengths gives the same bits as one by one.
+        scores = blocks[0].shape[0] * query.shape[1] * run.length * of_keys.length
+        if query.is_cpu and _is_native(processor) and scores > _CALL_SCORES:
+            attended += [_attend_in_pieces(*one) for one in zip(*blocks, strict=True)]
+            continue
         attended += dispatch_attention_fn(*blocks, backend=_backend(processor)).flatten(2).unbind(0)
     return attended
+
+
+def _attend_in_pieces(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of one sequence by torch's kernel on a CPU, the bits of one call, [queries, heads * head_dim].
+
+    Args:
+        query, key, value: [length, heads, head_dim].
+    """
+    length, heads = query.shape[:2]
+    heads_at_once = max(1, _CALL_SCORES // (length * key.shape[0]))
+    rows = max(_LEAST_CALL_ROWS, _CALL_SCORES // key.shape[0] // _CALL_ROWS * _CALL_ROWS)
+    # The last call has what is left over as well: fewer rows than the least would be computed otherwise.
+    ends = [*range(rows, length - _LEAST_CALL_ROWS + 1, rows), length] if heads_at_once == 1 else [length]
+    attended = torch.empty_like(query)
+    for first in range(0, heads, heads_at_once):
+        some = slice(first, first + heads_at_once)
+        begin = 0
+        for end in ends:
+            piece = dispatch_attention_fn(query[None, begin:end, some], key[None, :, some], value[None, :, some])
+            attended[begin:end, some] = piece[0]
+            begin = end
+    return attended.flatten(1)
 
 
 def _attend_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
