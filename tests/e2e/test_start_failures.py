@@ -47,7 +47,6 @@ STARTS = {
     "no diffusers checkpoint": (with_nothing, TWO_RANKS, ("/no diffusers checkpoint", "not a diffusers checkpoint")),
     "broken weights": (with_broken_weights, TWO_RANKS, (".safetensors", "broken")),
     "weights of another size": (with_weights_of_another_size, TWO_RANKS, ("the engine could not start", "size")),
-    "no place in the batch": (lambda folder: None, ["--max-num-seqs", "0"], ("max_num_seqs", "greater")),
     "a cfg_parallel_size of 0": (lambda folder: None, ["--cfg-parallel-size", "0"], ("cfg", "0", "from 1")),
 }
 
