@@ -199,14 +199,16 @@ def test_a_rank_that_raises_does_not_hang_the_other(bad_rank):
     np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
-def test_a_scheduler_that_raises_on_rank_0_does_not_hang_the_other():
+def test_a_scheduler_that_raises_on_rank_0_hangs_nobody():
+    """A scheduler that raises on rank 0 does not hang the other."""
     (first, after), (second, other_after) = run_ranks(failure_on_rank, 2, 0, "step fails")
     assert first.startswith("AttributeError")
     assert second.startswith("RequestFailedError: cfg rank 0 failed")
     np.testing.assert_array_equal(after, other_after)
 
 
-def test_predictions_of_different_shapes_are_an_error_on_both_ranks():
+def test_predictions_of_other_shapes_are_an_error_on_all_ranks():
+    """Predictions of different shapes are an error on both ranks."""
     for message, _ in run_ranks(failure_on_rank, 2, 1, "other shape"):
         assert message.startswith("RequestFailedError: the branches' predictions differ")
         assert "rank 0: [1, 12, 8], rank 1: [1, 5, 8]" in message

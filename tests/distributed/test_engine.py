@@ -79,7 +79,7 @@ def bitwise_equal(one, other):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_alone_or_among_seven_others_the_latents_are_bitwise_equal(traces, ranks):
+def test_alone_or_among_seven_latents_are_bitwise_equal(traces, ranks):
     by_script = traces[ranks][0]
     for seed, trace in by_script["mixed"].items():
         assert bitwise_equal(trace, by_script[f"alone-{seed}"][seed]), f"request {seed} depends on its company"
@@ -127,7 +127,8 @@ def test_final_latents_agree_with_diffusers_own_pipeline(traces, model):
         assert difference <= 1e-4, f"request {i} differs by {difference}"
 
 
-def test_a_rank_that_fails_alone_costs_one_request_and_no_rank_waits(model, traces, tmp_path):
+def test_a_rank_that_fails_alone_costs_one_request(model, traces, tmp_path):
+    """A rank that fails alone costs one request and no rank waits."""
     requests = make_requests(model)
     victim = requests[5]
 
@@ -173,7 +174,8 @@ def is_long(request):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_beside_the_steps_or_in_them_the_latents_are_bitwise_equal(model, traces, ranks, tmp_path):
+def test_beside_the_steps_or_in_them_latents_are_equal(model, traces, ranks, tmp_path):
+    """Beside the steps or in them the latents are bitwise equal."""
     requests = make_requests(model)
     assert {is_long(request) for request in requests} == {True, False}
     script = {"beside": [(3 * n, request) for n, request in enumerate(requests)]}
@@ -183,7 +185,8 @@ def test_beside_the_steps_or_in_them_the_latents_are_bitwise_equal(model, traces
             assert bitwise_equal(trace, traces[1][0][f"alone-{seed}"][seed])
 
 
-def test_an_aborted_long_forward_ends_and_costs_nobody_else_anything(model, traces, tmp_path):
+def test_an_aborted_long_forward_costs_nobody_anything(model, traces, tmp_path):
+    """An aborted long forward ends and costs nobody else anything."""
     _, small, victim, other, successor, *_ = make_requests(model)
     assert [is_long(request) for request in (small, victim, other, successor)] == [False, True, False, True]
 

@@ -29,7 +29,8 @@ def traces(family, folder, tmp_path_factory):
     return {ranks: run_ranks(folder, ranks, scripts, tmp_path_factory.mktemp("traces"))[0] for ranks in (1, 2)}
 
 
-def test_alone_among_others_and_on_two_ranks_the_latents_are_bitwise_equal(family, traces):
+def test_latents_are_equal_alone_among_others_on_two_ranks(family, traces):
+    """Alone among others and on two ranks the latents are bitwise equal."""
     for i, case in enumerate(family.cases):
         seed = SEED + i
         expected = traces[1][f"alone-{seed}"][seed]

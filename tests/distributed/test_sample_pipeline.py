@@ -8,8 +8,8 @@ from tests.distributed.ranks import run_ranks as run_direct
 from tests.distributed.test_families import (  # noqa: F401
     _call_directly,
     folder,
-    test_alone_among_others_and_on_two_ranks_the_latents_are_bitwise_equal,
     test_final_latents_are_those_of_diffusers,
+    test_latents_are_equal_alone_among_others_on_two_ranks,
     traces,
 )
 from tests.families import SEED, STEPS, Case, Family, call, load
@@ -51,7 +51,8 @@ def call_sample_directly(model, cases):
     return _call_directly(model, cases)
 
 
-def test_a_direct_call_on_two_ranks_or_one_gives_the_engines_latents(family, folder, traces):  # noqa: F811
+def test_a_direct_call_gives_the_engines_latents(family, folder, traces):  # noqa: F811
+    """A direct call on two ranks or one gives the engine's latents."""
     pipeline = load(folder)
     alone = [call(pipeline, case, SEED + i) for i, case in enumerate(family.cases)]
     for by_case in run_direct(call_sample_directly, 2, folder, family.cases):

@@ -116,7 +116,8 @@ def read_slowly(rank, ranks, share):
     return [gather(torch.full((3,), exchange))[0].tolist() for exchange in range(20)]
 
 
-def test_a_fast_rank_does_not_overwrite_what_a_slow_one_still_reads():
+def test_a_fast_rank_overwrites_nothing_that_is_still_read():
+    """A fast rank does not overwrite what a slow one still reads."""
     expected = [[exchange] * 3 for exchange in range(20)]
     assert run_forked(read_slowly, 2) == [expected, expected]
 

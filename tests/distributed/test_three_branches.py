@@ -99,7 +99,8 @@ def bitwise_equal(one, other):
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_the_third_branch_is_there_where_an_image_and_its_scale_are(requests):
+def test_a_third_branch_needs_an_image_and_its_scale(requests):
+    """The third branch is there where an image and its scale are."""
     assert {seed: len(request.prompts) for seed, request in requests.items()} == BRANCHES
     first = requests[0]
     assert first.prompts == ["make it red", "", ""]
@@ -115,7 +116,8 @@ def test_the_third_branch_sees_no_image(requests, model):
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_latents_are_bitwise_those_of_the_serial_loop_on_every_rank(traces, requests, model, ranks):
+def test_latents_are_bitwise_those_of_the_serial_loop(traces, requests, model, ranks):
+    """Latents are bitwise those of the serial loop on every rank."""
     torch.set_num_threads(1)
     pipeline = load(model)
     for seed in (seed for seed, branches in BRANCHES.items() if branches == 3):

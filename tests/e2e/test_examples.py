@@ -68,7 +68,8 @@ def test_image_edit_compares(edit_model, tmp_path):
     assert Image.open(tmp_path / "snow.png").size == (1024, 1024)
 
 
-def test_image_edit_takes_several_images_and_says_how_many_the_model_does(edit_model, tmp_path):
+def test_image_edit_takes_as_many_images_as_the_model_does(edit_model, tmp_path):
+    """Image edit takes several images and says how many the model does."""
     for name in ("one.png", "two.png"):
         picture(48, 48).save(tmp_path / name)
     arguments = flags(model=edit_model, image=["one.png", "two.png"])

@@ -45,7 +45,8 @@ with open(sys.argv[2], "w") as out:
 """
 
 
-def test_the_config_of_an_ordinary_model_is_equal_with_and_without_the_plugin(tmp_path):
+def test_an_ordinary_models_config_is_equal_without_us(tmp_path):
+    """The config of an ordinary model is equal with and without the plugin."""
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm/config.json").write_text(json.dumps(LLM_CONFIG))
     processes = {}

@@ -92,7 +92,8 @@ def test_clients_see_a_delay_and_the_same_bytes(server, calm, fault):
     assert codes[-1] == 200
 
 
-def test_a_stream_goes_on_when_a_rank_dies_and_repeats_no_preview(server):
+def test_a_stream_survives_a_rank_and_repeats_no_preview(server):
+    """A stream goes on when a rank dies and repeats no preview."""
     body = {"prompt": "a cat", "size": "256x256", "num_inference_steps": 150, "seed": 3}
     calm = requests.post(f"{server.url}/v1/images/generations", json=body, timeout=120).json()["data"][0]["b64_json"]
     events = []
@@ -107,7 +108,8 @@ def test_a_stream_goes_on_when_a_rank_dies_and_repeats_no_preview(server):
     assert events[-1].b64_json == calm
 
 
-def test_ranks_that_die_while_nobody_asks_are_there_for_who_comes(server, calm):
+def test_ranks_that_die_idle_are_there_for_who_comes(server, calm):
+    """Ranks that die while nobody asks are there for who comes."""
     before = processes(server)["CfgRank0"].pid
     os.kill(before, signal.SIGKILL)
     deadline = time.monotonic() + 30
@@ -131,7 +133,8 @@ def test_a_sleeping_server_has_no_ranks_and_its_requests_wait(server, calm, leve
         assert [running.result(), waiting.result()] == calm[7:9]
 
 
-def test_after_too_many_deaths_the_server_ends_in_an_error_that_says_why(server, calm):
+def test_after_too_many_deaths_the_server_ends_and_says_why(server, calm):
+    """After too many deaths the server ends in an error that says why."""
     footprint = Footprint.of(server)
     deadline = time.monotonic() + 60
     while server.process.poll() is None and time.monotonic() < deadline:

@@ -226,7 +226,8 @@ def wait_for_unfinished(server, count: int) -> None:
         time.sleep(0.05)
 
 
-def test_a_full_queue_has_room_again_when_a_waiting_client_leaves(server, client):
+def test_a_full_queue_has_room_when_a_waiting_client_leaves(server, client):
+    """A full queue has room again when a waiting client leaves."""
     connections = [leave_open(server, **{**SLOW, "n": 10}) for _ in range(PLACES // 10)]
     try:
         wait_for_unfinished(server, PLACES)

@@ -64,7 +64,8 @@ def test_side_work_is_awaited_until_it_is_reported(batch):
     assert batch.awaits_side_work
 
 
-def test_a_request_that_is_taken_out_is_awaited_no_more_and_its_late_report_is_nobodys(batch):
+def test_the_late_report_of_who_was_taken_out_is_nobodys(batch):
+    """A request that is taken out is awaited no more and its late report is nobody's."""
     request = batch.add("a", 0, toy_request(negative=None))
     batch.next_plan()
     batch.take_out(request)
@@ -112,7 +113,8 @@ def test_a_name_is_given_once(batch):
         (2, [90, 90, 20], 2),
     ],
 )
-def test_requests_join_as_long_as_no_rank_has_more_than_the_token_budget(ranks, tokens, join):
+def test_requests_join_within_every_ranks_token_budget(ranks, tokens, join):
+    """Requests join as long as no rank has more than the token budget."""
     batch = StepBatch(ranks, 8, 100, UNCALIBRATED)
     for number, each in enumerate(tokens):
         batch.add(str(number), 0, toy_request("", None, image_tokens=each))
@@ -120,7 +122,8 @@ def test_requests_join_as_long_as_no_rank_has_more_than_the_token_budget(ranks, 
 
 
 @pytest.mark.parametrize("sizes", [(5000, 40, 40), (40, 40, 5000)])
-def test_a_request_larger_than_the_token_budget_keeps_no_smaller_ones_out_and_joins_them(sizes):
+def test_a_request_above_the_token_budget_keeps_nobody_out(sizes):
+    """A request larger than the token budget keeps no smaller ones out and joins them."""
     batch = StepBatch(1, 8, 100, UNCALIBRATED)
     for number, tokens in enumerate(sizes):
         batch.add(str(number), 0, toy_request(negative=None, image_tokens=tokens))

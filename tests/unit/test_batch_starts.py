@@ -30,7 +30,8 @@ def started(batch):
     return [assign.id for assign in batch.next_plan().plan.assign]
 
 
-def test_an_idle_batch_waits_for_all_that_came_before_its_first_is_ready(batch):
+def test_an_idle_batch_waits_for_who_came_before_it_starts(batch):
+    """An idle batch waits for all that came before its first is ready."""
     (first,), (second,) = add(batch, "first"), add(batch, "second")
     encoded(batch, first)
     assert started(batch) == []
@@ -50,7 +51,8 @@ def test_a_batch_that_is_idle_again_waits_again(batch):
     assert started(batch) == [first, second]
 
 
-def test_a_running_batch_takes_in_who_is_ready_and_tells_nobody_twice(batch):
+def test_a_running_batch_takes_in_who_is_ready_once(batch):
+    """A running batch takes in who is ready and tells nobody twice."""
     (running,) = add(batch, "running")
     encoded(batch, running)
     assert started(batch) == [running]
@@ -62,7 +64,8 @@ def test_a_running_batch_takes_in_who_is_ready_and_tells_nobody_twice(batch):
     assert started(batch) == []
 
 
-def test_who_waited_for_room_joins_after_the_last_step_of_another_and_not_only_after_its_decode():
+def test_room_is_free_after_a_last_step_not_after_its_decode():
+    """Who waited for room joins after the last step of another and not only after its decode."""
     batch = StepBatch(1, 8, 100, UNCALIBRATED)
     ids = [batch.add(name, 0, toy_request("", None, image_tokens=80, steps=1)).id for name in ("first", "second")]
     admitting = batch.next_plan()

@@ -157,7 +157,8 @@ traces = st.lists(st.tuples(st.integers(0, 20), specs), min_size=1, max_size=14)
 
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(trace=traces, ranks=st.integers(1, 5), delay=st.integers(0, 3), budget=st.integers(50, 1000))
-def test_every_request_takes_each_step_once_on_ranks_that_can_and_ends(trace, ranks, delay, budget):
+def test_each_request_takes_each_step_once_and_ends(trace, ranks, delay, budget):
+    """Every request takes each step once on ranks that can and ends."""
     batch = StepBatch(ranks, 6, budget, UNCALIBRATED)
     played = PlayedRanks(ranks, delay)
     admitted, ended = play(batch, played, trace)
@@ -189,7 +190,8 @@ def test_the_same_arrivals_make_the_same_plans():
     assert plans() == plans()
 
 
-def test_a_large_request_at_the_head_blocks_nobody_and_is_not_starved():
+def test_a_large_request_blocks_nobody_and_is_not_starved():
+    """A large request at the head blocks nobody and is not starved."""
     batch, ranks = StepBatch(1, 100, 100, UNCALIBRATED), PlayedRanks(1)
     small = [(step, toy_request("x", None, steps=4 + step % 3, image_tokens=40)) for step in range(60)]
     large = (5, toy_request("x", None, steps=2, image_tokens=90))
@@ -216,7 +218,7 @@ def test_as_many_ranks_work_as_there_are_branches_to_share(ranks, guided, busy):
     assert all(sum(tokens > 0 for tokens in step) == busy for step in played.worked)
 
 
-def test_when_one_rank_runs_dry_the_other_ones_work_is_shared_if_that_pays():
+def test_work_is_shared_with_a_dry_rank_if_that_pays():
     """Two short requests on rank 1 leave; one of the two long ones on rank 0 is encoded on rank 1, and moves there."""
     batch, played = StepBatch(2, 8, 10**6, UNCALIBRATED), PlayedRanks(2)
     trace = [(0, toy_request("long", None, steps=s, image_tokens=100)) for s in (60, 3, 60, 3)]
@@ -225,7 +227,8 @@ def test_when_one_rank_runs_dry_the_other_ones_work_is_shared_if_that_pays():
     assert len(lopsided) <= 2, "the steps until the text is encoded there"
 
 
-def test_outside_the_guidance_interval_the_freed_rank_takes_over_positive_branches():
+def test_outside_the_guidance_interval_the_free_rank_helps():
+    """Outside the guidance interval the freed rank takes over positive branches."""
     batch, played = StepBatch(2, 8, 10**6, UNCALIBRATED), PlayedRanks(2)
     spec = toy_request(steps=40, image_tokens=100, interval=(0.0, 0.5))
     play(batch, played, [(0, spec), (0, spec)])
@@ -234,7 +237,8 @@ def test_outside_the_guidance_interval_the_freed_rank_takes_over_positive_branch
     assert len(lopsided) <= 2, "the steps until a positive text is encoded there"
 
 
-def test_a_guidance_interval_costs_two_changes_of_plan_and_the_negative_branch_keeps_its_rank():
+def test_a_guidance_interval_costs_two_changes_of_plan():
+    """A guidance interval costs two changes of plan and the negative branch keeps its rank."""
     batch, played = StepBatch(2, 8, 10**6, UNCALIBRATED), PlayedRanks(2)
     batch.add("one", 0, toy_request(steps=8, interval=(0.25, 0.75)))
     assigned = []
@@ -259,14 +263,16 @@ def test_requests_that_are_taken_out_anywhere_leave_no_trace():
     assert batch.next_plan().plan.is_empty()
 
 
-def test_more_requests_than_one_look_at_the_line_join_while_there_is_room():
+def test_more_join_than_one_look_at_the_line_sees():
+    """More requests than one look at the line join while there is room."""
     batch = StepBatch(2, max_requests=LOOK_AHEAD + 8, max_tokens=10**6, cost=UNCALIBRATED)
     for n in range(LOOK_AHEAD + 8):
         batch.add(str(n), 0, toy_request(seed=n))
     assert [len(batch.next_plan().admitted) for _ in range(3)] == [LOOK_AHEAD, 8, 0]
 
 
-def test_an_idle_batch_starts_with_all_whose_texts_are_being_encoded_and_waits_for_no_later_one():
+def test_an_idle_batch_starts_with_who_is_being_encoded():
+    """An idle batch starts with all whose texts are being encoded and waits for no later one."""
     batch = StepBatch(1, 8, 10**6, UNCALIBRATED)
     for n in range(3):
         batch.add(str(n), 0, toy_request(negative=None))
@@ -310,7 +316,8 @@ def finish_all(batch, ranks, steps=200):
 
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(trace=traces, ranks=st.integers(1, 4), delay=st.integers(0, 3), deaths=st.lists(st.integers(0, 40), max_size=4))
-def test_whenever_ranks_start_anew_all_requests_take_all_their_steps_on_the_new_ones(trace, ranks, delay, deaths):
+def test_new_ranks_take_all_steps_of_all_requests(trace, ranks, delay, deaths):
+    """Whenever ranks start anew all requests take all their steps on the new ones."""
     batch = StepBatch(ranks, 6, 500, UNCALIBRATED)
     played, ended = PlayedRanks(ranks, delay), []
     for number, (_, spec) in enumerate(trace):
@@ -328,7 +335,8 @@ def test_whenever_ranks_start_anew_all_requests_take_all_their_steps_on_the_new_
     assert not played.requests
 
 
-def test_what_the_ranks_knew_waits_before_all_others_in_its_old_order():
+def test_what_the_ranks_knew_waits_first_in_its_old_order():
+    """What the ranks knew waits before all others in its old order."""
     batch, ranks = StepBatch(2, 2, 10**6, UNCALIBRATED), PlayedRanks(2)
     for number in range(4):
         batch.add(str(number), 0, toy_request(steps=5))
@@ -345,7 +353,8 @@ def test_what_the_ranks_knew_waits_before_all_others_in_its_old_order():
     assert [len(batch.named(name).lone_deaths) for name in "23"] == [1, 0], "who waited has killed nobody"
 
 
-def test_requests_that_ranks_died_of_twice_are_tried_alone_and_the_one_that_kills_again_is_named():
+def test_suspects_are_tried_alone_and_the_killer_is_named():
+    """Requests that ranks died of twice are tried alone and the one that kills again is named."""
     batch = StepBatch(2, 8, 10**6, UNCALIBRATED)
     for number in range(3):
         batch.add(str(number), 0, toy_request(steps=5))
@@ -405,7 +414,8 @@ def long_batch(ranks=2, **limits):
 
 @pytest.mark.parametrize("limits", [{"max_tokens": 300}, {"max_step_us": 300.0}])
 @pytest.mark.parametrize("negative", ["", None])
-def test_a_long_request_is_forwarded_beside_the_steps_and_nobody_waits_for_it(limits, negative):
+def test_nobody_waits_for_a_long_request(limits, negative):
+    """A long request is forwarded beside the steps and nobody waits for it."""
     batch, ranks = long_batch(**limits), PlayedRanks(2, long_delay=40)
     long = batch.add("long", 0, toy_request("a", negative, steps=3, image_tokens=LONG))
     small = batch.add("small", 0, toy_request("a", steps=20))
@@ -432,13 +442,15 @@ def forwards_of(batch, ranks, plans=200):
     return owners
 
 
-def test_guidance_in_an_interval_changes_which_branches_a_long_request_forwards():
+def test_an_interval_changes_a_long_requests_branches():
+    """Guidance in an interval changes which branches a long request forwards."""
     batch = long_batch(max_tokens=300)
     batch.add("long", 0, toy_request(steps=4, image_tokens=LONG, interval=(0.25, 0.75)))
     assert forwards_of(batch, PlayedRanks(2)) == {0: [(0,), (0, 1), (0, 1), (0,)]}
 
 
-def test_one_rank_forwards_both_branches_of_a_long_request_in_one_piece_of_work():
+def test_one_rank_forwards_both_long_branches_in_one_piece():
+    """One rank forwards both branches of a long request in one piece of work."""
     batch, ranks = long_batch(1, max_tokens=300), PlayedRanks(1)
     batch.add("long", 0, toy_request(steps=2, image_tokens=LONG))
     assert forwards_of(batch, ranks) == {0: [(0, 0), (0, 0)]}
@@ -462,7 +474,8 @@ def test_a_small_request_goes_to_the_rank_without_a_long_one():
     assert [request.owners for request in batch.next_plan().admitted] == [(0,), (1,)]
 
 
-def test_long_requests_that_wait_for_a_rank_keep_no_small_ones_out():
+def test_waiting_long_requests_keep_no_small_ones_out():
+    """Long requests that wait for a rank keep no small ones out."""
     batch, ranks = long_batch(max_tokens=300, max_requests=100), PlayedRanks(2, long_delay=10**6)
     for n in range(LOOK_AHEAD + 2):
         batch.add(f"long {n}", 0, toy_request(steps=5, image_tokens=LONG))
@@ -486,7 +499,8 @@ def test_long_requests_hold_at_most_half_of_the_places():
 
 
 @pytest.mark.parametrize("plans", range(9))
-def test_a_long_request_that_is_taken_out_at_any_time_leaves_no_trace(plans):
+def test_a_long_request_that_is_taken_out_leaves_no_trace(plans):
+    """A long request that is taken out at any time leaves no trace."""
     batch, ranks = long_batch(max_tokens=300), PlayedRanks(2, delay=1, long_delay=2)
     long = batch.add("long", 0, toy_request(steps=2, image_tokens=LONG))
     batch.add("other", 0, toy_request("b", None, steps=9))
@@ -503,7 +517,8 @@ def test_a_long_request_that_is_taken_out_at_any_time_leaves_no_trace(plans):
     assert batch.next_plan().plan.is_empty()
 
 
-def test_a_long_forward_that_fails_on_one_rank_is_waited_for_no_more():
+def test_a_failed_long_forward_is_waited_for_no_more():
+    """A long forward that fails on one rank is waited for no more."""
     batch, ranks = long_batch(max_tokens=300), PlayedRanks(2, long_delay=10**6)
     long = batch.add("long", 0, toy_request(steps=2, image_tokens=LONG))
     for _ in range(3):
@@ -537,7 +552,8 @@ def test_a_step_is_bounded_in_time_as_in_tokens():
     assert [len(batch.next_plan().admitted) for _ in range(2)] == [2, 0]
 
 
-def test_the_shortest_goes_first_and_nobody_is_overtaken_for_ever():
+def test_the_shortest_goes_first_within_bounds():
+    """The shortest goes first and nobody is overtaken for ever."""
     batch, ranks = StepBatch(1, 1, 10**6, UNCALIBRATED), PlayedRanks(1)
     lengths = [9, *range(1, 7), 7, *[2] * 20]
     arrivals = [(0, toy_request("x", None, steps=steps)) for steps in lengths]
@@ -547,7 +563,8 @@ def test_the_shortest_goes_first_and_nobody_is_overtaken_for_ever():
     assert admitted[half] == 0, "it would be passed by more only while it does not fit"
 
 
-def test_a_long_request_that_was_kept_goes_on_from_there_when_ranks_start_anew():
+def test_a_kept_long_request_goes_on_from_there():
+    """A long request that was kept goes on from there when ranks start anew."""
     batch, ranks = long_batch(max_tokens=300), PlayedRanks(2)
     long = batch.add("long", 0, toy_request(steps=5, image_tokens=LONG, interval=(0.0, 0.6)))
     while ranks.steps[long.id] < 3:

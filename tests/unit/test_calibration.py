@@ -125,7 +125,8 @@ def test_without_memory_for_a_larger_pack_the_smaller_ones_count(clock):
     assert found.token_budget == 2 * 4 * 21
 
 
-def test_a_model_whose_smallest_image_is_its_own_size_is_not_measured_twice(clock):
+def test_a_model_of_one_size_is_not_measured_twice(clock):
+    """A model whose smallest image is its own size is not measured twice."""
     pipeline = TimedPipeline(clock)
     calibrate(pipeline, replace(INFO, default_params=DiffusionParams(height=16, width=16)))
     assert sorted({tuple(pack) for pack in pipeline.packs if len(pack) == 1}) == [(6,), (9,), (21,)]
@@ -153,7 +154,8 @@ def test_growth_ends_where_the_next_run_would_take_too_long(clock):
     ]
 
 
-def test_a_busy_machine_ends_the_repeats_by_the_clock_on_the_wall(monkeypatch):
+def test_a_busy_machine_ends_the_repeats_by_wall_time(monkeypatch):
+    """A busy machine ends the repeats by the clock on the wall."""
     own, wall = FakeClock(), FakeClock()
     monkeypatch.setattr(stopwatch.time, "thread_time", own)
     monkeypatch.setattr(stopwatch.time, "perf_counter", wall)
@@ -201,9 +203,10 @@ def test_a_calibration_is_kept_for_the_next_start(checkpoint, measured, tmp_path
     assert [path.suffix for path in folder.iterdir()] == [".json"]
 
 
-def test_another_model_dtype_version_or_number_of_ranks_is_measured_anew(
+def test_another_model_dtype_version_or_size_is_measured_anew(
     checkpoint, measured, tmp_path, monkeypatch, qwen_image_folders
 ):
+    """Another model dtype version or number of ranks is measured anew."""
     pipeline = ToyPipeline()
     calibrate_rank(pipeline, checkpoint, tmp_path, 2)
     calibrate_rank(pipeline, checkpoint, tmp_path, 1)
@@ -230,7 +233,8 @@ def test_a_file_that_makes_no_sense_is_measured_again(checkpoint, measured, tmp_
     assert calibrate_rank(ToyPipeline(), checkpoint, tmp_path, 2).token_budget == 2
 
 
-def test_a_folder_that_cannot_be_written_costs_nothing_but_the_next_starts_time(checkpoint, measured, tmp_path):
+def test_a_folder_that_cannot_be_written_costs_only_time(checkpoint, measured, tmp_path):
+    """A folder that cannot be written costs nothing but the next start's time."""
     file = tmp_path / "file"
     file.write_text("in the way")
     assert calibrate_rank(ToyPipeline(), checkpoint, file / "folder", 2).token_budget == 1
@@ -247,7 +251,8 @@ def test_a_write_that_fails_halfway_leaves_nothing(checkpoint, measured, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_real_pipeline_is_calibrated_and_the_next_start_reads_it(checkpoint, tmp_path, monkeypatch):
+def test_a_real_calibration_is_read_by_the_next_start(checkpoint, tmp_path, monkeypatch):
+    """A real pipeline is calibrated and the next start reads it."""
     pipeline = QwenImagePipeline.load(checkpoint.model, dtype=torch.float32, device=torch.device("cpu"))
     found = calibrate_rank(pipeline, checkpoint, tmp_path, 1)
     default = describe(checkpoint).default_params

@@ -21,7 +21,8 @@ class Ours(Upstream):
         return CallArguments(self, args, kwargs, {"guidance_scale": 1.0, "cfg_normalize": True})
 
 
-def test_names_order_and_defaults_are_diffusers_but_for_our_options():
+def test_names_order_and_defaults_are_diffusers():
+    """Names order and defaults are diffusers but for our options."""
     call = Ours()("a cat", sigmas=[1.0])
     assert (call.prompt, call.guidance_scale, call.sigmas, call.cfg_normalize) == ("a cat", 1.0, [1.0], True)
     assert Ours()("a cat", 2.0).guidance_scale == 2.0

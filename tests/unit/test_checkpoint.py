@@ -131,7 +131,8 @@ def test_a_hub_that_cannot_be_reached_is_said(hub):
         describe(Checkpoint("some/model"))
 
 
-def test_an_ordinary_model_in_the_cache_is_known_without_asking_the_hub(monkeypatch):
+def test_a_cached_ordinary_model_is_known_without_the_hub(monkeypatch):
+    """An ordinary model in the cache is known without asking the Hub."""
     cached = {"ordinary/model": ["config.json"], "a/pipeline": ["config.json", "model_index.json"]}
 
     def look_up(repo_id, filename, revision=None):

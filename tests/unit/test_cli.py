@@ -70,7 +70,8 @@ def test_a_switch_reaches_the_engine(parse, model, spelling, value, model_first)
     assert AsyncEngineArgs.from_cli_args(args).additional_config["cfg_shared_weights"] is value
 
 
-def test_a_switch_with_a_model_that_is_not_ours_is_one_clear_line(parse, capsys, tmp_path):
+def test_a_switch_with_another_model_is_one_clear_line(parse, capsys, tmp_path):
+    """A switch with a model that is not ours is one clear line."""
     assert "is not a diffusers checkpoint" in rejected(parse, capsys, tmp_path, "--cfg-shared-weights")
 
 
@@ -124,7 +125,8 @@ VLLMS_OWN_DEFAULTS = [
 
 
 @pytest.mark.parametrize(("flags", "dest", "value"), VLLMS_OWN_DEFAULTS)
-def test_a_flag_that_says_vllms_own_default_wins_wherever_it_stands(parse, model, flags, dest, value):
+def test_vllms_own_default_given_wins_wherever_it_stands(parse, model, flags, dest, value):
+    """A flag that says vLLM's own default wins wherever it stands."""
     assert getattr(parse(*flags, model), dest) == value
     assert getattr(parse(model, *flags), dest) == value
 
@@ -237,7 +239,8 @@ def test_a_setting_of_ours_without_a_model_is_one_clear_line(parse, capsys):
     assert "cfg_parallel_size needs a MODEL" in rejected(parse, capsys, "--cfg-parallel-size", "2")
 
 
-def test_an_unknown_pipeline_class_is_one_clear_line_that_lists_the_known(parse, capsys, tmp_path):
+def test_an_unknown_pipeline_class_is_one_clear_line(parse, capsys, tmp_path):
+    """An unknown pipeline class is one clear line that lists the known."""
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SlidePipeline"}))
     line = rejected(parse, capsys, tmp_path)
     assert "SlidePipeline" in line
@@ -259,7 +262,8 @@ def test_broken_weights_are_one_clear_line(parse, capsys, model, tmp_path):
         assert f"transformer/{weights} is broken" in rejected(parse, capsys, broken)
 
 
-def test_every_installed_plugin_stays_allowed_but_the_one_that_would_opt_in_to_downloads():
+def test_all_plugins_stay_allowed_but_the_one_that_downloads():
+    """Every installed plugin stays allowed but the one that would opt in to downloads."""
     names = all_plugin_names().split(",")
     assert "vllm_cfg_plugin" in names
     assert "lora_hf_hub_resolver" not in names

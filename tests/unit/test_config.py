@@ -65,13 +65,15 @@ def test_auto_leaves_the_dtype_to_us(qwen_image_folders):
     assert diffusion_engine_args(str(qwen_image_folders["tiny"]), 1, dtype="auto")["dtype"] == "float32"
 
 
-def test_running_requests_may_finish_at_shutdown_unless_the_caller_says_otherwise(qwen_image_folders):
+def test_running_requests_may_finish_at_shutdown(qwen_image_folders):
+    """Running requests may finish at shutdown unless the caller says otherwise."""
     model = str(qwen_image_folders["tiny"])
     assert diffusion_engine_args(model, 1)["shutdown_timeout"] == 5
     assert diffusion_engine_args(model, 1, shutdown_timeout=0)["shutdown_timeout"] == 0
 
 
-def test_the_default_cfg_size_is_the_same_offline_and_on_the_command_line():
+def test_the_default_cfg_size_is_one_for_all_uses():
+    """The default cfg size is the same offline and on the command line."""
     offline = inspect.signature(DiffusionLLM).parameters["cfg_parallel_size"].default
     assert offline == EngineSettings().cfg_parallel_size == 1
 
@@ -132,9 +134,8 @@ SLOW = CostModel(
         (SLOW, {"max_step_ms": 20}, 20e3, 5.2e6),
     ],
 )
-def test_a_step_may_take_a_second_or_what_the_models_own_size_needs_or_what_the_operator_says(
-    cost, asked, step_us, side_us
-):
+def test_how_long_a_step_may_take(cost, asked, step_us, side_us):
+    """A step may take a second or what the model's own size needs or what the operator says."""
     vllm_config = SimpleNamespace(additional_config=asked)
     keep_calibration(vllm_config, Calibration(cost=cost, token_budget=100, default_tokens=16))
     assert max_step_us(vllm_config) == pytest.approx(step_us)

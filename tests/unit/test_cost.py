@@ -51,7 +51,8 @@ def test_the_fit_recovers_what_made_the_measurements():
     assert fit_forward(samples) == pytest.approx((STEP, TOKEN, SQUARE))
 
 
-def test_the_fit_of_noisy_measurements_predicts_packs_it_has_not_seen():
+def test_a_noisy_fit_predicts_packs_it_has_not_seen():
+    """The fit of noisy measurements predicts packs it has not seen."""
     noise = random.Random(1)
     lengths = [(9,), (21,), *((21,) * n for n in (2, 4, 8, 16, 32)), (84,), (336,)]
     step, token, square = fit_forward([pack(*some, factor=noise.uniform(0.97, 1.03)) for some in lengths])
@@ -66,7 +67,8 @@ def test_no_coefficient_is_negative():
     assert fit_line([(10, 50.0), (20, 40.0)]) == pytest.approx((1800 / 41, 0.0))
 
 
-def test_too_few_measurements_are_taken_for_proportional_then_for_linear():
+def test_few_measurements_are_proportional_then_linear():
+    """Too few measurements are taken for proportional then for linear."""
     assert fit_forward([PackSample((4096,), 8192.0)]) == pytest.approx((0, 2, 0))
     assert fit_forward([PackSample((10,), 40.0), PackSample((30,), 80.0)]) == pytest.approx((20, 2, 0))
     assert fit_line([(16, 32.0)]) == pytest.approx((0, 2))
@@ -88,7 +90,8 @@ def test_noise_moves_the_budget_little(seed):
     assert find_token_budget(on_a_line(1000, 10, 7, noise=0.1, seed=seed)) == pytest.approx(quiet, rel=0.25)
 
 
-def test_an_accelerator_that_is_not_full_yet_takes_the_same_time_for_more():
+def test_an_accelerator_not_full_takes_no_longer_for_more():
+    """An accelerator that is not full yet takes the same time for more."""
     samples = packs(100, 100, 100, 101, 200, 399)
     assert find_token_budget(samples) == 16 * 2**3
     assert find_token_budget(samples[::-1]) == 16 * 2**3
@@ -102,13 +105,15 @@ def test_time_per_token_that_rises_again_ends_the_search():
     assert find_token_budget(packs(100, 100, 100, 300, 900)) == 16 * 2**2
 
 
-def test_where_the_largest_pack_still_gains_it_may_double_once_more():
+def test_a_largest_pack_that_gains_may_double_once_more():
+    """Where the largest pack still gains it may double once more."""
     assert find_token_budget(on_a_line(1000, 0, 3)) == 16 * 2**3
     assert find_token_budget(on_a_line(1000, 1, 3)) == 16 * 2**3
     assert find_token_budget(packs(100, 60, 70)) == 16 * 2**3
 
 
-def test_a_model_that_gains_nothing_from_packing_takes_one_sequence_a_step():
+def test_a_model_that_gains_nothing_packs_one_sequence():
+    """A model that gains nothing from packing takes one sequence a step."""
     assert find_token_budget(packs(160)) == 16
     assert find_token_budget(packs(160, 319)) == 16
 

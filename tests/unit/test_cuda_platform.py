@@ -42,7 +42,8 @@ def test_every_rank_has_a_device_of_its_own_for_all_that_it_does(servers, name):
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_the_ranks_of_each_replica_meet_by_nccl_and_start_by_spawn(servers, name):
+def test_ranks_of_replicas_meet_by_nccl_and_start_by_spawn(servers, name):
+    """The ranks of each replica meet by NCCL and start by spawn."""
     server = servers[name]
     assert server["platform"][:2] == ["CfgPlatform", "NonNvmlCudaPlatform"]
     assert (server["dtype"], server["start_method"]) == ("torch.bfloat16", "spawn")

@@ -14,7 +14,9 @@ from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.errors import RequestAbortedError
 
 
-def test_running_requests_are_waited_for_and_new_ones_are_refused():
+def test_a_drain_waits_for_running_ones_and_refuses_new_ones():
+    """Running requests are waited for and new ones are refused."""
+
     async def scenario():
         engine = FakeEngine()
         let_go = asyncio.Event()
@@ -44,7 +46,8 @@ def test_it_waits_no_longer_than_it_may():
     assert time.monotonic() - began >= 0.3
 
 
-def test_only_servers_that_do_not_end_their_engines_drain_by_themselves():
+def test_only_servers_that_end_no_engines_drain_themselves():
+    """Only servers that do not end their engines drain by themselves."""
     for manager, happened in ((None, ["drain 4.0", "shutdown 5"]), (object(), ["shutdown 5"])):
         order = []
         client = SimpleNamespace(

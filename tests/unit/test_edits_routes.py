@@ -165,7 +165,7 @@ def test_several_images_keep_their_order(app, engine, names):
     assert [image.width for image in request.images] == [16, 8]
 
 
-def test_empty_values_are_defaults_and_an_empty_negative_prompt_is_one(app, engine):
+def test_empty_values_are_defaults_but_of_negative_prompts(app, engine):
     empty = dict.fromkeys(["n", "size", "seed", "mask", "stream", "output_compression", "user", "true_cfg_scale"], "")
     assert edit(app, {**empty, "negative_prompt": ""}).status_code == 200
     assert next(iter(engine.requests.values())).prompts == ["a hat", ""]

@@ -32,7 +32,8 @@ def make_predictions():
     return {(i, b): torch.randn(1, *SHAPES[i]) for i, owners in enumerate(OWNERS) for b in range(len(owners))}
 
 
-def test_rows_have_no_gaps_and_are_as_long_as_the_longest_rank_needs():
+def test_rows_have_no_gaps_and_the_longest_ranks_length():
+    """Rows have no gaps and are as long as the longest rank needs."""
     layout = ExchangeLayout.of(OWNERS, SHAPES, ranks=2)
     spans = {
         rank: [(cell.offset, cell.offset + cell.size) for cell in layout.cells if cell.rank == rank] for rank in (0, 1)
@@ -51,7 +52,8 @@ def test_every_rank_sees_every_prediction():
                 assert torch.equal(prediction, predictions[index, branch])
 
 
-def test_a_failure_on_one_rank_is_known_on_all_and_touches_nobody_else():
+def test_a_failure_on_one_rank_is_known_on_all():
+    """A failure on one rank is known on all and touches nobody else."""
     predictions = make_predictions()
     del predictions[0, 1]
     for gathered, failed in run(2, predictions, [[False] * 3, [True, False, False]]):

@@ -75,7 +75,8 @@ def test_a_video_has_one_norm_per_voxel_over_its_channels():
     assert WanPipeline.channel_dim == 1
 
 
-def test_rescaled_prediction_has_the_positive_norm_at_every_token():
+def test_rescaled_has_the_positive_norm_at_every_token():
+    """Rescaled prediction has the positive norm at every token."""
     positive, combined = torch.randn(1, 9, 16), 5 * torch.randn(1, 9, 16)
     norms = rescale_to_norm(positive, combined).norm(dim=-1)
     torch.testing.assert_close(norms, positive.norm(dim=-1))
@@ -120,7 +121,8 @@ def test_projected_defaults_are_the_guiders():
     assert torch.equal(adaptive_projected_guidance(positive, negative, 7.5), expected)
 
 
-def test_projected_without_eta_moves_at_right_angles_to_the_positive_prediction():
+def test_projected_without_eta_moves_at_right_angles():
+    """Projected without eta moves at right angles to the positive prediction."""
     positive, negative = draw_predictions((1, 9, 16))
     moved = adaptive_projected_guidance(positive, negative, 7.5, eta=0.0) - negative
     assert (moved * positive).sum().abs() < 1e-4 * moved.norm() * positive.norm()

@@ -78,7 +78,8 @@ def test_what_no_field_is_like_gets_no_hint(app_of):
         (replace(INFO, distilled_scale="guidance_scale"), GENERATIONS, "trueCfgScale", "true_cfg_scale"),
     ],
 )
-def test_a_scale_that_the_model_does_not_read_is_not_what_was_meant(app_of, info, path, name, meant):
+def test_a_scale_that_the_model_reads_not_was_not_meant(app_of, info, path, name, meant):
+    """A scale that the model does not read is not what was meant."""
     assert refusal(app_of(info), path, name).endswith(f"; did you mean {meant}?")
 
 

@@ -79,7 +79,8 @@ def test_gray_with_alpha_is_rgba():
     assert pixels_of(decoded)[0, 0].tolist() == [7, 7, 7, 100]
 
 
-def test_a_transparent_palette_entry_is_alpha_and_a_palette_without_one_is_not():
+def test_a_transparent_palette_entry_is_alpha():
+    """A transparent palette entry is alpha and a palette without one is not."""
     palette = Image.new("P", (4, 2), 1)
     palette.putpalette([0, 0, 0, 255, 0, 0])
     palette.putpixel((0, 0), 0)

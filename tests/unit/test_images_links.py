@@ -42,7 +42,8 @@ def test_other_links_lead_nowhere(app, name):
     assert answer.json()["error"]["code"] == 404
 
 
-def test_servers_of_one_name_find_each_others_files_and_leave_none(folder):
+def test_servers_of_one_name_share_files_and_leave_none(folder):
+    """Servers of one name find each other's files and leave none."""
     one, two = ImageLinks("name"), ImageLinks("name")
     name = one.add(b"file", "png")
     assert two.find(name).read_bytes() == b"file"

@@ -173,7 +173,9 @@ def test_a_wrong_model_is_a_404(app):
     assert "emoji" in response.json()["error"]["message"]
 
 
-def test_a_failed_request_is_a_500_that_names_it_and_aborts_its_siblings(app, engine):
+def test_a_failed_request_is_a_500_and_aborts_its_siblings(app, engine):
+    """A failed request is a 500 that names it and aborts its siblings."""
+
     async def fail_the_second(request):
         if request.seed != 6:
             await asyncio.sleep(60)
@@ -343,7 +345,8 @@ def test_a_body_above_the_limit_is_refused_before_it_is_read(engine, monkeypatch
     assert sum(sent) == (0 if announced else 1100)
 
 
-def test_a_404_names_the_model_that_is_served_also_where_it_is_a_path(app):
+def test_a_404_names_the_served_model_even_a_path(app):
+    """A 404 names the model that is served also where it is a path."""
     app.state.images_service._model_names = ["/srv/models/emoji.v1"]
     response = post(app, {**GOOD, "model": "/opt/models/sd.v3"})
     assert response.status_code == 404
@@ -351,7 +354,7 @@ def test_a_404_names_the_model_that_is_served_also_where_it_is_a_path(app):
         assert name in response.json()["error"]["message"]
 
 
-def test_work_that_is_cancelled_before_it_begins_reaches_no_engine(app, engine):
+def test_work_cancelled_before_it_begins_reaches_no_engine(app, engine):
     service = app.state.images_service
 
     async def run():

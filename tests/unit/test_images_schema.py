@@ -26,7 +26,8 @@ def test_explicit_nulls_are_defaults():
     assert (params.n, params.seed, body.format) == (1, UNSET, "png")
 
 
-def test_a_null_negative_prompt_means_none_and_an_absent_one_the_default():
+def test_a_null_negative_prompt_is_none_an_absent_one_default():
+    """A null negative prompt means none and an absent one the default."""
     assert parse(negative_prompt=None).to_params(INFO).negative_prompt is None
     assert parse().to_params(INFO).negative_prompt is UNSET
     assert parse(negative_prompt="").to_params(INFO).negative_prompt == ""

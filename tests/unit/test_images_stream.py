@@ -56,7 +56,8 @@ def events(app, **fields):
     return ask(app, use)
 
 
-def test_previews_come_first_and_the_image_is_that_of_a_plain_request(app):
+def test_previews_come_first_and_the_image_is_a_plain_ones(app):
+    """Previews come first and the image is that of a plain request."""
     *previews, last = events(app, partial_images=2, size="96x64")
     assert [event.type for event in previews] == ["image_generation.partial_image"] * 2
     assert [event.partial_image_index for event in previews] == [0, 1]

@@ -100,7 +100,8 @@ def test_a_full_queue_lets_videos_be_watched(engine, monkeypatch):
     assert asyncio.run(listed()).status_code == 200
 
 
-def test_all_results_of_a_request_are_counted_before_its_images_are_decoded(engine, monkeypatch):
+def test_all_results_count_before_images_are_decoded(engine, monkeypatch):
+    """All results of a request are counted before its images are decoded."""
     app = edit_app(engine, monkeypatch)
     engine.queue_room = 2
     with monkeypatch.context() as patch:
@@ -255,7 +256,7 @@ def test_all_headers_are_read_before_a_pixel_is_decoded(engine, monkeypatch):
     assert_refused(edit(app, files=[("image", CAT), ("image", b"no image")]), "image[1]")
 
 
-def test_images_that_never_fit_are_refused_before_they_are_decoded(engine, monkeypatch):
+def test_images_that_never_fit_are_refused_undecoded(engine, monkeypatch):
     """One copy here, and with each of two results one in the engine and one on its rank."""
     upload = 600
     app = edit_app(engine, monkeypatch, max_input_bytes_in_flight=5 * CAT_BYTES + upload - 1)
@@ -321,7 +322,8 @@ def test_the_budget_is_given_back_when_the_client_leaves(engine, monkeypatch):
     assert app.state.input_budget.held == 0
 
 
-def test_a_client_that_leaves_stops_its_images_from_being_decoded(engine, monkeypatch):
+def test_images_of_a_client_that_leaves_stay_undecoded(engine, monkeypatch):
+    """A client that leaves stops its images from being decoded."""
     app = edit_app(engine, monkeypatch)
     decoded, left = [], threading.Event()
     read = serving.read_image
@@ -435,7 +437,7 @@ def test_a_file_that_is_sent_in_parts_counts_part_by_part():
 
 
 @pytest.mark.parametrize("ending", ["damaged", "failed", "left"])
-def test_pixels_of_a_request_that_came_to_nothing_are_freed_at_once(engine, monkeypatch, ending):
+def test_pixels_of_a_failed_request_are_freed_at_once(engine, monkeypatch, ending):
     """Without the garbage collector, which a server runs over everything once in many minutes."""
     app = edit_app(engine, monkeypatch)
     good = image_file(size=(1000, 1000))

@@ -52,6 +52,7 @@ def test_a_result_is_one_line(monkeypatch, written):
         ("cfg rank 1 died", True),
     ],
 )
-def test_records_that_are_untrue_of_a_diffusion_pipeline_are_dropped(message, stays):
+def test_untrue_records_are_dropped(message, stays):
+    """Records that are untrue of a diffusion pipeline are dropped."""
     record = logging.LogRecord("vllm.x", logging.WARNING, "", 0, message, (1,), None)
     assert QuietFilter().filter(record) is stays

@@ -227,6 +227,7 @@ def test_steps_that_a_schedule_has_not_are_refused_by_name(model, tmp_path):
         make_request(folder, "a cat", num_inference_steps=1)
 
 
-def test_the_start_asks_for_a_video_with_a_first_and_a_last_frame():
+def test_the_start_asks_for_a_video_of_two_images():
+    """The start asks for a video with a first and a last frame."""
     info = replace(VIDEO_INFO, min_images=2, max_images=2)  # nine frames by default
     assert [sample_request(info, scale).num_frames for scale in (0.25, 0.5, 1, 4)] == [5, 5, 9, 9]

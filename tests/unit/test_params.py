@@ -56,7 +56,8 @@ def test_a_scale_that_counts_from_another_number(given, scale):
     )
 
 
-def test_a_scale_without_negative_prompt_says_why_guidance_is_off():
+def test_a_scale_without_negative_prompt_says_why_it_is_off():
+    """A scale without negative prompt says why guidance is off."""
     (request,) = resolve(true_cfg_scale=4.0)
     assert "no negative prompt" in request.guidance_off
 
@@ -150,7 +151,9 @@ def test_bad_values_name_field_and_value(fields, param):
     assert "it must be" in str(refused.value)
 
 
-def test_steps_that_the_noise_scheduler_can_not_be_set_to_are_an_error_of_the_field():
+def test_steps_that_can_not_be_set_are_an_error_of_the_field():
+    """Steps that the noise scheduler can not be set to are an error of the field."""
+
     def count(steps):
         raise ValueError("it has 4 of its own")
 
@@ -167,7 +170,8 @@ def test_errors_survive_pickling_and_can_be_placed():
     assert str(placed).startswith("prompts[2].n=0 is not valid")
 
 
-def test_branches_see_the_images_and_a_family_may_add_more_of_them():
+def test_branches_see_the_images_and_may_be_more_than_two():
+    """Branches see the images and a family may add more of them."""
     info = replace(
         INFO,
         text=replace(INFO.text, sees_images=True),

@@ -15,7 +15,8 @@ def scheduled(id, **fields):
     return ScheduledRequest(str(id), 0, id, toy_request(**fields), UNCALIBRATED, 0.0)
 
 
-def test_decodes_go_to_the_rank_with_the_least_side_work_that_is_not_yet_done():
+def test_decodes_go_to_the_rank_with_least_side_work():
+    """Decodes go to the rank with the least side work that is not yet done."""
     placement, requests = Placement(2), [scheduled(id) for id in range(5)]
     assert [placement.decode(request, IDLE).rank for request in requests[:2]] == [0, 1]
     placement.note_done(SideReport(1, DECODED, 1, 0.0))
@@ -25,7 +26,8 @@ def test_decodes_go_to_the_rank_with_the_least_side_work_that_is_not_yet_done():
     assert placement.decode(requests[4], [1, 0]).rank == 1, "and of equal backlogs the less loaded rank"
 
 
-def test_a_short_decode_waits_for_no_long_one_but_prefers_a_rank_without():
+def test_a_short_decode_prefers_a_rank_without_long_ones():
+    """A short decode waits for no long one but prefers a rank without."""
     placement = Placement(2, max_side_us=50)
     longs = [placement.decode(scheduled(id, image_tokens=1000), IDLE) for id in range(2)]
     assert [(long.rank, long.is_long) for long in longs] == [(0, True), (1, True)]
@@ -41,7 +43,8 @@ def test_a_long_decode_waits_for_the_short_ones_too():
     assert (long.rank, long.is_long) == (1, True)
 
 
-def test_long_forwards_are_awaited_from_each_owner_until_they_are_done_or_forgotten():
+def test_long_forwards_are_awaited_from_each_owner():
+    """Long forwards are awaited from each owner until they are done or forgotten."""
     placement, request = Placement(2), scheduled(0)
     request.owners = (0, 1)
     assert placement.forward(request).owners == (0, 1)

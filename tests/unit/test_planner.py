@@ -85,14 +85,15 @@ def test_the_same_input_gives_the_same_plan(problem):
 
 @repeatable
 @given(problems(most_items=7, most_ranks=4))
-def test_items_that_may_go_anywhere_are_within_grahams_bound_of_the_best(problem):
+def test_free_items_are_within_grahams_bound_of_the_best(problem):
+    """Items that may go anywhere are within Graham's bound of the best."""
     items, ranks, _ = problem
     items = [replace(item, allowed=frozenset(range(ranks))) for item in items]
     assert 3 * makespan(items, level(items, ranks), ranks) <= 4 * best_makespan(items, ranks, None)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_all_costs_of_three_sizes_are_within_5_percent_of_the_best(ranks):
+def test_costs_of_three_sizes_are_within_5_percent_of_the_best(ranks):
     for costs in itertools.combinations_with_replacement([7, 10, 23], 7):
         items = [on(0, cost, range(ranks)) for cost in costs]
         assert 20 * makespan(items, level(items, ranks), ranks) <= 21 * best_makespan(items, ranks, None)
@@ -131,17 +132,20 @@ def test_one_rank_owns_everything():
     assert level([on(0, allowed=[0])] * 3, 1) == [0, 0, 0]
 
 
-def test_one_guided_request_keeps_positive_on_rank_0_and_negative_on_rank_1():
+def test_a_guided_request_alone_has_positive_on_rank_0():
+    """One guided request keeps positive on rank 0 and negative on rank 1."""
     assert level([on(0, 102), on(1, 98)], 2) == [0, 1]
     assert level([on(0, 102, range(4)), on(1, 98, range(4))], 4) == [0, 1]
 
 
-def test_guided_requests_stay_where_they_are_until_the_imbalance_exceeds_5_percent():
+def test_guided_requests_stay_until_imbalance_exceeds_5_percent():
+    """Guided requests stay where they are until the imbalance exceeds 5 percent."""
     assert level([on(0, 104), on(1, 96)] * 4, 2) == [0, 1] * 4
     assert level([on(0, 130), on(1, 70)] * 4, 2) != [0, 1] * 4
 
 
-def test_a_rank_that_nothing_can_go_to_does_not_make_the_others_move():
+def test_a_rank_that_takes_nothing_makes_nobody_move():
+    """A rank that nothing can go to does not make the others move."""
     assert level([on(0, 104), on(1, 96)] * 4, 3) == [0, 1] * 4
 
 
@@ -197,7 +201,8 @@ def test_one_encode_for_each_idle_rank_if_only_both_together_pay():
     assert moves_that_pay(items, [0, 0, 1, 1], 4, None, [300] * 4, [9] * 4) == [Move(0, 2), Move(2, 3)]
 
 
-def test_an_encode_that_cannot_lower_the_heaviest_rank_alone_does_not_pay():
+def test_an_encode_that_lowers_no_heaviest_rank_pays_not():
+    """An encode that cannot lower the heaviest rank alone does not pay."""
     items = [on(rank, allowed=[rank]) for rank in (0, 0, 1, 1)]
     assert moves_that_pay(items, [0, 0, 1, 1], 3, None, [300] * 4, [9] * 4) == []
 
@@ -209,7 +214,8 @@ def test_nothing_is_encoded_for_a_gain_too_small_to_move_for():
     assert moves_that_pay(items, owners, 8, None, [0] * len(items), [1000] * len(items)) == []
 
 
-def test_nothing_is_encoded_again_that_another_rank_holds_already():
+def test_nothing_that_a_rank_holds_is_encoded_again():
+    """Nothing is encoded again that another rank holds already."""
     items = [on(0), on(0), on(0)]
     assert moves_that_pay(items, [0, 0, 0], 3, None, [0] * 3, [9] * 3) == []
 

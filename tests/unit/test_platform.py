@@ -39,7 +39,8 @@ def make_config(architecture="QwenImagePipeline", cfg=2, **parallel):
     )
 
 
-def test_a_diffusion_model_is_wired_to_our_engine_and_twice_is_the_same_as_once():
+def test_a_diffusion_model_is_wired_to_our_engine():
+    """A diffusion model is wired to our engine and twice is the same as once."""
     config = make_config(cfg=3)
     for _ in range(2):
         CfgPlatform.check_and_update_config(config)
@@ -71,7 +72,8 @@ def test_fewer_named_gpus_than_ranks_is_one_clear_line():
         _check_device_count(SimpleNamespace(device_type="cuda", device_count=lambda: 8), config)
 
 
-def test_a_machine_without_an_accelerator_refuses_what_it_cannot_run():
+def test_a_cpu_machine_refuses_what_it_cannot_run():
+    """A machine without an accelerator refuses what it cannot run."""
     with pytest.raises(ConfigurationError, match="not a diffusion pipeline"):
         HostPlatform.check_and_update_config(make_config("LlamaForCausalLM"))
 
@@ -79,14 +81,15 @@ def test_a_machine_without_an_accelerator_refuses_what_it_cannot_run():
 @pytest.mark.parametrize(
     ("users_choice", "replicas", "method"), [(None, 1, "fork"), (None, 2, "spawn"), ("spawn", 1, "spawn")]
 )
-def test_the_engine_is_forked_unless_the_user_or_replicas_forbid_it(monkeypatch, users_choice, replicas, method):
+def test_the_engine_is_forked_unless_user_or_replicas_forbid(monkeypatch, users_choice, replicas, method):
     monkeypatch.setattr(platform, "_users_start_method", users_choice)
     monkeypatch.setattr(CfgPlatform, "device_type", "cpu")
     CfgPlatform.check_and_update_config(make_config(data_parallel_size=replicas))
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == method
 
 
-def test_the_platform_sees_the_users_start_method_before_the_vllm_command_sets_its_own():
+def test_the_platform_sees_the_users_start_method():
+    """The platform sees the user's start method before the vllm command sets its own."""
     script = (
         "import vllm.entrypoints.cli.serve, sys, os;"
         "platform = sys.modules['vllm_cfg_plugin.platform'];"

@@ -107,7 +107,8 @@ def test_a_preview_that_fails_is_no_failure_of_its_request():
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_a_model_that_knows_the_image_shows_it_from_the_first_step(scheduler):
+def test_a_certain_model_shows_the_image_from_the_first_step(scheduler):
+    """A model that knows the image shows it from the first step."""
     image, noise = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
     scheduler.set_timesteps(6)
     latents = noise
@@ -123,7 +124,8 @@ def test_other_noise_schedulers_show_their_noisy_latents():
     assert estimated_final_latents(object(), torch.ones(1, 4, 8), 0, latents) is latents
 
 
-def test_updates_reach_the_client_they_are_for_whenever_it_begins_to_listen():
+def test_updates_reach_their_client_whenever_it_listens():
+    """Updates reach the client they are for whenever it begins to listen."""
     prefix, pixels = new_address("progress"), bytes(range(12))
     publisher = ProgressPublisher(prefix)
     publisher.publish(1, Progress("a", 1, 3))

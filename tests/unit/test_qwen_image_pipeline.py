@@ -217,7 +217,8 @@ def test_nothing_is_said_where_guidance_was_not_asked_for(tiny, caplog):
     assert not [record for record in caplog.records if record.name.startswith("vllm_cfg_plugin")]
 
 
-def test_one_step_is_refused_where_the_schedule_would_divide_by_zero(tiny):
+def test_one_step_is_refused_where_it_would_divide_by_zero(tiny):
+    """One step is refused where the schedule would divide by zero."""
     with pytest.raises(InvalidRequestError, match="num_inference_steps=1"):
         run(tiny, prompt="a cat", num_inference_steps=1)
 
@@ -278,7 +279,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 @torch.inference_mode()
-def test_changed_weights_act_once_what_was_computed_from_them_is_forgotten(qwen_image_folders):
+def test_changed_weights_act_once_derived_is_forgotten(qwen_image_folders):
+    """Changed weights act once what was computed from them is forgotten."""
     pipeline = QwenImagePipeline.load(str(qwen_image_folders["tiny"]), dtype=torch.float32, device=torch.device("cpu"))
     transformer = pipeline.transformer
     ahead = torch.tensor([0.5, 0.25])

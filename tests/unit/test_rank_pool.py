@@ -83,7 +83,8 @@ def test_a_call_may_take_as_long_as_it_takes(make_pool):
         make_pool(hanging=[0]).send_to_all(channel.CALL, 0, b"call", list).result(timeout=0.1)
 
 
-def test_while_nothing_but_side_work_is_due_silent_ranks_are_asked_whether_they_live(make_pool):
+def test_ranks_silent_in_side_work_are_asked_if_they_live(make_pool):
+    """While nothing but side work is due silent ranks are asked whether they live."""
     for hanging in ([], [0]):
         pool = make_pool(hanging=hanging)
         pool.check_silence()

@@ -77,7 +77,8 @@ def counted_pools(last):
     return begun, made, pools
 
 
-def test_an_answer_that_ranks_died_over_is_none_and_they_are_there_again():
+def test_an_answer_that_ranks_died_over_is_none():
+    """An answer that ranks died over is none and they are there again."""
     ranks = make_ranks()
     old = ranks.pool
     lost = [FakeAnswer(old), FakeAnswer(old)]
@@ -107,7 +108,8 @@ def test_ranks_that_die_while_they_start_are_started_again():
     assert next(outcomes, None) is None
 
 
-def test_the_error_after_too_many_restarts_names_cause_and_setting(caplog):
+def test_too_many_restarts_name_the_cause_and_the_setting(caplog):
+    """The error after too many restarts names cause and setting."""
     ranks = make_ranks(most=2)
     for _ in range(2):
         ranks.restart(RankDiedError("gone"))
@@ -138,7 +140,8 @@ def test_the_limit_forgets_what_is_ten_minutes_ago():
         RestartLimit(0).note(RankDiedError("gone"))
 
 
-def test_while_the_engine_is_idle_the_watching_thread_starts_them_anew():
+def test_an_idle_engines_ranks_are_started_by_the_watcher():
+    """While the engine is idle the watching thread starts them anew."""
     begun, made, pools = counted_pools(2)
     ranks = make_ranks(pools=pools)
     ranks.watch(lambda error: pytest.fail("they could be started"))
@@ -184,7 +187,8 @@ def test_the_watching_thread_keeps_nothing_alive():
     assert gone.wait(10)
 
 
-def test_ranks_that_sleep_are_not_missed_and_are_watched_again_when_they_wake_up():
+def test_sleeping_ranks_are_not_missed():
+    """Ranks that sleep are not missed and are watched again when they wake up."""
     begun, made, pools = counted_pools(3)
     ranks = make_ranks(pools=pools)
     ranks.watch(lambda error: pytest.fail("they could be started"))

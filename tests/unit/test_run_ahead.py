@@ -158,7 +158,8 @@ def test_no_image_is_made_of_a_last_step_that_failed_elsewhere():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_first_step_waits_for_noise_that_is_drawn_beside_the_steps(fails):
+def test_the_first_step_waits_for_its_noise(fails):
+    """The first step waits for noise that is drawn beside the steps."""
     prepared, waits = Future(), []
     runner = StepRunner(ToyPipeline(), 0, 1, lambda row: row.unsqueeze(0), InlineSideWork(0), DevicePace())
     runner.side.prepare = lambda run: runs.append(run) or prepared

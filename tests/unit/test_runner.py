@@ -76,7 +76,8 @@ def test_a_request_runs_from_noise_to_image_and_is_forgotten(runner):
     assert not runner.states
 
 
-def test_a_plan_without_changes_takes_one_more_step_of_everybody_who_runs(runner):
+def test_a_plan_without_changes_is_one_more_step_of_all(runner):
+    """A plan without changes takes one more step of everybody who runs."""
     runner.run(join([toy_request(steps=3), toy_request(steps=5)]))
     assert [state.index for state in runner.states.values()] == [1, 1]
     runner.run(plan(1))
@@ -98,7 +99,8 @@ def test_a_rank_encodes_only_what_it_is_told_to(pipeline):
     assert pipeline.encoded == ["blurry"]
 
 
-def test_a_branch_that_changes_ranks_is_forwarded_by_the_new_one_alone(pipeline):
+def test_a_moved_branch_is_forwarded_by_the_new_rank_alone(pipeline):
+    """A branch that changes ranks is forwarded by the new one alone."""
     counts = []
     pipeline.transformer.fail = lambda sequences: counts.append(len(sequences))
     runner = make_runner(pipeline, 0, 2, lambda row: torch.stack([row, row]))
@@ -160,7 +162,8 @@ def test_a_hook_that_fails_costs_its_request_alone(unlucky):
         assert torch.equal(runner.states[id].latents, alone.states[0].latents)
 
 
-def test_a_batch_that_runs_out_of_memory_is_split_and_nobody_fails():
+def test_a_batch_out_of_memory_is_split_and_nobody_fails():
+    """A batch that runs out of memory is split and nobody fails."""
     sizes = []
 
     def fail(sequences):
@@ -176,7 +179,8 @@ def test_a_batch_that_runs_out_of_memory_is_split_and_nobody_fails():
         assert torch.equal(latents[id], latents_after_one_step([request])[1][0])
 
 
-def test_noise_that_can_t_be_drawn_fails_its_request_alone_and_only_once(runner, pipeline):
+def test_noise_that_can_t_be_drawn_fails_its_request_alone(runner, pipeline):
+    """Noise that can't be drawn fails its request alone and only once."""
     draw = pipeline.draw_noise
     pipeline.draw_noise = lambda request, generator: draw(request, generator) if request.seed else 1 / 0
     report = runner.run(join([toy_request(seed=0), toy_request(seed=1)]))
@@ -187,7 +191,8 @@ def test_noise_that_can_t_be_drawn_fails_its_request_alone_and_only_once(runner,
     assert runner.run(plan(2, retire=[0])).failed == []
 
 
-def test_latents_that_are_not_finite_are_an_error_and_no_black_picture(runner, pipeline):
+def test_latents_that_are_not_finite_are_an_error(runner, pipeline):
+    """Latents that are not finite are an error and no black picture."""
     pipeline.draw_noise = lambda request, generator: torch.full((1, 4, 4), float("nan"))
     run_to_the_end(runner, [toy_request()])
     (report,) = [report for report in runner.side.take() if report.branch == DECODED]
@@ -210,7 +215,9 @@ def test_overridden_hooks_act_in_the_engine():
     assert torch.allclose(runner.states[0].latents, expected)
 
 
-def test_a_loop_hook_alone_is_refused_because_the_engine_would_not_call_it():
+def test_a_loop_hook_alone_is_refused():
+    """A loop hook alone is refused because the engine would not call it."""
+
     class OwnLoop:
         def scheduler_step(self, noise_pred, t, latents):
             return latents
@@ -220,7 +227,9 @@ def test_a_loop_hook_alone_is_refused_because_the_engine_would_not_call_it():
     type("Both", (OwnLoop, ToyPipeline), {"step_latents": lambda self, *step: step[3]})
 
 
-def test_a_noise_scheduler_that_draws_gets_the_requests_generator(pipeline):
+def test_a_drawing_noise_scheduler_gets_the_generator(pipeline):
+    """A noise scheduler that draws gets the request's generator."""
+
     class Noisy(ToyNoiseScheduler):
         def step(self, noise, t, latents, generator=None, return_dict=False):
             return (torch.randn(latents.shape, generator=generator),)
@@ -236,7 +245,8 @@ def test_a_noise_scheduler_that_draws_gets_the_requests_generator(pipeline):
         assert torch.equal(runner.states[id].latents, last)
 
 
-def test_steps_outside_the_guidance_interval_take_the_positive_branch_alone(runner, pipeline):
+def test_outside_the_guidance_interval_positive_goes_alone(runner, pipeline):
+    """Steps outside the guidance interval take the positive branch alone."""
     request = toy_request(steps=3, scale=4.0, interval=(0.0, 0.4))  # one step of three
     runner.run(join([request]))
     runner.run(plan(assign=[Assign(0, (0,))]))
@@ -293,7 +303,8 @@ def test_branches_of_different_models_make_a_forward_each(pipeline):
         assert torch.equal(state.latents, alone.states[0].latents)
 
 
-def test_cfg_zero_star_starts_with_a_step_of_zeros_and_other_rules_do_not(pipeline):
+def test_only_cfg_zero_star_starts_with_zeros(pipeline):
+    """Cfg zero star starts with a step of zeros and other rules do not."""
     for rule in COMBINE_RULES:
         runner = make_runner(ToyPipeline())
         request = toy_request(steps=2, rule=rule)
@@ -303,7 +314,9 @@ def test_cfg_zero_star_starts_with_a_step_of_zeros_and_other_rules_do_not(pipeli
         )
 
 
-def test_images_are_encoded_once_for_all_branches_and_reach_the_forward():
+def test_images_are_encoded_once_for_all_branches():
+    """Images are encoded once for all branches and reach the forward."""
+
     class WithImages(ToyPipeline):
         def __init__(self):
             super().__init__()
@@ -324,7 +337,7 @@ def test_images_are_encoded_once_for_all_branches_and_reach_the_forward():
     assert pipeline.seen == [["red"]]
 
 
-def test_images_are_encoded_anew_for_another_size_or_number_of_frames(runner, pipeline):
+def test_images_are_encoded_anew_for_another_shape(runner, pipeline):
     """Some families bring the images to the size of the result, or fill them up to its frames."""
     seen = []
     pipeline.encode_images = lambda request: seen.append((request.height, request.width, request.num_frames)) or []
@@ -387,7 +400,8 @@ def prepared(pipeline, requests, owners=None, **ranks):
     return runner
 
 
-def test_forwarded_beside_the_steps_a_request_takes_the_same_steps_bit_by_bit():
+def test_beside_the_steps_latents_are_bitwise_equal():
+    """Forwarded beside the steps a request takes the same steps bit by bit."""
     requests = [toy_request(steps=3, interval=(0.0, 0.7)), toy_request("a dog", steps=9, seed=1)]
     alone = make_runner(ToyPipeline())
     alone.run(join(requests[:1]))
@@ -408,14 +422,16 @@ def test_forwarded_beside_the_steps_a_request_takes_the_same_steps_bit_by_bit():
     assert [state.index for state in runner.states.values()] == [3, 6], "it is no running request"
 
 
-def test_the_last_step_of_a_long_request_and_its_decode_come_in_one_plan():
+def test_a_long_requests_last_step_comes_with_its_decode():
+    """The last step of a long request and its decode come in one plan."""
     runner = prepared(ToyPipeline(), [toy_request(steps=2)])
     assert not forward_and_step(runner, 2, decodes=[Decode(0, 0, is_long=True)])
     assert [(r.branch, r.error) for r in runner.side.take() if r.branch == DECODED] == [(DECODED, "")]
     assert not runner.states
 
 
-def test_a_rank_forwards_its_own_branches_of_a_long_request_alone():
+def test_a_rank_forwards_its_own_long_branches_alone():
+    """A rank forwards its own branches of a long request alone."""
     pipeline, counts = ToyPipeline(), []
     pipeline.transformer.fail = lambda sequences: counts.append([sequence.branch for sequence in sequences])
     everywhere = {"rank": 1, "ranks": 2, "all_gather": lambda row: torch.stack([row, row])}
@@ -446,7 +462,8 @@ def test_a_long_forward_that_fails_is_reported_beside_the_steps(error):
     assert [state.index for state in runner.states.values()] == [2]
 
 
-def test_a_step_without_a_prediction_fails_its_request_alone_instead_of_using_zeros():
+def test_a_step_without_prediction_fails_its_request_alone():
+    """A step without a prediction fails its request alone instead of using zeros."""
     runner = prepared(ToyPipeline(), [toy_request(), toy_request("a dog", steps=9)])
     runner.run(plan(assign=[Assign(1, (0, 0))], forwards=[Forward(0, (0, 0))]))
     runner.states[0].predictions.clear()
@@ -454,7 +471,8 @@ def test_a_step_without_a_prediction_fails_its_request_alone_instead_of_using_ze
     assert list(runner.states) == [1]
 
 
-def test_plans_for_a_long_request_that_failed_are_carried_out_without_it(pipeline):
+def test_plans_go_on_without_a_long_request_that_failed(pipeline):
+    """Plans for a long request that failed are carried out without it."""
     runner = prepared(pipeline, [toy_request()])
     pipeline.combine_branches = lambda *args: 1 / 0
     assert [id for id, _ in forward_and_step(runner, 1)] == [0]
@@ -465,7 +483,7 @@ def test_plans_for_a_long_request_that_failed_are_carried_out_without_it(pipelin
     assert not runner.run(plan(4, advance=False, long_steps=[0], forwards=[Forward(0, (0, 0))])).failed
 
 
-def test_texts_of_short_and_long_requests_are_encoded_one_at_a_time():
+def test_texts_are_encoded_one_at_a_time():
     """Tokenizers fail when two threads use them."""
     pipeline, inside, together = ToyPipeline(), [], []
 

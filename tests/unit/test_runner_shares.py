@@ -63,7 +63,8 @@ def test_nothing_is_exchanged_where_nobody_runs():
     assert rank.exchanged == []
 
 
-def test_a_retired_request_is_forwarded_no_more_and_its_side_work_is_cancelled():
+def test_a_retired_requests_side_work_is_cancelled():
+    """A retired request is forwarded no more and its side work is cancelled."""
     rank = Rank()
     rank.join(toy_request(steps=9), toy_request(steps=9, seed=1))
     rank.run(retire=[0])
@@ -80,7 +81,9 @@ def test_an_encode_for_a_request_that_failed_before_is_nobodys():
 
 
 @pytest.mark.parametrize("sees_images", [True, False])
-def test_a_decode_delivers_its_pixels_and_is_given_the_images_only_where_it_sees_them(sees_images):
+def test_a_decode_gets_the_images_only_where_it_sees_them(sees_images):
+    """A decode delivers its pixels and is given the images only where it sees them."""
+
     class Decoder(ToyPipeline):
         decode_sees_images = sees_images
 

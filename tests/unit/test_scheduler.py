@@ -55,7 +55,8 @@ def running_ids(output):
     return [request.id for request in output.planned.running]
 
 
-def test_a_request_is_planned_to_its_last_step_before_any_report_of_a_step_comes_back():
+def test_steps_are_planned_before_reports_come_back():
+    """A request is planned to its last step before any report of a step comes back."""
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("a", toy_request(steps=3)))
     first = encoded(scheduler).planned.plan
@@ -128,7 +129,8 @@ def test_a_preview_that_could_not_be_made_fails_nobody():
     assert scheduler.has_request("a")
 
 
-def test_a_request_takes_no_step_before_all_its_texts_are_encoded():
+def test_no_step_before_all_texts_are_encoded():
+    """A request takes no step before all its texts are encoded."""
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("a", toy_request()))
     output = scheduler.schedule()
@@ -149,7 +151,8 @@ def test_a_text_that_can_t_be_encoded_fails_its_request():
     assert not scheduler.has_requests()
 
 
-def test_requests_join_at_any_step_and_leave_after_their_own_last():
+def test_requests_join_at_any_step_and_leave_after_their_last():
+    """Requests join at any step and leave after their own last."""
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("a", toy_request(steps=4)))
     encoded(scheduler)
@@ -181,7 +184,8 @@ def test_max_num_batched_tokens_limits_the_heaviest_rank():
 
 
 @pytest.mark.parametrize("limit", [{"max_num_batched_tokens": 10}, {"max_step_ms": 1}])
-def test_requests_too_large_for_a_step_run_one_at_a_time_and_keep_no_small_one_out(limit):
+def test_requests_too_large_for_a_step_keep_nobody_out(limit):
+    """Requests too large for a step run one at a time and keep no small one out."""
     scheduler = make_scheduler(**limit)
     for name in ("huge", "huge too"):
         scheduler.add_request(vllm_request(name, toy_request(image_tokens=5000, steps=1)))
@@ -209,7 +213,8 @@ def test_requests_without_guidance_are_spread_over_the_ranks():
     assert sorted(owners) == [0, 0, 1, 1]
 
 
-def test_an_aborted_request_is_in_no_later_plan_and_every_rank_is_told():
+def test_an_aborted_request_is_in_no_later_plan():
+    """An aborted request is in no later plan and every rank is told."""
     scheduler = make_scheduler()
     for name in "ab":
         scheduler.add_request(vllm_request(name, toy_request(steps=9)))
@@ -221,7 +226,7 @@ def test_an_aborted_request_is_in_no_later_plan_and_every_rank_is_told():
     assert running_ids(output) == [1]
 
 
-def test_aborting_the_last_request_still_tells_the_ranks_and_the_gauges():
+def test_aborting_the_last_request_tells_ranks_and_gauges():
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("a", toy_request()))
     scheduler.update_from_output(scheduler.schedule(), StepResult())
@@ -257,7 +262,8 @@ def test_aborting_all_answers_every_client_with_an_empty_tensor():
         assert message.outputs[0].pooling_output.numel() == 0
 
 
-def test_a_failed_request_is_answered_with_its_message_and_retired():
+def test_a_failed_request_is_answered_and_retired():
+    """A failed request is answered with its message and retired."""
     scheduler = make_scheduler()
     for name in "ab":
         scheduler.add_request(vllm_request(name, toy_request(steps=4)))
@@ -272,7 +278,8 @@ def test_a_failed_request_is_answered_with_its_message_and_retired():
     assert running_ids(output) == [1]
 
 
-def test_a_request_that_is_none_of_ours_is_answered_and_stops_nothing():
+def test_a_request_that_is_none_of_ours_stops_nothing():
+    """A request that is none of ours is answered and stops nothing."""
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("odd", {"prompts": 3}))
     assert scheduler.has_requests()
@@ -290,7 +297,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("field", BAD)
-def test_a_request_that_can_t_be_planned_is_answered_and_stops_nothing(field):
+def test_a_request_that_can_t_be_planned_stops_nothing(field):
+    """A request that can't be planned is answered and stops nothing."""
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("bad", msgspec.to_builtins(toy_request()) | BAD[field]))
     scheduler.add_request(vllm_request("good", toy_request(steps=1)))
@@ -311,7 +319,8 @@ def test_a_name_that_is_taken_is_refused_and_stops_nothing():
     assert not scheduler.has_requests()
 
 
-def test_a_request_whose_image_is_still_decoded_counts_against_max_num_seqs():
+def test_a_decode_counts_against_max_num_seqs():
+    """A request whose image is still decoded counts against max num seqs."""
     scheduler = make_scheduler(max_num_seqs=1)
     for name in "ab":
         scheduler.add_request(vllm_request(name, toy_request(steps=1)))
@@ -338,7 +347,8 @@ def test_pausing_admits_nobody_and_steps_whom_it_should(state, running):
     assert running_ids(scheduler.schedule()) == [0, 1]
 
 
-def test_has_request_knows_waiting_and_running_requests_until_they_leave():
+def test_has_request_knows_requests_until_they_leave():
+    """Has request knows waiting and running requests until they leave."""
     scheduler = make_scheduler(max_num_seqs=1)
     for name in ("a", "b"):
         scheduler.add_request(vllm_request(name, toy_request()))
@@ -382,7 +392,8 @@ def test_a_plan_that_came_too_late_for_its_ranks_blames_nobody():
     assert scheduler.batch.named("a").deaths == 0
 
 
-def test_a_request_that_the_ranks_died_of_alone_is_answered_with_that():
+def test_a_request_that_kills_ranks_is_answered_with_that():
+    """A request that the ranks died of alone is answered with that."""
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("a", toy_request()))
     for epoch in (1, 2):
@@ -402,7 +413,8 @@ def test_the_executor_is_told_when_ranks_may_die_of_a_request():
     assert scheduler.schedule().is_trial
 
 
-def test_a_kept_request_goes_on_from_there_and_no_further_than_its_end():
+def test_a_kept_request_goes_on_to_its_end():
+    """A kept request goes on from there and no further than its end."""
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("a", toy_request(steps=4)))
     encoded(scheduler)

@@ -71,7 +71,7 @@ def test_long_work_does_not_hold_up_an_encode_nor_a_short_decode(side, name):
     assert side.reports.get(timeout=10)[0].id == 3
 
 
-def test_long_forwards_and_long_decodes_do_not_wait_for_each_other(side):
+def test_long_forwards_and_decodes_wait_not_for_each_other(side):
     both = threading.Barrier(2)
 
     def meet():
@@ -95,7 +95,8 @@ def compute_for_ever(begun):
 
 
 @pytest.mark.parametrize("name", [name for name in LONG if name != "decode"])
-def test_long_work_stops_at_its_next_operation_when_it_is_cancelled(side, name):
+def test_cancelled_long_work_stops_at_its_next_operation(side, name):
+    """Long work stops at its next operation when it is cancelled."""
     begun = threading.Event()
     LONG[name](side, lambda: compute_for_ever(begun))
     begun.wait(10)

@@ -50,7 +50,8 @@ def test_one_request_on_one_rank_takes_the_sum_of_its_costs(guided, overheads):
     assert served.metrics.steps == 8
 
 
-def test_two_ranks_halve_the_steps_of_a_guided_request_and_not_of_another():
+def test_two_ranks_halve_the_steps_of_guided_requests_only():
+    """Two ranks halve the steps of a guided request and not of another."""
     spec = request(128, 10, True, text_tokens=6)  # as many as its negative prompt has
     one, two = (seconds_alone(ranks, spec, PURE, Overheads()).metrics.denoise_ms for ranks in (1, 2))
     assert two == pytest.approx(one / 2, rel=1e-6)
@@ -72,7 +73,8 @@ def test_the_exchange_and_the_engine_cost_what_they_are_said_to():
 
 @pytest.mark.parametrize("contestant", contestants(4), ids=lambda contestant: contestant.name)
 @pytest.mark.parametrize("burst", [1, 20])
-def test_every_request_is_served_once_with_all_its_steps_and_the_same_seed_gives_the_same_times(contestant, burst):
+def test_all_are_served_once_and_a_seed_gives_the_same_times(contestant, burst):
+    """Every request is served once with all its steps and the same seed gives the same times."""
     specs = mixed_requests(60, seed=3, huge_every=25)
     trace = arrivals(specs, 3.0, burst, seed=3)
     served = serve(contestant, machine(4, overheads=Overheads(25, 80, 300, 200)), trace)
@@ -111,7 +113,8 @@ def finishes(contestant, ranks, specs):
     return {int(one.name): one.finished for one in served}
 
 
-def test_equal_shapes_keeps_another_shape_out_and_whole_requests_everybody_where_we_let_all_join():
+def test_who_may_join_a_batch_under_each_policy():
+    """Equal shapes keeps another shape out and whole requests everybody where we let all join."""
     specs = [request(64, 20, False, name="a"), request(128, 4, False, name="b"), request(64, 20, False, name="c")]
     ours, equal = finishes(OURS, 1, specs), finishes(rival("equal shapes"), 1, specs)
     assert ours[1] < ours[0]
@@ -131,7 +134,8 @@ def test_in_fixed_pairs_both_ranks_forward_what_has_no_guidance():
     assert [core.busy_us for core in engine.ranks.cores] == [20 * (COST.step_us + COST.forward(72))] * 2
 
 
-def test_side_work_slows_the_stepping_thread_by_its_weight_and_has_the_core_while_that_waits():
+def test_side_work_slows_steps_by_its_weight():
+    """Side work slows the stepping thread by its weight and has the core while that waits."""
     core = Core(0)
     core.add_side_work(SideTask(1, 0, 10_000.0, "text"))
     core.add_side_work(SideTask(2, DECODED, 10_000.0))
@@ -144,7 +148,8 @@ def test_side_work_slows_the_stepping_thread_by_its_weight_and_has_the_core_whil
     assert core.texts == {"text"}
 
 
-def test_a_long_request_takes_the_sum_of_its_costs_and_costs_a_small_one_its_weight():
+def test_a_long_request_costs_a_small_one_its_weight():
+    """A long request takes the sum of its costs and costs a small one its weight."""
     spec, small = request(512, 3, True), request(64, 20, True, name="small")
     forwards = [COST.step_us + COST.forward(spec.image_tokens + tokens) for tokens in spec.text_tokens]
     served = seconds_alone(2, spec, COST, Overheads())

@@ -70,7 +70,8 @@ def test_a_rank_that_ends_at_once_is_reported_in_every_start(make_template, atte
         ranks.end(0.0)
 
 
-def test_ranks_that_run_are_ended_and_started_again_by_the_same_process(make_template):
+def test_one_process_ends_ranks_and_starts_them_again(make_template):
+    """Ranks that run are ended and started again by the same process."""
     made = make_template("stay")
     ranks = made.start_ranks(MEETING)
     process = made._process.pid
@@ -89,7 +90,8 @@ def test_a_template_that_dies_is_made_again(make_template):
     assert made.start_ranks(MEETING).why_ended() == ""
 
 
-def test_a_template_that_is_killed_while_it_draws_a_progress_bar_stops_no_other_bar(make_template, monkeypatch):
+def test_a_template_killed_in_a_progress_bar_stops_no_other(make_template, monkeypatch):
+    """A template that is killed while it draws a progress bar stops no other bar."""
     monkeypatch.setattr(template, "pipeline_for_forks", pipeline_with_a_bar)
     lock = tqdm.get_lock()
     made = make_template("stay")
@@ -113,7 +115,8 @@ def test_a_template_that_hangs_is_ended(make_template, monkeypatch):
         made.start_ranks(MEETING)
 
 
-def test_a_rank_that_dies_while_the_template_hangs_costs_one_restart(make_template, monkeypatch):
+def test_a_death_while_the_template_hangs_costs_one_restart(make_template, monkeypatch):
+    """A rank that dies while the template hangs costs one restart."""
     monkeypatch.setattr(template, "_WORDS_SECONDS", 0.2)
     made = make_template("stay")
     ranks = made.start_ranks(MEETING)

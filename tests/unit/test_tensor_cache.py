@@ -57,7 +57,8 @@ def test_layouts_of_a_running_set_fit():
     assert len(made) == 256
 
 
-def test_no_thread_waits_for_what_another_one_makes_and_all_get_the_same_value():
+def test_no_thread_waits_and_all_get_the_same_value():
+    """No thread waits for what another one makes and all get the same value."""
     cache, begun, may_end = TensorCache(10**6), threading.Event(), threading.Event()
     found = []
 

@@ -25,7 +25,8 @@ def held_by_rank_0(id, **fields):
     return request
 
 
-def test_a_request_of_one_branch_goes_to_the_rank_with_least_to_do():
+def test_a_single_branch_goes_to_the_least_busy_rank():
+    """A request of one branch goes to the rank with least to do."""
     placement = Placement(3)
     assert placement.owners_of_newcomer(one_branch(0), [5, 3, 4]) == (1,)
     assert placement.owners_of_newcomer(one_branch(0), [5, 3, 3]) == (1,)
@@ -48,7 +49,8 @@ def test_a_report_of_what_nobody_awaits_weighs_nothing():
     assert placement.decode(one_branch(1), IDLE).rank == 0, "of two idle ranks the first"
 
 
-def test_a_text_is_encoded_on_its_owner_and_where_one_of_the_last_texts_is_held(monkeypatch):
+def test_a_text_is_encoded_on_its_owner_or_its_holder(monkeypatch):
+    """A text is encoded on its owner and where one of the last texts is held."""
     monkeypatch.setattr(placement_module, "_REMEMBERED_PROMPTS", 2)
     placement = Placement(2)
     for id, prompt in enumerate(["a", "b", "a", "c"]):
@@ -59,7 +61,8 @@ def test_a_text_is_encoded_on_its_owner_and_where_one_of_the_last_texts_is_held(
     assert ranks == {"a": [0, 1], "b": [0], "c": [0, 1]}
 
 
-def test_a_text_is_encoded_again_on_an_idle_rank_if_enough_steps_are_left_and_no_such_encode_is_on_its_way():
+def test_a_text_is_encoded_again_where_that_pays():
+    """A text is encoded again on an idle rank if enough steps are left and no such encode is on its way."""
     cost = structs.replace(UNCALIBRATED, encode_us=5000)  # 50 steps of the branch that would move
 
     def running():

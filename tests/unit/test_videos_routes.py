@@ -376,7 +376,8 @@ def test_deleting_a_finished_video_removes_its_files(app):
     with_client(app, use)
 
 
-def test_files_written_for_a_video_that_was_deleted_meanwhile_go_too(app, monkeypatch):
+def test_files_of_a_video_deleted_meanwhile_go_too(app, monkeypatch):
+    """Files written for a video that was deleted meanwhile go too."""
     wrote = []
 
     def write_and_be_deleted(path, frames, fps):
@@ -510,7 +511,8 @@ def test_finished_jobs_expire():
     assert not job.file.exists()
 
 
-def test_the_oldest_finished_jobs_go_when_there_are_too_many_or_too_large():
+def test_the_oldest_finished_jobs_go_when_there_is_no_room():
+    """The oldest finished jobs go when there are too many or too large."""
     clock = Clock()
     few, small = VideoJobs(max_finished=2, now=clock), VideoJobs(max_bytes=25, now=clock)
     running = new_job(few, "running")

@@ -87,7 +87,8 @@ def model(request, get_model):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_latents_like_diffusers_and_bitwise_alike_called_and_in_the_engine(model, options):
+def test_latents_like_diffusers_called_and_in_the_engine(model, options):
+    """Latents like diffusers and bitwise alike called and in the engine."""
     expected, called = (model.call(pipeline, **options) for pipeline in (model.reference, model.ours))
     assert expected.std() > 0.5
     torch.testing.assert_close(called, expected, rtol=0, atol=1e-4)
@@ -256,7 +257,7 @@ def test_several_videos_per_prompt(get_model):
 
 
 @pytest.mark.parametrize("wrong", [{"transformer_2": [None, None]}, {"boundary_ratio": "0.9"}])
-def test_an_index_without_a_second_expert_or_a_boundary_is_refused(tmp_path, wrong):
+def test_an_index_without_second_expert_or_boundary_is_refused(tmp_path, wrong):
     folder = build_wan(tmp_path / "model", "2.2")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | wrong))

@@ -95,7 +95,8 @@ def test_one_pickle_is_loaded_as_diffusers_does(model, component, name):
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
-def test_a_quantization_that_cannot_run_names_component_and_method(model, component):
+def test_a_quantization_that_cannot_run_is_named(model, component):
+    """A quantization that cannot run names component and method."""
     path = model / component / "config.json"
     quantization = {"quant_method": "torchao", "quant_type": "int8wo"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
@@ -103,7 +104,8 @@ def test_a_quantization_that_cannot_run_names_component_and_method(model, compon
 
 
 @pytest.mark.parametrize("quantization", [{}, [], False])
-def test_a_quantization_that_says_nothing_is_refused_as_diffusers_refuses_it(model, quantization):
+def test_an_empty_quantization_is_refused_as_by_diffusers(model, quantization):
+    """A quantization that says nothing is refused as diffusers refuses it."""
     path = model / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
     named = "an unnamed method" if quantization == {} else repr(quantization)
@@ -112,7 +114,8 @@ def test_a_quantization_that_says_nothing_is_refused_as_diffusers_refuses_it(mod
         QwenImagePipeline.from_pretrained(str(model))
 
 
-def test_an_empty_quantization_of_a_text_encoder_is_none_as_it_is_to_transformers(model):
+def test_an_empty_quantization_of_a_text_encoder_is_none(model):
+    """An empty quantization of a text encoder is none as it is to transformers."""
     path = model / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {}}))
     check_servable(Checkpoint(str(model)))

@@ -202,7 +202,8 @@ def test_what_the_front_end_is_told(folders):
 
 
 @torch.inference_mode()
-def test_changed_weights_act_once_what_was_computed_from_them_is_forgotten(folders):
+def test_changed_weights_act_once_derived_is_forgotten(folders):
+    """Changed weights act once what was computed from them is forgotten."""
     pipeline = ZImagePipeline.load(folders["tiny"], dtype=torch.float32, device=CPU)
     transformer = pipeline.transformer
 
