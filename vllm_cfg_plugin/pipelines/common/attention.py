@@ -21,6 +21,7 @@ from vllm_cfg_plugin.pipelines.common.cpu_kernels import cpu_kernels
 from vllm_cfg_plugin.pipelines.common.heads import all_rows_of_own_heads, own_rows_of_all_heads
 from vllm_cfg_plugin.pipelines.common.linear import linear, onednn_linear
 from vllm_cfg_plugin.pipelines.common.packing import ROW_MULTIPLE, PackedRows, common_runs, interleave
+from vllm_cfg_plugin.pipelines.common.varlen import PackedTensors, varlen_kernel
 
 # Scores computed at a time: 1 MiB of them.
 _SCORES = 1 << 18
@@ -154,13 +155,10 @@ def attend_sequences(
         key_rows: where the sequences lie in key and value, if these are another stream than the query's.
     """
     key_rows = key_rows or rows
-    if _has_varlen_kernel(query, processor):
-        from torch.nn.attention.varlen import varlen_attn
-
-        query, key, value = query[: rows.total], key[: key_rows.total], value[: key_rows.total]
-        cu_seqlens, max_seqlens = (rows.cu_seqlens, key_rows.cu_seqlens), (rows.max_seqlen, key_rows.max_seqlen)
-        out: Any = varlen_attn(query, key, value, *cu_seqlens, *max_seqlens)
-        return rows.split(out.flatten(1))
+    kernel = varlen_kernel(query.device, query.dtype)
+    if kernel is not None and _is_native(processor):
+        packed = query[: rows.total], key[: key_rows.total], value[: key_rows.total]
+        return rows.split(kernel(PackedTensors(*packed, rows, key_rows)).flatten(1))
     attended: list[torch.Tensor] = []
     is_float_cpu = query.is_cpu and query.dtype == torch.float32 and _is_native(processor)
     onednn_from = cpu_kernels().attention_from if is_float_cpu else None
@@ -216,16 +214,6 @@ def _attend_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
             torch.softmax(scores, dim=-1, out=scores)
             attended[some, head] = onednn_linear(scores, value[head].t())
     return attended.flatten(1)
-
-
-def _has_varlen_kernel(query: torch.Tensor, processor: Any) -> bool:
-    """Whether torch's varlen flash attention runs here and the user chose no other."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and _is_native(processor)
-    )
 
 
 def _is_native(processor: Any) -> bool:
