@@ -51,9 +51,11 @@ class RecordingRunner(StepRunner):
         super().__init__(*args)
         self.trace: dict[int, list[torch.Tensor]] = defaultdict(list)
 
-    def _advance(self, state, predictions, preview):
-        super()._advance(state, predictions, preview)
-        self.trace[state.request.seed].append(state.latents.clone())
+    def _advance(self, moves, previews):
+        super()._advance(moves, previews)
+        for move in moves:
+            if move.error is None:
+                self.trace[move.state.request.seed].append(move.state.latents.clone())
 
 
 class ThreadedSideWork(SideWork):

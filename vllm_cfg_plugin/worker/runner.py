@@ -21,6 +21,7 @@ from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of
 from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
+from vllm_cfg_plugin.worker.advance import Move, combine_all, step_all
 from vllm_cfg_plugin.worker.estimate import estimated_final_latents
 from vllm_cfg_plugin.worker.exchange import AllGather, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.kept_state import is_due, note, resume, to_bytes
@@ -324,15 +325,10 @@ class StepRunner:
         flags = ExchangedFlags([state.id for state in lineup.states], self._pace.to_host(failed), self._pace.mark())
         self._flags.append(flags)
         self._forget_failed()
-        for state, predictions in zip(lineup.states, gathered, strict=True):
-            if state.id not in self.states:  # it has failed
-                continue
+        going = [(state, own) for state, own in zip(lineup.states, gathered, strict=True) if state.id in self.states]
+        self._advance([Move(state, own) for state, own in going if not state.error], previews)
+        for state, _ in going:
             state.last_flags = flags
-            try:
-                if not state.error:
-                    self._advance(state, predictions, previews.get(state.id))
-            except Exception as error:
-                self._note_failure(state, "stepping its latents", error)
             state.index += 1
             if state.owners[0] == self.rank and not state.error and is_due(state):
                 self._keep(state)
@@ -353,16 +349,18 @@ class StepRunner:
         except Exception as error:
             logger.warning("A video would begin again after a restart, as it can't be kept: %s", error)
 
-    def _advance(self, state: RequestState, predictions: Sequence[torch.Tensor], preview: Preview | None) -> None:
-        """Combine the branches and step the request's own noise scheduler, through the pipeline's hooks."""
-        timestep = state.noise_scheduler.timesteps[state.index]
-        noise = self.pipeline.combine_branches(predictions, state.request, timestep, state.index)
-        if preview is not None:
-            now = state.noise_scheduler, noise, state.index, state.latents
-            self.side.preview(state.id, partial(self._decode_estimate, state.request, *now), preview.is_long)
-        state.latents = self.pipeline.step_latents(
-            state.noise_scheduler, noise, timestep, state.latents, state.generator
-        )
+    def _advance(self, moves: Sequence[Move], previews: dict[int, Preview]) -> None:
+        """Combine the branches and step the requests' own noise schedulers."""
+        combine_all(self.pipeline, moves)
+        for move in moves:
+            state = move.state
+            if (preview := previews.get(state.id)) is not None and move.noise is not None:
+                now = state.noise_scheduler, move.noise, state.index, state.latents
+                self.side.preview(state.id, partial(self._decode_estimate, state.request, *now), preview.is_long)
+        step_all(self.pipeline, moves)
+        for move in moves:
+            if move.error is not None:
+                self._note_failure(move.state, "stepping its latents", move.error)
 
     def _note_failure(self, state: RequestState, doing: str, error: Exception) -> None:
         logger.error("A request failed while %s", doing, exc_info=error)
