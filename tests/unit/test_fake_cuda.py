@@ -22,7 +22,7 @@ STEADY = {
     "QwenImageEditPipeline": (92, 0),
     "QwenImageEditPlusPipeline": (136, 0),
     "QwenImageLayeredPipeline": (88, 0),
-    "ZImagePipeline": (136, 0),
+    "ZImagePipeline": (150, 0),
     "WanPipeline (2.1)": (439, 1),
     "WanPipeline (2.2 14B)": (439, 1),
     "WanPipeline (2.2 5B)": (439, 1),
