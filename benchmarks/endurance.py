@@ -28,7 +28,7 @@ from examples.vllm_server import VllmServer
 CLIENTS = 16
 MEGABYTE = 2**20
 # Process titles, and what stands for processes that are replaced.
-_TITLE = re.compile(r"CfgRank\d+|CfgTemplate|EngineCore(?:_DP\d+)?|ApiServer_\d+|vllm serve")
+_TITLE = re.compile(r"CfgRank[\d.]+|CfgTemplate|EngineCore(?:_DP\d+)?|ApiServer_\d+|vllm serve")
 _ENGINE = re.compile(r"EngineCore(_DP\d+)")
 
 

@@ -200,7 +200,7 @@ class InlineSideWork(SideWork):
     def prepare(self, run):
         return run_now(run)
 
-    def forward(self, id, run):
+    def forward(self, id, run, group=None):
         self._do(id, FORWARDED, "predicting its noise", run)
 
     def deliver(self, report, frame):

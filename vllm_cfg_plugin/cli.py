@@ -24,6 +24,8 @@ from vllm_cfg_plugin.vllm_options import check_options
 
 _FLAGS = {
     "cfg_parallel_size": "Ranks that share the branches of classifier-free guidance (1: one rank runs them in turn).",
+    "sequence_parallel_size": "Processes, each on a GPU or core of its own, that share every forward of a rank by its "
+    "tokens; they must divide the model's attention heads. It pays for large images and videos.",
     "cfg_max_restarts": "How often in ten minutes ranks that died are started anew before the engine gives up.",
     "cfg_step_timeout": "Seconds after which ranks that owe an answer and send nothing count as dead.",
     "max_image_pixels": "Largest image, in pixels, that a request may ask for.",
@@ -180,7 +182,7 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
         ConfigurationError: it is one that we don't serve, or none and has a setting of ours.
     """
     settings = getattr(namespace, "additional_config", None) or {}
-    variant = EngineSettings.from_dict(settings).variant
+    asked = EngineSettings.from_dict(settings)
     model = getattr(namespace, "model_tag", None) or model_option
     ours = set(settings) & {*_FLAGS, *_SWITCHES, *_TEXTS}
     if not isinstance(model, str):
@@ -192,7 +194,7 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
     if is_diffusion:
         quiet_logs()
     if is_diffusion or ours:
-        check_servable(checkpoint, variant)
+        check_servable(checkpoint, asked.variant, asked.sequence_parallel_size)
     if is_diffusion:
         check_settings(settings)
         addresses = {f"{purpose}_address": new_address(purpose) for purpose in ("progress", "health", "cause")}

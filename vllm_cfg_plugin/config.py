@@ -46,16 +46,19 @@ ENGINE_DEFAULTS: dict[str, Any] = {
 
 # Options of vLLM that would do nothing for a diffusion pipeline, or break it: name -> what to do instead. Those that
 # are about nothing of the kind are in `vllm_options.py`.
-_ONE_MACHINE = "cfg_parallel_size sets the number of ranks, data_parallel_size the number of replicas"
+ONE_MACHINE = (
+    "cfg_parallel_size sets the number of ranks, sequence_parallel_size how many processes share a rank's forwards, "
+    "data_parallel_size the number of replicas"
+)
 _WEIGHTS_AS_THEY_ARE = "weights are loaded as they are in the checkpoint, in the type that dtype says"
 _NO_LANGUAGE = "it is about generating text"
 UNUSABLE_OPTIONS: dict[str, str] = {
-    "tensor_parallel_size": _ONE_MACHINE,
-    "pipeline_parallel_size": _ONE_MACHINE,
-    "prefill_context_parallel_size": _ONE_MACHINE,
-    "decode_context_parallel_size": _ONE_MACHINE,
-    "enable_expert_parallel": _ONE_MACHINE,
-    "nnodes": _ONE_MACHINE,
+    "tensor_parallel_size": ONE_MACHINE,
+    "pipeline_parallel_size": ONE_MACHINE,
+    "prefill_context_parallel_size": ONE_MACHINE,
+    "decode_context_parallel_size": ONE_MACHINE,
+    "enable_expert_parallel": ONE_MACHINE,
+    "nnodes": ONE_MACHINE,
     "distributed_executor_backend": "this plugin starts the ranks itself",
     "worker_cls": "this plugin has its own",
     "scheduler_cls": "this plugin has its own",
@@ -93,6 +96,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         cfg_parallel_size: ranks that share the branches of guidance.
+        sequence_parallel_size: processes, each on its own device or core, that a rank is: they share its forwards.
         cfg_shared_weights: one copy of the weights for all ranks of an engine; None: wherever that is possible.
         cfg_max_restarts: how often, within ten minutes, all ranks are started anew because one has died.
         cfg_step_timeout: seconds after which ranks that owe an answer and send nothing count as dead.
@@ -107,6 +111,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     cfg_parallel_size: int = 1
+    sequence_parallel_size: int = 1
     cfg_shared_weights: bool | None = None
     cfg_max_restarts: int = 3
     cfg_step_timeout: int = 120
@@ -142,7 +147,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             settings = msgspec.convert(ours, cls)
         except msgspec.ValidationError as error:
             raise ConfigurationError(f"additional_config: {error}") from error
-        numbers = ("cfg_parallel_size", "cfg_step_timeout", "cfg_max_restarts", "max_step_ms")
+        sizes = ("cfg_parallel_size", "sequence_parallel_size")
+        numbers = (*sizes, "cfg_step_timeout", "cfg_max_restarts", "max_step_ms")
         for name in (*numbers, *RequestLimits.__struct_fields__):
             value, least = getattr(settings, name), LEAST_VALUES.get(name, 1)
             if value is not None and value < least:
@@ -161,6 +167,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
                 "ranks on a CPU can share them. Leave it out"
             )
         return device_type == "cpu" and self.cfg_shared_weights is not False
+
+    def rank_name(self, process: int) -> str:
+        """What the process of this number is: "1", cfg rank 1, or of several that it is "1.0", the first of them."""
+        rank, place = divmod(process, self.sequence_parallel_size)
+        return str(rank) if self.sequence_parallel_size == 1 else f"{rank}.{place}"
 
     @property
     def limits(self) -> RequestLimits:

@@ -143,7 +143,7 @@ def _wire_parallelism(vllm_config: VllmConfig, settings: EngineSettings) -> None
     """Assigns, never multiplies: vLLM calls this in the front end and again in the engine."""
     parallel = vllm_config.parallel_config
     check_options({name: getattr(parallel, name) for name in _SIZES}, lambda name: 1)
-    parallel.world_size = settings.cfg_parallel_size * parallel.tensor_parallel_size
+    parallel.world_size = settings.cfg_parallel_size * settings.sequence_parallel_size * parallel.tensor_parallel_size
     parallel.worker_cls = "vllm_cfg_plugin.worker.worker.DiffusionWorker"
     parallel.distributed_executor_backend = "vllm_cfg_plugin.executor.executor.CfgExecutor"
     parallel.disable_custom_all_reduce = True
@@ -177,7 +177,7 @@ def _check_device_count(platform: type[Platform], vllm_config: VllmConfig) -> No
     if needed > available:
         has = "this machine has" if named is None else "--device-ids names"
         raise ConfigurationError(
-            f"cfg_parallel_size={parallel.world_size} with "
+            f"{parallel.world_size} ranks (cfg_parallel_size x sequence_parallel_size) with "
             f"data_parallel_size_local={parallel.data_parallel_size_local} needs {needed} GPUs and {has} "
             f"{available}: lower it, or make more GPUs visible"
         )

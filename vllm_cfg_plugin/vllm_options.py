@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_cfg_plugin.config import UNUSABLE_OPTIONS
+from vllm_cfg_plugin.config import ONE_MACHINE, UNUSABLE_OPTIONS
 from vllm_cfg_plugin.errors import ConfigurationError
 
 
@@ -66,7 +66,6 @@ HARMLESS: dict[str, str] = {
 _NO_LANGUAGE = "it is about generating or understanding text"
 _NO_KV_CACHE = "there is no KV cache"
 _NO_LORA = "it is an option of enable_lora"
-_ONE_MACHINE = "cfg_parallel_size sets the number of ranks, data_parallel_size the number of replicas"
 _LOADED_BY_DIFFUSERS = "diffusers loads the checkpoint, in the type that dtype says"
 _OWN_KERNELS = "the model's forward is this plugin's own, in kernels of torch"
 _OWN_METRICS = "it is about what language models measure; docs/operating.md lists the metrics of this plugin"
@@ -102,7 +101,7 @@ _REFUSED: dict[str, tuple[str, ...]] = {
         "fully_sharded_loras lora_target_modules default_mm_loras specialize_active_lora",
         "enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels",
     ),
-    _ONE_MACHINE: _names(
+    ONE_MACHINE: _names(
         "master_addr master_port node_rank numa_bind numa_bind_nodes numa_bind_cpus dcp_comm_backend dcp_q_replicate",
         "dcp_kv_cache_interleave_size cp_kv_cache_interleave_size enable_hc_sp enable_batch_sharded_sampling",
         "enable_ep_weight_filter all2all_backend enable_dbo enable_shm_tensor_arena ubatch_size enable_elastic_ep",

@@ -21,6 +21,8 @@ from tests.toy_pipeline import InlineSideWork, toy_vllm_config
 from tests.unit.test_run_ahead import DevicePace
 from tests.unit.test_scheduler import vllm_request
 from vllm_cfg_plugin.distributed import parallel_state
+from vllm_cfg_plugin.distributed.sequence_exchange import CollectiveGroup
+from vllm_cfg_plugin.distributed.sequence_group import SequenceGroups, current_group
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepReport
 from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import merge_reports
@@ -36,7 +38,7 @@ Scripts = dict[str, list[tuple[int, DiffusionRequest | int]]]
 Traces = dict[str, dict[int, list[torch.Tensor]]]  # name -> seed -> latents after each step
 
 
-# Called with (rank, the branches of a forward) before every forward; raises to make that rank's forward fail.
+# Called with (process, the branches of a forward) before every forward; raises to make that process's forward fail.
 Fault = Callable[[int, list[BranchInput]], None]
 
 
@@ -79,25 +81,29 @@ def run_ranks(
     load: Callable[[Path], EnginePipeline] = load,
     max_tokens: int = 1_000_000,
     as_on_gpus: bool = False,
+    sharers: int = 1,
 ) -> list[Traces]:
-    """Run all scripts on `ranks` forked processes; returns every rank's traces.
+    """Run all scripts on forked processes; returns every process's traces.
 
     Args:
+        sharers: processes that each of the ranks is.
         max_tokens: of a rank and step. Where there is such a limit, side work runs on threads, as in a server.
         as_on_gpus: exchange over the process group, by NCCL's rules, and run a step ahead.
     """
-    options = {"fault": fault, "load": load, "max_tokens": max_tokens, "as_on_gpus": as_on_gpus}
+    options = {"fault": fault, "load": load, "max_tokens": max_tokens, "as_on_gpus": as_on_gpus, "sharers": sharers}
     return [traces[model] for traces in run_models({model: scripts}, ranks, folder, **options)]
 
 
-def run_models(models: dict[Path, Scripts], ranks: int, folder: Path, **options) -> list[dict[Path, Traces]]:
+def run_models(
+    models: dict[Path, Scripts], ranks: int, folder: Path, sharers: int = 1, **options
+) -> list[dict[Path, Traces]]:
     """The same for several models, one after the other on the same processes."""
-    outs = [folder / f"traces-{rank}.pt" for rank in range(ranks)]
+    outs = [folder / f"traces-{process}.pt" for process in range(ranks * sharers)]
     port = get_open_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_run_rank, args=(models, ranks, rank, port, out), kwargs=options)
-        for rank, out in enumerate(outs)
+        context.Process(target=_run_rank, args=(models, ranks, sharers, number, port, out), kwargs=options)
+        for number, out in enumerate(outs)
     ]
     for process in processes:
         process.start()
@@ -124,7 +130,8 @@ def _join(processes: list[multiprocessing.Process]) -> None:
 def _run_rank(
     models: dict[Path, Scripts],
     ranks: int,
-    rank: int,
+    sharers: int,
+    number: int,
     port: int,
     out: Path,
     fault: Fault = no_fault,
@@ -133,36 +140,43 @@ def _run_rank(
     as_on_gpus: bool = False,
 ) -> None:
     torch.set_num_threads(1)
-    init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
-    parallel_state.initialize_model_parallel(ranks)
+    init_distributed_environment(ranks * sharers, number, f"tcp://127.0.0.1:{port}", number, "gloo")
+    parallel_state.initialize_model_parallel(ranks, sequence_parallel_size=sharers)
+    groups = SequenceGroups(current_group(), parallel_state.make_sequence_group())
+    if as_on_gpus and sharers > 1:
+        groups = SequenceGroups(CollectiveGroup(parallel_state.get_sequence_coordinator()))
+    rank = parallel_state.get_classifier_free_guidance_rank()
     all_gather = make_all_gather(torch.device("cuda" if as_on_gpus else "cpu"))
     traces: dict[Path, Traces] = {}
     for model, scripts in models.items():
         pipeline = load(model)
-        pipeline.pack_branches = _failing(pipeline.pack_branches, fault, rank)
+        pipeline.pack_branches = _failing(pipeline.pack_branches, fault, number)
         traces[model] = {}
         for name, script in scripts.items():
             side = ThreadedSideWork(rank) if max_tokens < 1_000_000 else InlineSideWork(rank)
             pace = DevicePace() if as_on_gpus else HostPace()
-            runner = RecordingRunner(pipeline, rank, ranks, all_gather, side, pace)
+            runner = RecordingRunner(pipeline, rank, ranks, all_gather, side, pace, groups)
             with nccl_rules():
-                _drive(runner, ranks, list(script), max_tokens)
+                _drive(runner, ranks, sharers, list(script), max_tokens)
             assert not runner.states, "every request must be forgotten after its last step, or when it failed"
             traces[model][name] = dict(runner.trace)
     torch.save(traces, out)
     parallel_state.destroy_model_parallel()
 
 
-def _failing(pack_branches, fault: Fault, rank: int):
+def _failing(pack_branches, fault: Fault, number: int):
     def pack_or_fail(branches):
-        fault(rank, branches)
+        fault(number, branches)
         return pack_branches(branches)
 
     return pack_or_fail
 
 
-def _drive(runner: StepRunner, ranks: int, script: list[tuple[int, DiffusionRequest | int]], max_tokens: int) -> None:
-    scheduler = StepScheduler(toy_vllm_config(ranks, max_num_seqs=8, max_num_batched_tokens=max_tokens))
+def _drive(
+    runner: StepRunner, ranks: int, sharers: int, script: list[tuple[int, DiffusionRequest | int]], max_tokens: int
+) -> None:
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": max_tokens}
+    scheduler = StepScheduler(toy_vllm_config(ranks, sequence_parallel_size=sharers, **limits))
     step = 0
     while script or scheduler.has_requests():
         for entry in [entry for entry in script if entry[0] <= step]:
@@ -176,7 +190,7 @@ def _drive(runner: StepRunner, ranks: int, script: list[tuple[int, DiffusionRequ
         output = scheduler.schedule()
         plan = output.planned.plan
         # Every rank's scheduler is told what all ranks report, so all make the same plans.
-        answers: list[tuple[StepReport, list[SideReport]]] = [None] * ranks
+        answers: list[tuple[StepReport, list[SideReport]]] = [None] * (ranks * sharers)
         dist.all_gather_object(answers, (runner.run(plan), runner.side.take()))
         reports = [report for _, taken in answers for report in taken]
         side = [(report, memoryview(b"") if report.branch == DECODED else None) for report in reports]

@@ -186,7 +186,8 @@ def test_a_request_that_kills_ranks_fails_alone(model, monkeypatch):
         assert np.array_equal(np.asarray(output.images[0]), np.asarray(alone.images[0]))
 
 
-def test_a_video_goes_on_from_where_it_was_kept(video_model, monkeypatch):
+@pytest.mark.parametrize(("processes_of_a_rank", "killed"), [(1, "CfgRank1"), (2, "CfgRank1.1")])
+def test_a_video_goes_on_from_where_it_was_kept(video_model, monkeypatch, processes_of_a_rank, killed):
     """A rank of this process's engine is killed after the seventh of twelve steps."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     params = DiffusionParams(height=32, width=32, num_frames=9, num_inference_steps=12, guidance_scale=5.0, seed=1)
@@ -199,10 +200,11 @@ def test_a_video_goes_on_from_where_it_was_kept(video_model, monkeypatch):
             if len(advanced) == 7:
                 pending.result()
                 titles = {process: " ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)}
-                next(process for process, title in titles.items() if "CfgRank1" in title).kill()
+                next(process for process, title in titles.items() if killed in title).kill()
         return pending
 
-    with DiffusionLLM(str(video_model), cfg_parallel_size=2) as llm:
+    sizes = {"cfg_parallel_size": 2, "sequence_parallel_size": processes_of_a_rank}
+    with DiffusionLLM(str(video_model), **sizes) as llm:
         (calm,) = llm.generate("a cat", params, use_tqdm=False)
         monkeypatch.setattr(RankPool, "send_to_all", send_and_kill)
         (harmed,) = llm.generate("a cat", params, use_tqdm=False)

@@ -5,8 +5,8 @@ import pytest
 from tests.toy_pipeline import toy_request
 from vllm_cfg_plugin.engine.batching import StepBatch
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED
-from vllm_cfg_plugin.engine.plan import DECODED, SideReport
-from vllm_cfg_plugin.engine.step_result import StepResult
+from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepReport
+from vllm_cfg_plugin.engine.step_result import StepResult, merge_reports
 
 
 @pytest.fixture
@@ -129,3 +129,9 @@ def test_a_request_above_the_token_budget_keeps_nobody_out(sizes):
         batch.add(str(number), 0, toy_request(negative=None, image_tokens=tokens))
         batch.next_plan()
     assert len(batch.preparing) == 3
+
+
+def test_the_processes_of_a_rank_have_one_span():
+    times = ((0, 2.0, 5.0), (0, 1.0, 4.0), (1, 3.0, 6.0))
+    reports = [StepReport(7, rank, began, denoised, []) for rank, began, denoised in times]
+    assert merge_reports(reports, 0, []).spans == [(1.0, 5.0), (3.0, 6.0)]

@@ -84,6 +84,23 @@ def test_a_wrong_cfg_size_is_refused(qwen_image_folders, size):
         diffusion_engine_args(str(qwen_image_folders["tiny"]), size)
 
 
+def test_heads_that_a_group_cannot_share_are_refused(qwen_image_folders):
+    model = str(qwen_image_folders["tiny"])
+    assert diffusion_engine_args(model, 1, sequence_parallel_size=2)["additional_config"]["sequence_parallel_size"] == 2
+    with pytest.raises(
+        ConfigurationError, match=r"sequence_parallel_size=4 is not valid: it must divide the 2 attention"
+    ):
+        diffusion_engine_args(model, 1, sequence_parallel_size=4)
+    with pytest.raises(ConfigurationError, match="sequence_parallel_size=0 is not valid"):
+        diffusion_engine_args(model, 1, sequence_parallel_size=0)
+
+
+def test_processes_are_named_by_their_cfg_rank():
+    assert [EngineSettings(cfg_parallel_size=2).rank_name(process) for process in range(2)] == ["0", "1"]
+    settings = EngineSettings(cfg_parallel_size=2, sequence_parallel_size=2)
+    assert [settings.rank_name(process) for process in range(4)] == ["0.0", "0.1", "1.0", "1.1"]
+
+
 def test_vllm_plugins_without_us_is_said_clearly(qwen_image_folders, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "another_plugin")
     with pytest.raises(ConfigurationError, match="add vllm_cfg_plugin to it, or unset it"):

@@ -55,6 +55,29 @@ def test_long_forwards_are_awaited_from_each_owner():
     assert placement.decode(scheduled(1), IDLE).rank == 0, "nothing of it weighs any more"
 
 
+def test_the_work_of_a_group_is_done_when_all_of_it_say_so():
+    placement, request = Placement(2, processes=2), scheduled(0)
+    request.owners = (0, 1)
+    placement.forward(request)
+    assert [placement.note_done(SideReport(0, FORWARDED, rank, 0.0)) for rank in (0, 1, 0, 1)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert not placement.has_side_work
+    decode = placement.decode(scheduled(1), IDLE)
+    assert placement.note_done(SideReport(1, DECODED, decode.rank, 0.0)), "one process decodes"
+
+
+def test_one_process_that_fails_is_enough():
+    placement, request = Placement(1, processes=3), scheduled(0)
+    request.owners = (0, 0)
+    placement.forward(request)
+    assert placement.note_done(SideReport(0, FORWARDED, 0, 0.0, "out of luck"))
+    assert not placement.has_side_work
+
+
 @pytest.mark.parametrize(("text", "condition", "is_long"), [("a", 0, False), ("a" * 60, 0, True), ("a", 60, True)])
 def test_a_long_text_or_many_images_make_an_encode_a_long_one(text, condition, is_long):
     request = scheduled(0, prompt=text, negative=None, condition_tokens=condition)

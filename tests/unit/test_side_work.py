@@ -136,6 +136,30 @@ def test_stopping_when_cancelled_changes_no_bit(side):
     assert torch.equal(*results)
 
 
+class CountingGroup:
+    """A sequence group whose other ranks are not there."""
+
+    def __init__(self, is_stoppable):
+        self.is_stoppable = is_stoppable
+        self.failures = 0
+
+    def fail(self):
+        self.failures += 1
+
+
+@pytest.mark.parametrize("is_stoppable", [True, False])
+def test_a_cancelled_forward_keeps_step_with_its_group(side, is_stoppable):
+    """The other ranks may be in the midst of it: they are told, or where that can't be it is done all the same."""
+    group, may_end, ran = CountingGroup(is_stoppable), threading.Event(), []
+    side.forward(1, lambda: may_end.wait(10) and None)
+    side.forward(3, lambda: ran.append(3), group)
+    side.cancel(3)
+    may_end.set()
+    side.forward(4, lambda: None)
+    assert [side.reports.get(timeout=10)[0].id for _ in range(2)] == [1, 4]
+    assert (group.failures, ran) == ((1, []) if is_stoppable else (0, [3]))
+
+
 def test_what_was_cancelled_before_it_began_never_runs(side):
     may_end, ran = threading.Event(), []
     side.encode(1, 0, lambda: may_end.wait(10) and None)

@@ -204,20 +204,34 @@ def predict_on_ranks(branches: int, forward: Callable[[Sequence[int]], Sequence[
     if ranks == 1 or branches == 1:
         if ranks > 1:
             log_once("CFG-Parallel is idle: these steps run without guidance, so every rank computes the same branch")
-        with together(current_group()):
-            return list(forward(range(branches)))
+        return _forward_together(forward, range(branches))
     own: dict[int, torch.Tensor] = {}
     error: Exception | None = None
     try:
         mine = range(rank, branches, ranks)
-        with together(current_group()):
-            own = dict(zip(mine, forward(mine) if mine else [], strict=True))
+        own = dict(zip(mine, _forward_together(forward, mine) if mine else [], strict=True))
     except Exception as caught:  # the other ranks are waiting: tell them before raising
         error = caught
     predictions: list[torch.Tensor] = []
     for first in range(0, branches, ranks):
         count = min(ranks, branches - first)
         predictions += collectives.gather_first(get_cfg_group(), count, own.get(first + rank), error)
+    return predictions
+
+
+def _forward_together(
+    forward: Callable[[Sequence[int]], Sequence[torch.Tensor]], branches: Sequence[int]
+) -> list[torch.Tensor]:
+    """The predictions of branches, by all ranks of the sequence group."""
+    group = current_group()
+    trades = group.trades
+    with together(group):
+        predictions = list(forward(branches))
+    if group.size > 1 and group.trades == trades:
+        log_once(
+            "sequence parallelism is idle: this transformer has no packed forward, so every rank of the sequence group "
+            "computes all of it"
+        )
     return predictions
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vllm.distributed.parallel_state import GroupCoordinator
 
 logger = get_logger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def connect_sequence_group(coordinator: GroupCoordinator) -> SequenceGroup:
@@ -41,13 +44,27 @@ def _share(group: dist.ProcessGroup, size: int, mine: object) -> list[object]:
     return shared
 
 
+def _unstopped(method: Callable[P, T]) -> Callable[P, T]:
+    """A long forward that is cancelled stops in any of torch's functions; in the midst of an exchange it must not."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch._C.DisableTorchFunction():
+            return method(*args, **kwargs)
+
+    return call
+
+
 class SharedMemoryGroup(SequenceGroup):
     """Ranks of one host, on its CPU."""
+
+    is_stoppable = True
 
     def __init__(self, rank: int, size: int, memory: SharedMemoryGather) -> None:
         self._rank = rank
         self._size = size
         self._memory = memory
+        self.trades = 0
 
     @property
     def rank(self) -> int:
@@ -57,21 +74,21 @@ class SharedMemoryGroup(SequenceGroup):
     def size(self) -> int:
         return self._size
 
-    # A long forward that is cancelled stops in any of torch's functions; in the midst of an exchange it must not.
-
+    @_unstopped
     def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
-        with torch._C.DisableTorchFunction():
-            return self._memory.all_to_all(parts)
+        self.trades += 1
+        return self._memory.all_to_all(parts)
 
+    @_unstopped
     def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
-        with torch._C.DisableTorchFunction():
-            return self._memory(rows.reshape(-1)).view(-1, *rows.shape[1:])
+        return self._memory(rows.reshape(-1)).view(-1, *rows.shape[1:])
 
+    @_unstopped
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        with torch._C.DisableTorchFunction():
-            gathered: list[bool] = self._memory(torch.tensor([*flags, False])).any(dim=0).tolist()
+        gathered: list[bool] = self._memory(torch.tensor([*flags, False])).any(dim=0).tolist()
         return gathered[: len(flags)]
 
+    @_unstopped
     def fail(self) -> None:
         self._memory.fail()
 
@@ -83,9 +100,12 @@ class CollectiveGroup(SequenceGroup):
     at another one of the collectives by then, the group is broken.
     """
 
+    is_stoppable = False
+
     def __init__(self, coordinator: GroupCoordinator) -> None:
         self._coordinator = coordinator
         self._issued = 0
+        self.trades = 0
 
     @property
     def rank(self) -> int:
@@ -97,6 +117,7 @@ class CollectiveGroup(SequenceGroup):
 
     def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
         self._issued += 1
+        self.trades += 1
         parts = parts.contiguous()
         received = torch.empty_like(parts)
         dist.all_to_all_single(received, parts, group=self._coordinator.device_group)
@@ -120,8 +141,7 @@ class CollectiveGroup(SequenceGroup):
             MemberFailedError: another rank has failed.
             GroupBrokenError: one has failed, and at another collective than this rank.
         """
-        told = _share(self._coordinator.cpu_group, self.size, (has_failed, self._issued, [*flags]))
-        states: list[Any] = [*told]
+        states: list[Any] = [*_share(self._coordinator.cpu_group, self.size, (has_failed, self._issued, [*flags]))]
         failed = [rank for rank, state in enumerate(states) if state[0]]
         if failed and len({issued for _, issued, _ in states}) > 1:
             raise GroupBrokenError(f"rank {failed[0]} of this sequence group failed in the midst of a forward")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -23,7 +23,12 @@ class SequenceGroup(Protocol):
 
     Attributes:
         rank, size: this process in the group.
+        is_stoppable: one rank may stop at any time, in what they do together, and tell the others.
+        trades: calls of `all_to_all` so far.
     """
+
+    is_stoppable: bool
+    trades: int
 
     @property
     def rank(self) -> int: ...
@@ -67,6 +72,8 @@ class _Alone:
 
     rank = 0
     size = 1
+    is_stoppable = True
+    trades = 0
 
     def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
         return parts
@@ -82,6 +89,18 @@ class _Alone:
 
 
 ALONE: SequenceGroup = _Alone()
+
+
+class SequenceGroups(NamedTuple):
+    """A rank's ways to its sequence group, one for each thread with forwards: the steps, and beside them."""
+
+    steps: SequenceGroup = ALONE
+    beside: SequenceGroup = ALONE
+
+
+NO_GROUPS = SequenceGroups()
+
+_TOLD = "_sequence_group_knows"  # attribute of an exception
 _of_process: SequenceGroup = ALONE
 _of_context: ContextVar[SequenceGroup | None] = ContextVar("sequence_group", default=None)
 
@@ -110,8 +129,10 @@ def together(group: SequenceGroup) -> Iterator[None]:
         group.any([])  # where a rank has failed after the last exchange
     except MemberFailedError:
         raise
-    except BaseException:
-        group.fail()
+    except BaseException as error:
+        if not hasattr(error, _TOLD):  # where one is within another, once
+            group.fail()
+            setattr(error, _TOLD, True)
         raise
     finally:
         _of_context.reset(token)

@@ -62,6 +62,7 @@ class StepBatch:
         clock: seconds.
         max_step_us: most predicted microseconds of one rank's forwards in one step.
         max_side_us: an encode or decode that is predicted to take longer is one that no short ones wait for.
+        processes: that a rank is.
     """
 
     placement_class = Placement
@@ -76,8 +77,10 @@ class StepBatch:
         *,
         max_step_us: float = math.inf,
         max_side_us: float = math.inf,
+        processes: int = 1,
     ) -> None:
         self._ranks = ranks
+        self._processes = processes
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._max_step_us = max_step_us
@@ -93,7 +96,7 @@ class StepBatch:
 
     def _meet_ranks(self) -> None:
         """Begin with ranks that know nothing."""
-        self._placement = self.placement_class(self._ranks, self._max_side_us)
+        self._placement = self.placement_class(self._ranks, self._max_side_us, self._processes)
         # Long requests hold at most half of the places: their decodes may stand in line for minutes.
         max_long, max_us = max(1, self._max_requests // 2), self._max_step_us - self._cost.step_us
         self._room = Room(self._ranks, self._placement, self._max_tokens, max_us, max_long)
@@ -233,11 +236,13 @@ class StepBatch:
 
     def note_side_report(self, report: SideReport) -> ScheduledRequest | None:
         """Note that a piece of side work is done; returns its request if it is still here."""
-        self._placement.note_done(report)
+        is_done = self._placement.note_done(report)
         request = self._known.get(report.id)
         if request is not None and report.branch == PREVIEWED:
             request.made_previews += 1
         if request is None or report.error or report.branch in (DECODED, KEPT, PREVIEWED):
+            return request
+        if not is_done:
             return request
         if report.branch == FORWARDED:
             request.forwarding.discard(report.rank)

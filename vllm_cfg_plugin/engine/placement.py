@@ -24,15 +24,17 @@ class Placement:
 
     Args:
         max_side_us: an encode or decode that is predicted to take longer is long.
+        processes: that a rank is: all of them encode and forward what it does, and report it; one of them decodes.
     """
 
-    def __init__(self, ranks: int, max_side_us: float = math.inf) -> None:
+    def __init__(self, ranks: int, max_side_us: float = math.inf, processes: int = 1) -> None:
         self._ranks = ranks
         self._max_side_us = max_side_us
+        self._processes = processes
         self._everywhere = frozenset(range(ranks))
         self._encoded_on: OrderedDict[tuple[str | int, ...], set[int]] = OrderedDict()
-        # (id, branch, rank) -> whether it is long, predicted microseconds
-        self._side_work: dict[tuple[int, int, int], tuple[bool, int]] = {}
+        # (id, branch, rank) -> whether it is long, predicted microseconds, reports that are due
+        self._side_work: dict[tuple[int, int, int], tuple[bool, int, int]] = {}
         self._backlogs = ([0] * ranks, [0] * ranks)  # predicted microseconds of short and of long side work
 
     @property
@@ -129,8 +131,15 @@ class Placement:
                 self._give(request.id, FORWARDED, rank, True, cost)
         return Forward(request.id, owners)
 
-    def note_done(self, report: SideReport) -> None:
-        self._take_back(report.id, report.branch, report.rank)
+    def note_done(self, report: SideReport) -> bool:
+        """Note a report; whether the work is done: not while other processes of the rank are still at it."""
+        key = report.id, report.branch, report.rank
+        is_long, microseconds, due = self._side_work.get(key, (False, 0, 1))
+        if due > 1 and not report.error:
+            self._side_work[key] = is_long, microseconds, due - 1
+            return False
+        self._take_back(*key)
+        return True
 
     def note_encoded(self, report: SideReport, request: ScheduledRequest) -> None:
         """A rank holds the text of a branch, or all of a request that every rank prepares."""
@@ -150,7 +159,8 @@ class Placement:
         self._take_back_all(request.id)
 
     def _give(self, id: int, branch: int, rank: int, is_long: bool, microseconds: int) -> None:
-        self._side_work[id, branch, rank] = is_long, microseconds
+        reports = 1 if branch in (DECODED, PREVIEWED) else self._processes
+        self._side_work[id, branch, rank] = is_long, microseconds, reports
         self._backlogs[is_long][rank] += microseconds
 
     def _take_back_all(self, id: int, branch: int | None = None) -> None:
@@ -158,5 +168,5 @@ class Placement:
             self._take_back(*key)
 
     def _take_back(self, id: int, branch: int, rank: int) -> None:
-        is_long, microseconds = self._side_work.pop((id, branch, rank), (False, 0))
+        is_long, microseconds, _ = self._side_work.pop((id, branch, rank), (False, 0, 0))
         self._backlogs[is_long][rank] -= microseconds

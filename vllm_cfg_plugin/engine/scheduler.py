@@ -85,6 +85,7 @@ class StepScheduler(SchedulerInterface):
             cost,
             max_step_us=max_step_us(vllm_config),
             max_side_us=max_side_us(vllm_config),
+            processes=settings.sequence_parallel_size,
         )
         self._include_finished_set = include_finished_set
         self._log_stats = log_stats

@@ -34,13 +34,17 @@ class StepResult:
 
 
 def merge_reports(reports: Sequence[StepReport], epoch: int, side: list[SideResult]) -> StepResult:
-    """Merge every rank's report of the same step, in rank order."""
+    """Merge the reports of the same step in rank order: one of every rank, or of every process that a rank is."""
+    spans: dict[int, tuple[float, float]] = {}
+    for report in reports:
+        began, denoised = spans.get(report.rank, (report.began, report.denoised))
+        spans[report.rank] = min(began, report.began), max(denoised, report.denoised)
     result = StepResult(
         began=min(report.began for report in reports),
         denoised=max(report.denoised for report in reports),
         side=side,
         epoch=epoch,
-        spans=[(report.began, report.denoised) for report in reports],
+        spans=[*spans.values()],
     )
     for report in reports:
         for id, message in report.failed:

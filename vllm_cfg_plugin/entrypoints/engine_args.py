@@ -42,8 +42,8 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
         "progress_address": new_address("progress"),
         "cause_address": new_address("cause"),
     }
-    variant = EngineSettings.from_dict(additional).variant
-    check_servable(Checkpoint(model, engine_args.get("revision")), variant)
+    asked = EngineSettings.from_dict(additional)
+    check_servable(Checkpoint(model, engine_args.get("revision")), asked.variant, asked.sequence_parallel_size)
     _check_names(engine_args)
     check_options(engine_args, _vllms_default)
     options = with_our_defaults(engine_args, current_platform.is_cpu())

@@ -60,6 +60,7 @@ class FrontEnd:
         ranks: of one engine.
         cost: of work on one rank; None where it is not known.
         progress_address: where the engine publishes progress; empty where it does not.
+        processes: that each rank is.
     """
 
     info: PipelineInfo
@@ -68,6 +69,7 @@ class FrontEnd:
     ranks: int = 1
     progress_address: str = ""
     cost: CostModel | None = None
+    processes: int = 1
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> FrontEnd:
@@ -76,7 +78,8 @@ class FrontEnd:
         settings = EngineSettings.from_vllm_config(vllm_config)
         info = describe(checkpoint)
         count_tokens = TokenCounter.of(checkpoint, info.text)
-        return cls(info, settings.limits, count_tokens, settings.cfg_parallel_size, settings.progress_address)
+        ranks, processes = settings.cfg_parallel_size, settings.sequence_parallel_size
+        return cls(info, settings.limits, count_tokens, ranks, settings.progress_address, processes=processes)
 
     def with_cost(self, answers: object) -> FrontEnd:
         """The same with the costs in the ranks' answers to the call of "calibrate"."""
@@ -114,9 +117,9 @@ class FrontEnd:
             raise InvalidRequestError("num_inference_steps", request.num_inference_steps, allowed)
 
     def bytes_of(self, images: Sequence[ImageInput], results: int) -> int:
-        """What images of a request take, decoded: here once, and for each result in the engine and on every rank."""
+        """What images of a request take, decoded: here once, and for each result in the engine and in its processes."""
         pixels = sum(image.width * image.height * len(image.mode) for image in images)
-        return pixels * (1 + results * (1 + self.ranks))
+        return pixels * (1 + results * (1 + self.ranks * self.processes))
 
 
 @contextmanager

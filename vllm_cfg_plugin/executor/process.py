@@ -16,6 +16,8 @@ import cloudpickle
 import torch
 import zmq
 
+from vllm_cfg_plugin.config import EngineSettings
+from vllm_cfg_plugin.distributed.sequence_group import GroupBrokenError
 from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.plan import SideReport, StepReport
 from vllm_cfg_plugin.errors import one_line
@@ -23,6 +25,7 @@ from vllm_cfg_plugin.executor import channel
 from vllm_cfg_plugin.executor.lifeline import die_with_parent, die_with_parents_thread
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.worker.memory import keep_freed_memory
+from vllm_cfg_plugin.worker.side_work import end_rank
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,7 +67,10 @@ def run_worker(
         return
     worker.runner.side.deliver = SideReportSender(context, rank, address)
     socket.send_multipart([channel.READY, b""])
-    _serve(worker, rank, socket)
+    try:
+        _serve(worker, rank, socket)
+    except GroupBrokenError as error:
+        end_rank(error)
     worker.shutdown()
     context.destroy(linger=0)
     sys.stdout.flush()
@@ -100,7 +106,7 @@ def _start(vllm_config: VllmConfig, rank: int, init_method: str) -> WorkerWrappe
     from vllm.utils.system_utils import decorate_logs, set_process_title
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    name = f"CfgRank{rank}"
+    name = f"CfgRank{EngineSettings.from_vllm_config(vllm_config).rank_name(rank)}"
     set_process_title(name)
     decorate_logs(name)
     if vllm_config.device_config.device_type == "cpu":

@@ -77,11 +77,14 @@ class EnginePipeline(CFGParallelMixin, ABC):
         float32_components: what is loaded in float32 whatever the dtype.
         guidance_fields: those of `GUIDANCE_FIELDS` that `combine_branches` reads; requests with others are refused. A
             class with a `combine_branches` of its own says which.
+        heads_field: of transformer/config.json, the number of attention heads, by which a sequence group shares packed
+            forwards; "" where it can't.
     """
 
     decode_sees_images: ClassVar[bool] = False
     float32_components: ClassVar[tuple[str, ...]] = ()
     guidance_fields: ClassVar[frozenset[str]] = GUIDANCE_FIELDS
+    heads_field: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

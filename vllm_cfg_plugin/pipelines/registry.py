@@ -169,15 +169,16 @@ def _warn_of_claims(class_name: str) -> None:
         )
 
 
-def check_servable(checkpoint: Checkpoint, variant: str = "") -> None:
+def check_servable(checkpoint: Checkpoint, variant: str = "", sequence_parallel_size: int = 1) -> None:
     """Everything that can be known to be wrong with a checkpoint before a process is started.
 
     Args:
         variant: of the names of its weight files.
+        sequence_parallel_size: processes that are to share its forwards.
 
     Raises:
         ConfigurationError: unknown class, missing components, missing or unreadable component configs, a noise
-            scheduler that the family can't set, missing or truncated weight files.
+            scheduler that the family can't set, missing or truncated weight files, heads that can't be shared.
     """
     point = _entry_point_of(checkpoint)
     _warn_of_claims(point.name)
@@ -190,6 +191,23 @@ def check_servable(checkpoint: Checkpoint, variant: str = "") -> None:
     checkpoint.check_components()
     _check_noise_schedule(checkpoint, describe(checkpoint))
     check_weight_files(checkpoint, pipeline_class(checkpoint).loaded_class(), variant)
+    if sequence_parallel_size > 1:
+        _check_heads(checkpoint, sequence_parallel_size)
+
+
+def _check_heads(checkpoint: Checkpoint, sequence_parallel_size: int) -> None:
+    asked, cls = f"sequence_parallel_size={sequence_parallel_size}", pipeline_class(checkpoint)
+    if not cls.heads_field:
+        raise ConfigurationError(
+            f"{asked} is not valid for {cls.__name__}, whose forwards can't be shared: leave it out (cfg_parallel_size "
+            "shares branches)"
+        )
+    heads = checkpoint.component_config("transformer").get(cls.heads_field, 0)
+    if heads % sequence_parallel_size:
+        raise ConfigurationError(
+            f"{asked} is not valid: it must divide the {heads} attention heads of the model (transformer/config.json: "
+            f"{cls.heads_field})"
+        )
 
 
 def _check_noise_schedule(checkpoint: Checkpoint, info: PipelineInfo) -> None:

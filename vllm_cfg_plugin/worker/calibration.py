@@ -1,6 +1,7 @@
 """Times the real pipeline on this rank at start-up and fits the cost model to it; kept on disk for the next start.
 
-All ranks of a host calibrate at the same time, because that is how they will run. Must not import vLLM.
+All ranks of a host calibrate at the same time, because that is how they will run: a sequence group together. Must not
+import vLLM.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, Checkpoint, PipelineInfo
 from vllm_cfg_plugin.config import PLUGIN_NAME
+from vllm_cfg_plugin.distributed.sequence_group import ALONE, SequenceGroup, current_group, together
 from vllm_cfg_plugin.engine.calibration import Calibration
 from vllm_cfg_plugin.engine.cost import (
     CostModel,
@@ -48,18 +50,23 @@ _MOST_SEQUENCES = 256
 _COMPONENTS = ("transformer", "transformer_2", "unet", "vae", "text_encoder")
 
 
-def calibrate_rank(pipeline: EnginePipeline, checkpoint: Checkpoint, folder: Path, ranks: int) -> Calibration:
+def calibrate_rank(
+    pipeline: EnginePipeline, checkpoint: Checkpoint, folder: Path, ranks: int, group: SequenceGroup = ALONE
+) -> Calibration:
     """This rank's calibration: from `folder` if an earlier start left it there, measured otherwise.
 
     Args:
         folder: where calibrations are kept, one file per model, device and software; need not exist.
         ranks: how many run side by side and share what the machine has.
+        group: those of them that share this one's forwards.
     """
-    path = folder / f"{_key(pipeline, checkpoint, ranks)}.json"
+    path = folder / f"{_key(pipeline, checkpoint, ranks, group.size)}.json"
     calibration = _load(path)
-    if calibration is None:
+    (is_missing,) = group.any([calibration is None])
+    if calibration is None or is_missing:
         info = describe(checkpoint)
-        calibration = (calibrate if info.call_arguments is None else calibrate_calls)(pipeline, info)
+        with together(group):
+            calibration = (calibrate if info.call_arguments is None else calibrate_calls)(pipeline, info)
         _store(path, calibration)
     return calibration
 
@@ -67,7 +74,7 @@ def calibrate_rank(pipeline: EnginePipeline, checkpoint: Checkpoint, folder: Pat
 @torch.inference_mode()
 def calibrate(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration:
     """Measure encodes, decodes and packed forwards of growing sizes, then all of them again while there is time."""
-    stopwatch = Stopwatch(next(pipeline.transformer.parameters()).device)
+    stopwatch = Stopwatch(next(pipeline.transformer.parameters()).device, current_group())
     texts: dict[str, PromptEmbeds] = {}
     encodes = stopwatch.climb(_encode_runs(pipeline, info, texts))
     decodes = stopwatch.climb(_decode_runs(pipeline, sample_requests(info, _DECODE_SCALES)))
@@ -131,8 +138,9 @@ def _forward_run(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> R
     groups = [[branches[position] for position in group] for group in group_branches(pipeline, branches)]
 
     def forward() -> None:
-        for group in groups:
-            pipeline.predict_noise(**pipeline.pack_branches(group))
+        with together(current_group()):
+            for group in groups:
+                pipeline.predict_noise(**pipeline.pack_branches(group))
 
     return Run(forward, lengths)
 
@@ -158,7 +166,7 @@ def _branch(pipeline: EnginePipeline, request: DiffusionRequest, embeds: PromptE
     )
 
 
-def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int) -> str:
+def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int, sharers: int) -> str:
     """Names everything that the figures depend on."""
     weight = next(pipeline.transformer.parameters())
     facts = [
@@ -171,6 +179,7 @@ def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int) -> str:
         version(PLUGIN_NAME),
         torch.get_num_threads(),
         ranks,
+        sharers,
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 

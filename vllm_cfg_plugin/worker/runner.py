@@ -1,9 +1,9 @@
 """One engine step on one rank: forget, admit, assign, forward, exchange, advance; what may take long is side work.
 
 Every rank carries out the same plan; what differs is which branches it owns, which texts it encodes and which images
-it decodes. A failure is noted in the request's state and never leaves a verb: the rank always joins the step's
-exchange, where all ranks learn of it and drop the request alike. Must not import vLLM or torch.distributed: the
-collective comes in as a function.
+it decodes. A cfg rank may be a sequence group of processes: they forward together, and decode in turn. A failure is
+noted in the request's state and never leaves a verb: the rank always joins the step's exchange, where all ranks learn
+of it and drop the request alike. Must not import vLLM or torch.distributed: the collectives come in from outside.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vllm_cfg_plugin.distributed.sequence_group import NO_GROUPS, MemberFailedError, SequenceGroups, together
 from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, Forward, Preview, StepPlan, StepReport
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -46,6 +47,7 @@ class StepRunner:
         all_gather: [row] of every rank -> [ranks, row].
         side: where encodes, decodes and long forwards run and are reported.
         pace: how far it runs ahead of its device.
+        groups: the processes that are this cfg rank.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class StepRunner:
         all_gather: AllGather,
         side: SideWork,
         pace: Pace | None = None,
+        groups: SequenceGroups = NO_GROUPS,
     ) -> None:
         self.pipeline = pipeline
         self.rank = rank
@@ -71,6 +74,7 @@ class StepRunner:
         self._like = pipeline.prediction_like
         self._text_lock = threading.Lock()  # tokenizers serve one thread at a time
         self._pace = pace or HostPace()
+        self._groups = groups
         self._flags: deque[ExchangedFlags] = deque()  # of steps, not yet read
         self._plans: deque[UnsettledPlan] = deque()  # not yet reported
 
@@ -207,8 +211,12 @@ class StepRunner:
 
     def _decode(self, decode: Decode) -> None:
         state = self._forget(decode.id)
-        if decode.rank == self.rank and state is not None and not state.error:
+        if self._is_mine(decode.id, decode.rank) and state is not None and not state.error:
             self.side.decode(decode.id, partial(self._decode_final, state), decode.is_long)
+
+    def _is_mine(self, id: int, rank: int) -> bool:
+        """Whether this process does what one process of a cfg rank does: they take turns."""
+        return rank == self.rank and id % self._groups.steps.size == self._groups.steps.rank
 
     def _decode_final(self, state: RequestState) -> torch.Tensor:
         """Runs beside the steps."""
@@ -237,15 +245,16 @@ class StepRunner:
         state.owners = forward.owners
         mine = [branch for branch, rank in enumerate(forward.owners) if rank == self.rank]
         if mine and not state.error:
-            self.side.forward(forward.id, partial(self._forward_branches, state, mine))
+            self.side.forward(forward.id, partial(self._forward_branches, state, mine), self._groups.beside)
 
     def _forward_branches(self, state: RequestState, branches: Iterable[int]) -> None:
         """Runs beside the steps; one after the other, as long ones gain nothing from sharing a forward."""
-        for branch in branches:
-            (outcome,) = self._predict([branch_input(state, branch)])
-            prediction = checked_prediction(outcome, state.prediction_shape)
-            self._hand_over([prediction])
-            state.predictions[branch] = prediction
+        with together(self._groups.beside):
+            for branch in branches:
+                (outcome,) = self._forward_together([branch_input(state, branch)])
+                prediction = checked_prediction(outcome, state.prediction_shape)
+                self._hand_over([prediction])
+                state.predictions[branch] = prediction
 
     # ---- one denoising step of all running requests, and of long ones whose forwards are done ----
 
@@ -261,7 +270,7 @@ class StepRunner:
                 predictions[slot] = state.predictions.pop(slot[1])
             except KeyError as error:
                 self._note_failure(state, "looking for its prediction", error)
-        mine = {preview.id: preview for preview in previews if preview.rank == self.rank}
+        mine = {preview.id: preview for preview in previews if self._is_mine(preview.id, preview.rank)}
         self._exchange_and_advance(lineup, predictions, mine)
 
     def _line_up(self, long: Sequence[RequestState]) -> Lineup:
@@ -281,29 +290,38 @@ class StepRunner:
 
     def _group_inputs(self, lineup: Lineup) -> list[dict[Slot, BranchInput]]:
         """What this rank forwards, one group for each model."""
-        groups: dict[Hashable, dict[Slot, BranchInput]] = {}
+        inputs: dict[Slot, tuple[Hashable, BranchInput]] = {}
         for slot in lineup.mine:
             position, branch = slot
             state = lineup.states[position]
             if state.error:
                 continue
             try:
-                inputs = branch_input(state, branch)
-                groups.setdefault(self.pipeline.forward_group(inputs), {})[slot] = inputs
+                of_branch = branch_input(state, branch)
+                inputs[slot] = self.pipeline.forward_group(of_branch), of_branch
             except Exception as error:
                 self._note_failure(state, "preparing its forward", error)
+        self._share_failures(lineup.states)
+        groups: dict[Hashable, dict[Slot, BranchInput]] = {}
+        for slot, (key, of_branch) in inputs.items():
+            if not lineup.states[slot[0]].error:
+                groups.setdefault(key, {})[slot] = of_branch
         return [*groups.values()]
+
+    def _share_failures(self, states: Sequence[RequestState]) -> None:
+        """All processes of a cfg rank forward the same: what one of them can't go on with, none does."""
+        group = self._groups.steps
+        if group.size == 1:
+            return
+        for state, has_failed in zip(states, group.any([bool(state.error) for state in states]), strict=True):
+            if has_failed and not state.error:
+                state.error = "failed on another process of its cfg rank"  # which reports why
 
     def _predict(self, inputs: Sequence[BranchInput]) -> list[torch.Tensor | Exception]:
         """Predict all in one call; if that fails, in halves, down to the one that fails alone."""
         try:
-            prediction = self.pipeline.predict_noise(**self.pipeline.pack_branches(inputs))
-            predictions = self.pipeline.unpack_predictions(prediction, inputs)
-            if len(predictions) != len(inputs):
-                raise ValueError(
-                    f"unpack_predictions returned {len(predictions)} predictions of {len(inputs)} branches"
-                )
-            return [*predictions]
+            with together(self._groups.steps):
+                return [*self._forward_together(inputs)]
         except Exception as error:
             if len(inputs) == 1:
                 return [error]
@@ -313,6 +331,14 @@ class StepRunner:
         # Outside the except block, so that the failed call's tensors are free before the halves are tried.
         middle = len(inputs) // 2
         return self._predict(inputs[:middle]) + self._predict(inputs[middle:])
+
+    def _forward_together(self, inputs: Sequence[BranchInput]) -> Sequence[torch.Tensor]:
+        """Predict all in one call."""
+        prediction = self.pipeline.predict_noise(**self.pipeline.pack_branches(inputs))
+        predictions = self.pipeline.unpack_predictions(prediction, inputs)
+        if len(predictions) != len(inputs):
+            raise ValueError(f"unpack_predictions returned {len(predictions)} predictions of {len(inputs)} branches")
+        return predictions
 
     def _exchange_and_advance(
         self, lineup: Lineup, mine: dict[Slot, torch.Tensor], previews: dict[int, Preview]
@@ -330,7 +356,7 @@ class StepRunner:
         for state, _ in going:
             state.last_flags = flags
             state.index += 1
-            if state.owners[0] == self.rank and not state.error and is_due(state):
+            if self._is_mine(state.id, state.owners[0]) and not state.error and is_due(state):
                 self._keep(state)
             if state.is_denoised:
                 self._leave(state.id)
@@ -364,8 +390,10 @@ class StepRunner:
 
     def _note_failure(self, state: RequestState, doing: str, error: Exception) -> None:
         logger.error("A request failed while %s", doing, exc_info=error)
-        if not state.error:  # its other branch may have failed just before
-            state.error = f"failed while {doing}: {type(error).__name__}: {error}"
+        if state.error:  # its other branch may have failed just before
+            return
+        state.error = f"failed while {doing}: {type(error).__name__}: {error}"
+        if not isinstance(error, MemberFailedError):  # which reports why
             self._failures.append((state.id, state.error))
 
     def _hand_over(self, tensors: Iterable[torch.Tensor]) -> None:

@@ -18,11 +18,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from vllm_cfg_plugin.distributed.sequence_group import ALONE, GroupBrokenError, SequenceGroup
 from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, KEPT, PREVIEWED, SideReport
 from vllm_cfg_plugin.errors import InputsRefusedError
 from vllm_cfg_plugin.logs import get_logger
@@ -42,13 +43,24 @@ Deliver = Callable[[SideReport, torch.Tensor | None], None]
 
 @dataclass(eq=False)
 class _Work:
-    """A piece of work of one request; `branch` as in its report."""
+    """A piece of work of one request; `branch` as in its report.
+
+    Attributes:
+        group: whose ranks do it together.
+    """
 
     id: int
     branch: int
     doing: str
     run: Callable[[], torch.Tensor | None]
+    group: SequenceGroup = ALONE
     is_cancelled: bool = False
+
+    def run_or_skip(self) -> torch.Tensor | None:
+        if not self.is_cancelled or not self.group.is_stoppable:
+            return self.run()
+        self.group.fail()  # the others may be at it
+        return None
 
 
 class SideWork:
@@ -83,9 +95,9 @@ class SideWork:
         """Call `run`, which decodes what request `id` is heading for as `decode` does, and report."""
         self._submit(self._long_coder if is_long else self._previewer, _Work(id, PREVIEWED, "making a preview", run))
 
-    def forward(self, id: int, run: Callable[[], None]) -> None:
-        """Call `run`, which forwards this rank's branches of long request `id`, and report."""
-        self._submit(self._forwarder, _Work(id, FORWARDED, "predicting its noise", run))
+    def forward(self, id: int, run: Callable[[], None], group: SequenceGroup = ALONE) -> None:
+        """Call `run`, which forwards this rank's branches of long request `id` together with `group`, and report."""
+        self._submit(self._forwarder, _Work(id, FORWARDED, "predicting its noise", run, group))
 
     def keep(self, id: int, steps: int, run: Callable[[], torch.Tensor]) -> None:
         """Call `run`, which gives what lets request `id` go on after so many steps, and report; or warn if it fails."""
@@ -138,11 +150,14 @@ class SideWork:
         began = time.monotonic()
         pixels, message, is_refused = None, "", False
         try:
-            with _StopWhenCancelled(work) if thread in self._stoppable else nullcontext():
-                pixels = None if work.is_cancelled else work.run()
+            may_stop = thread in self._stoppable and work.group.is_stoppable
+            with _StopWhenCancelled(work) if may_stop else nullcontext():
+                pixels = work.run_or_skip()
             thread.synchronize()
         except _Cancelled:
             logger.debug("Request %d left while %s", work.id, work.doing)
+        except GroupBrokenError as error:
+            end_rank(error)
         except InputsRefusedError as error:
             message, is_refused = str(error), True
         except Exception as error:
@@ -155,6 +170,12 @@ class SideWork:
         milliseconds = 0.0 if message else 1e3 * (time.monotonic() - began)
         shape = () if pixels is None else tuple(pixels.shape)
         self.deliver(SideReport(work.id, work.branch, self._rank, milliseconds, message, shape, is_refused), pixels)
+
+
+def end_rank(why: GroupBrokenError) -> NoReturn:
+    """End this process, at once: all ranks are started anew then."""
+    logger.critical("%s: this rank ends", why)
+    os._exit(1)
 
 
 def run_now(run: Callable[[], None]) -> Future[None]:

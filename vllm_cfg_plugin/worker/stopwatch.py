@@ -1,6 +1,6 @@
 """Times runs on a rank's device within a limit of time; the shortest of a few runs counts.
 
-What else a machine does only ever adds time. Must import nothing but torch and the cost model's samples.
+What else a machine does only ever adds time. Must not import vLLM or diffusers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from math import inf
 
 import torch
 
+from vllm_cfg_plugin.distributed.sequence_group import ALONE, MemberFailedError, SequenceGroup
 from vllm_cfg_plugin.engine.cost import PackSample
 
 LONGEST_RUN_SECONDS = 0.25  # inputs stop growing where a run would take longer
@@ -44,12 +45,17 @@ class Run:
 
 
 class Stopwatch:
-    """Times runs on a device, within limits of time."""
+    """Times runs on a device, within limits of time.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        group: the ranks that run them together; what counts is the slowest one's time, so all of them go on alike.
+    """
+
+    def __init__(self, device: torch.device, group: SequenceGroup = ALONE) -> None:
         self._device = device
-        # One thread's own time leaves out what other processes took of its core.
-        one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+        self._group = group
+        # One thread's own time leaves out what other processes took of its core. In a group it waits for the others.
+        one_thread = device.type == "cpu" and torch.get_num_threads() == 1 and group.size == 1
         self._clock = time.thread_time if one_thread else time.perf_counter
         self._spent = 0.0  # seconds by that clock
         self._waited = 0.0  # seconds on the wall
@@ -75,7 +81,7 @@ class Stopwatch:
                 break
             try:
                 self._time_first(run)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, MemberFailedError):
                 if not climbed:
                     raise
                 break
@@ -110,10 +116,11 @@ class Stopwatch:
         wall, began = time.perf_counter(), self._clock()
         run.action()
         self._synchronize()
-        seconds = self._clock() - began
+        times = torch.tensor([[self._clock() - began, time.perf_counter() - wall]], dtype=torch.float64)
+        seconds, waited = self._group.all_gather(times).amax(dim=0).tolist()
         run.us = min(run.us, max(1e6 * seconds, 1.0))
         self._spent += seconds
-        self._waited += time.perf_counter() - wall
+        self._waited += waited
 
     def _synchronize(self) -> None:
         if self._device.type != "cpu":

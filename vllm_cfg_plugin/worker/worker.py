@@ -16,6 +16,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.config import PLUGIN_NAME, EngineSettings
 from vllm_cfg_plugin.distributed import parallel_state, shared_memory
+from vllm_cfg_plugin.distributed.sequence_group import SequenceGroups, current_group
 from vllm_cfg_plugin.engine.calibration import Calibration
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.registry import describe
@@ -31,7 +32,7 @@ logger = get_logger(__name__)
 
 
 class DiffusionWorker(WorkerBase):
-    """One cfg rank."""
+    """One cfg rank, or one process of the sequence group that is it."""
 
     device: torch.device
     runner: StepRunner
@@ -56,7 +57,12 @@ class DiffusionWorker(WorkerBase):
             local_rank=self.local_rank,
             backend=self.current_platform.dist_backend,
         )
-        parallel_state.initialize_model_parallel(settings.cfg_parallel_size, self.parallel_config.tensor_parallel_size)
+        parallel_state.initialize_model_parallel(
+            settings.cfg_parallel_size,
+            self.parallel_config.tensor_parallel_size,
+            sequence_parallel_size=settings.sequence_parallel_size,
+        )
+        self._groups = SequenceGroups(current_group(), parallel_state.make_sequence_group())
         # Here, where ranks meet anyway: a rank that can't load its model must not leave the others waiting.
         self._all_gather = make_all_gather(self.device)
 
@@ -78,13 +84,15 @@ class DiffusionWorker(WorkerBase):
         info = describe(self._checkpoint)
         if info.call_arguments is None:  # else the pipeline sets and steps it as it likes
             check_noise_scheduler(pipeline, info)
+        rank = parallel_state.get_classifier_free_guidance_rank()
         self.runner = StepRunner(
             pipeline,
-            parallel_state.get_classifier_free_guidance_rank(),
+            rank,
             parallel_state.get_classifier_free_guidance_world_size(),
             self._all_gather,
-            SideWork(self.rank, self.device),
+            SideWork(rank, self.device),
             pace_of(self.device),
+            self._groups,
         )
 
     def calibrate(self) -> Calibration:
@@ -94,7 +102,8 @@ class DiffusionWorker(WorkerBase):
     @cached_property
     def _calibration(self) -> Calibration:
         folder = Path(envs.VLLM_CACHE_ROOT) / PLUGIN_NAME
-        return calibrate_rank(self.runner.pipeline, self._checkpoint, folder, self.parallel_config.world_size)
+        ranks = self.parallel_config.world_size
+        return calibrate_rank(self.runner.pipeline, self._checkpoint, folder, ranks, self._groups.steps)
 
     @property
     def _checkpoint(self) -> Checkpoint:

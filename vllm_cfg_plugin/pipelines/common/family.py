@@ -27,6 +27,7 @@ class FamilyPipeline(EnginePipeline):
     adopted: ClassVar[Mapping[str, Any]]
     output_class: ClassVar[type]
     call_options: ClassVar[Mapping[str, Any]] = {}
+    heads_field = "num_attention_heads"
 
     maybe_free_model_hooks: Any
 

@@ -37,6 +37,7 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
 
     adopted: ClassVar[dict[str, Any]] = {"transformer": PackedZImageTransformer}
     output_class = ZImagePipelineOutput
+    heads_field = "n_heads"
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint) -> PipelineInfo:
