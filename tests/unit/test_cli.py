@@ -217,7 +217,7 @@ def test_additional_config_that_is_no_object_is_one_clear_line(parse, capsys, mo
 
 def test_a_setting_that_there_is_not_is_one_clear_line(parse, capsys, model):
     line = rejected(parse, capsys, model, "--additional-config", '{"cfg_paralel_size": 2}')
-    assert "there is no cfg_paralel_size: did you mean cfg_parallel_size?" in line
+    assert "there is no cfg_paralel_size: did you mean cfg_parallel_size or sequence_parallel_size?" in line
 
 
 LEAST = [("max-num-seqs", 0, 1), ("max-num-queued-reqs", 0, 1), ("shutdown-timeout", -1, 0)]

@@ -22,7 +22,7 @@ class ThreadsAsRanks(RankProcesses):
         self._call_seconds = call_seconds
         self._threads = [
             threading.Thread(target=self._run, args=(meeting.address, rank, first), daemon=True)
-            for rank in range(meeting.ranks)
+            for rank in range(len(meeting.names))
         ]
         for thread in self._threads:
             thread.start()
@@ -59,7 +59,9 @@ def make_pool():
     pools = []
 
     def make(**ranks):
-        pools.append(RankPool(lambda meeting: ThreadsAsRanks(meeting, **ranks), 2, read_answer, lambda: ANSWER_SECONDS))
+        pools.append(
+            RankPool(lambda meeting: ThreadsAsRanks(meeting, **ranks), "01", read_answer, lambda: ANSWER_SECONDS)
+        )
         return pools[-1]
 
     yield make

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.toy_pipeline import InlineSideWork, ToyPipeline, UnluckyPipeline, toy_request
-from vllm_cfg_plugin.engine.plan import DECODED, Admission, Assign, Decode, Encode, StepPlan
+from vllm_cfg_plugin.distributed.sequence_group import SequenceGroups
+from vllm_cfg_plugin.engine.plan import DECODED, PREVIEWED, Admission, Assign, Decode, Encode, Preview, StepPlan
 from vllm_cfg_plugin.params import ImageInput
 from vllm_cfg_plugin.worker.runner import StepRunner
 
@@ -144,3 +145,41 @@ def test_branches_of_equal_lengths_are_neighbours_in_the_forward():
     rank.join(*(toy_request("ab", "cd", image_tokens=tokens) for tokens in (4, 9, 4, 9, 4)))
     lengths = [sequence.latents.shape[1] for sequence in rank.forwarded[0]]
     assert [(length, len([*run])) for length, run in groupby(lengths)] == [(4, 6), (9, 4)]
+
+
+class PlayedGroup:
+    """A sequence group of two, whose other process can't go on with what `fails` says."""
+
+    size, is_stoppable, trades = 2, True, 0
+
+    def __init__(self, rank, fails=False):
+        self.rank, self.fails = rank, fails
+
+    def any(self, flags):
+        return [flag or self.fails for flag in flags]
+
+
+def in_group(process, fails=False):
+    rank = Rank()
+    group = PlayedGroup(process, fails)
+    rank.runner = StepRunner(rank.pipeline, 0, 1, rank._gather, InlineSideWork(0), groups=SequenceGroups(group, group))
+    return rank
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_processes_of_a_rank_all_encode_and_decode_in_turn(process):
+    rank = in_group(process)
+    rank.join(toy_request(steps=2, negative=None), toy_request(steps=2, negative=None, seed=1), owners=(0,))
+    assert rank.reports() == [(0, 0), (1, 0)]
+    plan = StepPlan(1, [], [], [], [], True, [Decode(0, 0), Decode(1, 0)], previews=[Preview(0, 0), Preview(1, 0)])
+    rank.runner.run(plan)
+    assert rank.reports() == [(process, PREVIEWED), (process, DECODED)]
+
+
+def test_what_another_process_cannot_go_on_with_is_not_forwarded():
+    rank = in_group(0, fails=True)
+    report = rank.join(toy_request(steps=2))
+    assert report.failed == [], "the other one reports why"
+    assert rank.forwarded == []
+    assert (rank.exchanged[0][-1:] == 1).all(), "all cfg ranks learn of it"
+    assert not rank.runner.states

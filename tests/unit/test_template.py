@@ -14,7 +14,7 @@ from vllm_cfg_plugin.executor import rank_processes, template
 from vllm_cfg_plugin.executor.rank_processes import Meeting
 from vllm_cfg_plugin.executor.template import Template
 
-MEETING = Meeting(2, "nowhere", "nowhere")
+MEETING = Meeting("01", "nowhere", "nowhere")
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def pipeline_with_a_bar(vllm_config):
         yield
 
 
-def end_or_stay(vllm_config, rank, address, init_method, is_template):
+def end_or_stay(vllm_config, rank, name, address, init_method, is_template):
     """What the second rank does says the configuration."""
     if rank == 1 and vllm_config == "exit at once":
         os._exit(3)

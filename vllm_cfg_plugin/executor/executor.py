@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -59,7 +59,7 @@ class CfgExecutor(Executor):
         make_pool = partial(
             RankPool,
             self._choose_start(settings),
-            self.parallel_config.world_size,
+            [settings.rank_name(process) for process in range(self.parallel_config.world_size)],
             _read_answer,
             partial(step_timeout_s, self.vllm_config),
         )
@@ -144,7 +144,7 @@ class CfgExecutor(Executor):
         ranks = self._ranks
         with ranks.lock:
             try:
-                pending = ranks.pool.send_to_all(channel.CALL, number, payload, _merge_calls)
+                pending = ranks.pool.send_to_all(channel.CALL, number, payload, partial(_merge_calls, ranks.pool.names))
             except RankDiedError as error:
                 ranks.restart(error)
                 raise RanksRestartedError(_CALL_AGAIN) from error
@@ -313,8 +313,8 @@ def _read_answer(kind: bytes, frames: Frames) -> tuple[tuple[bytes, int], Any]:
     return (channel.CALL, number), (ok, value)
 
 
-def _merge_calls(answers: list[tuple[bool, Any]]) -> list[Any]:
-    for rank, (ok, value) in enumerate(answers):
+def _merge_calls(names: Sequence[str], answers: list[tuple[bool, Any]]) -> list[Any]:
+    for name, (ok, value) in zip(names, answers, strict=True):
         if not ok:
-            raise RuntimeError(f"the call failed on cfg rank {rank}: {value}")
+            raise RuntimeError(f"the call failed on cfg rank {name}: {value}")
     return [value for _, value in answers]

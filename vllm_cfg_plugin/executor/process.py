@@ -16,7 +16,6 @@ import cloudpickle
 import torch
 import zmq
 
-from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.distributed.sequence_group import GroupBrokenError
 from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.plan import SideReport, StepReport
@@ -37,9 +36,9 @@ _LOOK_MS = 1  # between looks at whether the device is done, where no plan is th
 
 
 def run_worker(
-    vllm_config: VllmConfig, rank: int, address: str, init_method: str, is_forked_by_template: bool = False
+    vllm_config: VllmConfig, rank: int, name: str, address: str, init_method: str, is_forked_by_template: bool = False
 ) -> None:
-    """Entry point of the process of `rank`; ends the process when told to stop."""
+    """Entry point of the process of `rank`, which users know by `name`; ends the process when told to stop."""
     from vllm_cfg_plugin.compat.forks import release_inherited_listeners, unshare_progress_lock
     from vllm_cfg_plugin.compat.libraries import silence_all_gather_deprecation
 
@@ -59,7 +58,7 @@ def run_worker(
     socket.setsockopt(zmq.IDENTITY, channel.identity(rank))
     socket.connect(address)
     try:
-        worker = _start(vllm_config, rank, init_method)
+        worker = _start(vllm_config, rank, f"CfgRank{name}", init_method)
     except Exception as error:
         traceback.print_exc()
         socket.send_multipart([channel.FAILED, one_line(error).encode()])
@@ -101,14 +100,13 @@ class SideReportSender:
         return self._of_thread.socket
 
 
-def _start(vllm_config: VllmConfig, rank: int, init_method: str) -> WorkerWrapperBase:
+def _start(vllm_config: VllmConfig, rank: int, title: str, init_method: str) -> WorkerWrapperBase:
     """Create the worker class that the configuration names, with its device and model."""
     from vllm.utils.system_utils import decorate_logs, set_process_title
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    name = f"CfgRank{EngineSettings.from_vllm_config(vllm_config).rank_name(rank)}"
-    set_process_title(name)
-    decorate_logs(name)
+    set_process_title(title)
+    decorate_logs(title)
     if vllm_config.device_config.device_type == "cpu":
         os.environ["OMP_NUM_THREADS"] = "1"
     wrapper = WorkerWrapperBase(rpc_rank=rank, global_rank=rank)

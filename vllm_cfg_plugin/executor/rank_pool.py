@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from typing import Any
@@ -32,10 +32,11 @@ ReadAnswer = Callable[[bytes, Frames], tuple[tuple[bytes, int], Any]]
 
 
 class RankPool:
-    """`ranks` running worker processes.
+    """Running worker processes, one of each name.
 
     Args:
         start_ranks: makes the processes.
+        names: what users know the ranks by, see `Meeting`.
         read_answer: what a rank's message answers.
         answer_seconds: ranks that owe an answer to a plan and send nothing for so long count as dead; called when the
             first plan is sent.
@@ -51,9 +52,13 @@ class RankPool:
     """
 
     def __init__(
-        self, start_ranks: StartRanks, ranks: int, read_answer: ReadAnswer, answer_seconds: Callable[[], float]
+        self,
+        start_ranks: StartRanks,
+        names: Sequence[str],
+        read_answer: ReadAnswer,
+        answer_seconds: Callable[[], float],
     ) -> None:
-        self._ranks = ranks
+        self.names = names
         self._read_answer = read_answer
         self._find_answer_seconds = answer_seconds
         self._pending: dict[tuple[bytes, int], PendingAnswer] = {}
@@ -66,7 +71,7 @@ class RankPool:
         self._socket.bind(address)
         init_method = get_distributed_init_method(get_loopback_ip(), get_open_port())
         try:
-            self.processes = start_ranks(Meeting(ranks, address, init_method))
+            self.processes = start_ranks(Meeting(names, address, init_method))
         except BaseException:
             self._context.destroy(linger=0)
             raise
@@ -84,7 +89,7 @@ class RankPool:
         self.heard = time.monotonic()
 
     def __len__(self) -> int:
-        return self._ranks
+        return len(self.names)
 
     @property
     def has_pending(self) -> bool:
@@ -92,11 +97,11 @@ class RankPool:
         return bool(self._pending)
 
     def _wait_until_ready(self) -> None:
-        waiting = set(range(self._ranks))
+        waiting = set(range(len(self)))
         while waiting:
             rank, (kind, payload, *_) = self._receive(None)
             if kind == channel.FAILED:
-                raise ConfigurationError(f"cfg rank {rank} could not start: {bytes(payload).decode()}")
+                raise ConfigurationError(f"cfg rank {self.names[rank]} could not start: {bytes(payload).decode()}")
             waiting.discard(rank)
 
     def send_to_all(self, kind: bytes, number: int, payload: bytes, merge: Callable[[list[Any]], Any]) -> PendingAnswer:
@@ -108,11 +113,13 @@ class RankPool:
         if not self._pending:
             self.heard = time.monotonic()  # nothing was due until now
         pending = self._pending[kind, number] = PendingAnswer(self, kind, merge)
-        for rank in range(self._ranks):
+        for rank in range(len(self)):
             try:
                 self._socket.send_multipart([channel.identity(rank), kind, payload])
             except zmq.ZMQError as error:
-                raise RankDiedError(f"cfg rank {rank} can't be reached: {error}; see its log above") from error
+                raise RankDiedError(
+                    f"cfg rank {self.names[rank]} can't be reached: {error}; see its log above"
+                ) from error
         return pending
 
     def pump(self, timeout: float | None) -> None:
@@ -187,7 +194,7 @@ class RankPool:
     def close(self) -> None:
         """Ask the ranks to stop, then make them; safe to call again."""
         if self._finalizer.alive:
-            for rank in range(self._ranks):
+            for rank in range(len(self)):
                 try:
                     self._socket.send_multipart([channel.identity(rank), channel.STOP, b""], zmq.NOBLOCK)
                 except zmq.ZMQError:

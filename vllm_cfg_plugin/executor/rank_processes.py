@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,12 +18,12 @@ class Meeting(NamedTuple):
     """Where ranks of one start find the engine and each other.
 
     Attributes:
-        ranks: how many there are.
+        names: of the ranks, "0", "1", ...; where a cfg rank is several processes "0.0", "0.1", ...
         address: of the engine's ZMQ socket.
         init_method: of torch.distributed.
     """
 
-    ranks: int
+    names: Sequence[str]
     address: str
     init_method: str
 
@@ -58,11 +58,12 @@ class OwnProcesses(RankProcesses):
 
     def __init__(self, vllm_config: VllmConfig, context: Any, meeting: Meeting, *, is_template: bool = False) -> None:
         self._processes: list[BaseProcess] = []
-        for rank in range(meeting.ranks):
+        self._names = meeting.names
+        for rank, rank_name in enumerate(meeting.names):
             process = context.Process(
                 target=run_worker,
-                args=(vllm_config, rank, meeting.address, meeting.init_method, is_template),
-                name=f"cfg-rank-{rank}",
+                args=(vllm_config, rank, rank_name, meeting.address, meeting.init_method, is_template),
+                name=f"cfg-rank-{rank_name}",
                 daemon=True,
             )
             process.start()
@@ -77,9 +78,9 @@ class OwnProcesses(RankProcesses):
         return [process.sentinel for process in self._processes]
 
     def why_ended(self) -> str:
-        for rank, process in enumerate(self._processes):
+        for name, process in zip(self._names, self._processes, strict=True):
             if process.exitcode is not None:
-                return f"the process of cfg rank {rank} (pid {process.pid}) ended with code {process.exitcode}"
+                return f"the process of cfg rank {name} (pid {process.pid}) ended with code {process.exitcode}"
         return ""
 
     def end(self, grace: float) -> None:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ class Template:
         if self._process is None or not self._process.is_alive():
             self._make_process()
         self._ended_rank = ""
-        return ForkedRanks(self, self.ask(meeting, _ANSWER_SECONDS))
+        return ForkedRanks(self, meeting.names, self.ask(meeting, _ANSWER_SECONDS))
 
     def _make_process(self) -> None:
         context = multiprocessing.get_context("fork")
@@ -127,17 +128,17 @@ class ForkedRanks(RankProcesses):
     """Children of the template process.
 
     Args:
-        pids: of the ranks, in their order.
+        names, pids: of the ranks, in their order.
     """
 
-    def __init__(self, template: Template, pids: list[int]) -> None:
+    def __init__(self, template: Template, names: Sequence[str], pids: list[int]) -> None:
         self._template = template
         self._descriptors: dict[int, str] = {}  # ready when a rank has ended -> which one
-        for rank, pid in enumerate(pids):
+        for name, pid in zip(names, pids, strict=True):
             # No such process: it has ended, and the template process says so.
             with suppress(ProcessLookupError):
                 if sys.platform == "linux":
-                    self._descriptors[os.pidfd_open(pid)] = f"cfg rank {rank} (pid {pid})"
+                    self._descriptors[os.pidfd_open(pid)] = f"cfg rank {name} (pid {pid})"
 
     @property
     def sentinels(self) -> list[Any]:
