@@ -9,6 +9,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from vllm import envs
+from vllm.config.vllm import OptimizationLevel
 from vllm.distributed import init_distributed_environment
 from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.v1.worker.worker_base import WorkerBase
@@ -19,6 +20,7 @@ from vllm_cfg_plugin.distributed import parallel_state, shared_memory
 from vllm_cfg_plugin.distributed.sequence_group import SequenceGroups, current_group
 from vllm_cfg_plugin.engine.calibration import Calibration
 from vllm_cfg_plugin.logs import get_logger
+from vllm_cfg_plugin.pipelines.common import fused
 from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.worker.calibration import calibrate_rank
 from vllm_cfg_plugin.worker.exchange import AllGather
@@ -80,6 +82,8 @@ class DiffusionWorker(WorkerBase):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint's pipeline; every rank holds all of it, because any rank may own any branch."""
+        if self.vllm_config.optimization_level > OptimizationLevel.O0:
+            fused.enable()
         pipeline = load_pipeline(self.vllm_config, self.device)
         info = describe(self._checkpoint)
         if info.call_arguments is None:  # else the pipeline sets and steps it as it likes

@@ -74,22 +74,22 @@ def forward_dual_block(
     image_norm, text_norm = block.image_norms[0], block.text_norms[0]
     image_out, text_out = joint_attention(
         block.attn,
-        modulate(image_norm, image, spans.image.rows, of_image, 0),
-        modulate(text_norm, text, spans.text.rows, of_text, first),
+        modulate(image_norm, image, of_image, 0),
+        modulate(text_norm, text, of_text, first),
         layout,
     )
-    own_in = None if block.image_attn is None else modulate(image_norm, image, spans.image.rows, of_image, 6)
-    add_gated(image, linear(block.attn.to_out[0], image_out), spans.image.rows, of_image, 2)
+    own_in = None if block.image_attn is None else modulate(image_norm, image, of_image, 6)
+    add_gated(image, linear(block.attn.to_out[0], image_out), of_image, 2)
     if block.image_attn is not None and own_in is not None:
         own_out = self_attention(block.image_attn, own_in, layout.image, None)
-        add_gated(image, linear(block.image_attn.to_out[0], own_out), spans.image.rows, of_image, 8)
-    image_in = modulate(block.image_norms[1], image, spans.image.rows, of_image, 3)
-    add_gated(image, feed_forward(block.image_mlp, image_in), spans.image.rows, of_image, 5)
+        add_gated(image, linear(block.image_attn.to_out[0], own_out), of_image, 8)
+    image_in = modulate(block.image_norms[1], image, of_image, 3)
+    add_gated(image, feed_forward(block.image_mlp, image_in), of_image, 5)
     if block.text_mlp is None:
         return
-    add_gated(text, linear(block.attn.to_add_out, text_out), spans.text.rows, of_text, first + 2)
-    text_in = modulate(block.text_norms[1], text, spans.text.rows, of_text, first + 3)
-    add_gated(text, feed_forward(block.text_mlp, text_in), spans.text.rows, of_text, first + 5)
+    add_gated(text, linear(block.attn.to_add_out, text_out), of_text, first + 2)
+    text_in = modulate(block.text_norms[1], text, of_text, first + 3)
+    add_gated(text, feed_forward(block.text_mlp, text_in), of_text, first + 5)
     _keep_finite(image)
     _keep_finite(text)
 
@@ -97,10 +97,10 @@ def forward_dual_block(
 def forward_single_block(block: Any, stream: torch.Tensor, spans: Spans, number: int, layout: JointLayout) -> None:
     """Block `number` of the model, one of its single-stream blocks, on a window of the joint stream [rows, dim]."""
     factors = spans.joint.factors(number)
-    normed = modulate(block.norm.norm, stream, spans.joint.rows, factors, 0)
+    normed = modulate(block.norm.norm, stream, factors, 0)
     attended = self_attention(block.attn, normed, layout.joint, layout.rotation)
     hidden = gelu_linear(block.proj_mlp, normed)
-    add_gated(stream, linear(block.proj_out, torch.cat([attended, hidden], dim=1)), spans.joint.rows, factors, 2)
+    add_gated(stream, linear(block.proj_out, torch.cat([attended, hidden], dim=1)), factors, 2)
     _keep_finite(stream)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from threading import Lock
 from typing import Any, NamedTuple, Protocol, Self
@@ -18,8 +19,10 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 import torch.nn.functional as F
 
+from vllm_cfg_plugin.pipelines.common import fused
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.packing import ROW_MULTIPLE, PackedRows
+from vllm_cfg_plugin.pipelines.common.upload import upload
 
 # Timesteps kept: as many as fit in these bytes, but for a large model at least this many (each 4.4 MB in
 # Qwen-Image).
@@ -155,10 +158,16 @@ def _factors_of(projected: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class StreamSpans(NamedTuple):
-    """Neighbouring rows of one stream that share a modulation: these modulations, and the rows of each span."""
+    """Neighbouring rows of one stream that share a modulation.
+
+    Attributes:
+        modulations, rows: of each span.
+        row_spans: number of each row's span, where rows are worked on one by one (`fused.py`); None where spans are.
+    """
 
     modulations: list[Modulation]
     rows: list[slice]
+    row_spans: torch.Tensor | None = None
 
     @classmethod
     def of(cls, modulations: Sequence[Modulation], stream: PackedRows) -> Self:
@@ -170,23 +179,61 @@ class StreamSpans(NamedTuple):
         """The spans of this rank's window of the stream."""
         spans = zip(self.modulations, map(stream.window_of, self.rows), strict=True)
         kept = [(modulation, rows) for modulation, rows in spans if rows.start < rows.stop]
-        return type(self)([modulation for modulation, _ in kept], [rows for _, rows in kept])
+        own = [rows for _, rows in kept]
+        return type(self)([modulation for modulation, _ in kept], own, _row_spans(own, stream.device))
 
-    def factors(self, number: int) -> list[Factors]:
+    def factors(self, number: int) -> SpanFactors:
         """Each span's factors of block `number`."""
-        return [modulation.blocks[number] for modulation in self.modulations]
+        return SpanFactors.of(self.rows, [modulation.blocks[number] for modulation in self.modulations], self.row_spans)
 
 
-def modulate(
-    norm: Any, stream: torch.Tensor, rows: Sequence[slice], factors: Sequence[Factors], shift: int
-) -> torch.Tensor:
-    """The layer norm of each span's rows, with the span's own scale and shift (`factors[shift + 1]`, `[shift]`).
+def _row_spans(spans: Sequence[slice], device: torch.device) -> torch.Tensor | None:
+    """Number of each row's span, where that is of use."""
+    if len(spans) < 2 or not fused.is_enabled(device):
+        return None
+    return _spans_of_rows(tuple(span.stop - span.start for span in spans), device)
+
+
+@lru_cache(64)
+def _spans_of_rows(counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """0 as often as the first count says, and so on: the same in all steps of the same requests."""
+    return upload(torch.repeat_interleave(torch.tensor(counts)), device)
+
+
+@dataclass(frozen=True)
+class SpanFactors:
+    """What a block's layers do to the spans of a stream.
+
+    Attributes:
+        rows: of each span.
+        factors: of each span, [dim] each.
+        row_spans: see `StreamSpans`; with it `table` has the factors of all spans, [spans, factors, dim].
+    """
+
+    rows: Sequence[slice]
+    factors: Sequence[Factors]
+    row_spans: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[slice], factors: Sequence[Factors], row_spans: torch.Tensor | None = None) -> Self:
+        if row_spans is None:
+            return cls(rows, factors)
+        table = torch.stack([factor for own in factors for factor in own]).unflatten(0, (len(factors), -1))
+        return cls(rows, factors, row_spans, table)
+
+
+def modulate(norm: Any, stream: torch.Tensor, spans: SpanFactors, shift: int) -> torch.Tensor:
+    """The layer norm of each span's rows, with the span's own scale and shift (factors `shift + 1` and `shift`).
 
     It is computed in the factors' dtype, which may be wider than the stream's.
     """
+    if (table := spans.table) is not None:
+        modulate_rows = fused.compiled(fused.modulate_rows)
+        return modulate_rows(stream, table[:, shift + 1], table[:, shift], spans.row_spans, norm.eps)
     pieces = [
         F.layer_norm(stream[span].to(own[shift].dtype), norm.normalized_shape, own[shift + 1], own[shift], norm.eps)
-        for span, own in zip(rows, factors, strict=True)
+        for span, own in zip(spans.rows, spans.factors, strict=True)
     ]
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(stream.dtype)
 
@@ -194,12 +241,13 @@ def modulate(
 def modulate_last(norm: Any, stream: torch.Tensor, spans: StreamSpans) -> torch.Tensor:
     """The stream after the last block, [rows, dim], normalised for the output projection."""
     factors = [(modulation.shift, modulation.scale) for modulation in spans.modulations]
-    return modulate(norm, stream, spans.rows, factors, 0)
+    return modulate(norm, stream, SpanFactors.of(spans.rows, factors, spans.row_spans), 0)
 
 
-def add_gated(
-    stream: torch.Tensor, change: torch.Tensor, rows: Sequence[slice], factors: Sequence[Factors], gate: int
-) -> None:
-    """Add a change to the stream in place, weighed by each span's own gate (`factors[gate]`)."""
-    for span, own in zip(rows, factors, strict=True):
+def add_gated(stream: torch.Tensor, change: torch.Tensor, spans: SpanFactors, gate: int) -> None:
+    """Add a change to the stream in place, weighed by each span's own gate (factor `gate`)."""
+    if spans.table is not None:
+        fused.compiled(fused.add_gated_rows)(stream, change, spans.table[:, gate], spans.row_spans)
+        return
+    for span, own in zip(spans.rows, spans.factors, strict=True):
         stream[span].addcmul_(change[span], own[gate])

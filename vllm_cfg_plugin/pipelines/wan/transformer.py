@@ -214,9 +214,7 @@ def _forward_block(
 ) -> None:
     """Block `number` on a window of the video's rows, [rows, dim], which are changed in place."""
     factors = spans.factors(number)
-    attended = attend_to_video(block.attn1, modulate(block.norm1, video, spans.rows, factors, 0), layout)
-    add_gated(video, attended, spans.rows, factors, 2)
+    attended = attend_to_video(block.attn1, modulate(block.norm1, video, factors, 0), layout)
+    add_gated(video, attended, factors, 2)
     video += attend_to_conditions(block.attn2, block.norm2(video), text, image, layout)
-    add_gated(
-        video, feed_forward(block.ffn, modulate(block.norm3, video, spans.rows, factors, 3)), spans.rows, factors, 5
-    )
+    add_gated(video, feed_forward(block.ffn, modulate(block.norm3, video, factors, 3)), factors, 5)

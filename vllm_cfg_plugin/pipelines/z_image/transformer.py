@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.common import fused
 from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.attention import rms_norm, scaled_rms_norm, self_attention
 from vllm_cfg_plugin.pipelines.common.linear import linear
@@ -25,6 +26,7 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
     Factors,
     Modulation,
     ModulationCache,
+    SpanFactors,
     StreamSpans,
     add_gated,
     modulate_last,
@@ -150,16 +152,16 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
         image = linear(self.all_x_embedder[_PATCH_KEY], layout.image.rows.window(lay_out(patches, layout.image.rows)))
         image[layout.image_pads] = self.x_pad_token
         for number, block in enumerate(self.noise_refiner):
-            _add_attention(block, image, layout.image, image_spans.rows, image_spans.factors(number))
-            _add_feed_forward(block, image, image_spans.rows, image_spans.factors(number))
+            _add_attention(block, image, layout.image, image_spans.factors(number))
+            _add_feed_forward(block, image, image_spans.factors(number))
         images = layout.image.rows.split(layout.image.rows.gather(image))
         pairs = zip(images, self._refine_texts(texts, layout), strict=True)
         stream = layout.joint.rows.window(layout.joint.rows.join(piece for pair in pairs for piece in pair))
         for number, block in enumerate(self.layers, len(self.noise_refiner)):
-            _add_attention(block, stream, layout.joint, spans.rows, spans.factors(number))
+            _add_attention(block, stream, layout.joint, spans.factors(number))
             if block is self.layers[-1]:  # nothing reads the text any more
                 stream, spans = layout.image_of(stream), image_spans
-            _add_feed_forward(block, stream, spans.rows, spans.factors(number))
+            _add_feed_forward(block, stream, spans.factors(number))
         final: Any = self.all_final_layer[_PATCH_KEY]
         return layout.image.rows.gather(linear(final.linear, modulate_last(final.norm_final, stream, spans)))
 
@@ -169,32 +171,32 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
         stream = linear(projection, rms_norm(norm, layout.text.rows.window(lay_out(texts, layout.text.rows))))
         stream[layout.text_pads] = self.cap_pad_token
         for block in self.context_refiner:
-            _add_attention(block, stream, layout.text, [slice(None)], [_norm_weights(block)])
-            _add_feed_forward(block, stream, [slice(None)], [_norm_weights(block)])
+            factors = SpanFactors.of([slice(None)], [_norm_weights(block)])
+            _add_attention(block, stream, layout.text, factors)
+            _add_feed_forward(block, stream, factors)
         return layout.text.rows.split(layout.text.rows.gather(stream))
 
 
-def _add_attention(
-    block: Any, stream: torch.Tensor, layout: PaddedStream, spans: Sequence[slice], factors: Sequence[Factors]
-) -> None:
+def _add_attention(block: Any, stream: torch.Tensor, layout: PaddedStream, factors: SpanFactors) -> None:
     """Add a block's attention to the stream [rows, dim], in place."""
-    normed = _scale_norm(block.attention_norm1, stream, spans, factors, 0)
+    normed = _scale_norm(block.attention_norm1, stream, factors, 0)
     change = linear(block.attention.to_out[0], self_attention(block.attention, normed, layout.rows, layout.rotation))
-    add_gated(stream, scaled_rms_norm(change, None, block.attention_norm2.eps), spans, factors, 1)
+    add_gated(stream, scaled_rms_norm(change, None, block.attention_norm2.eps), factors, 1)
 
 
-def _add_feed_forward(block: Any, stream: torch.Tensor, spans: Sequence[slice], factors: Sequence[Factors]) -> None:
+def _add_feed_forward(block: Any, stream: torch.Tensor, factors: SpanFactors) -> None:
     """Add a block's gated MLP to the stream [rows, dim], in place."""
-    normed, mlp = _scale_norm(block.ffn_norm1, stream, spans, factors, 2), block.feed_forward
+    normed, mlp = _scale_norm(block.ffn_norm1, stream, factors, 2), block.feed_forward
     change = linear(mlp.w2, F.silu(linear(mlp.w1, normed)).mul_(linear(mlp.w3, normed)))
-    add_gated(stream, scaled_rms_norm(change, None, block.ffn_norm2.eps), spans, factors, 3)
+    add_gated(stream, scaled_rms_norm(change, None, block.ffn_norm2.eps), factors, 3)
 
 
-def _scale_norm(
-    norm: Any, stream: torch.Tensor, spans: Sequence[slice], factors: Sequence[Factors], scale: int
-) -> torch.Tensor:
-    """The RMS norm of each span's rows with the span's own weight (`factors[scale]`)."""
-    pieces = [scaled_rms_norm(stream[span], own[scale], norm.eps) for span, own in zip(spans, factors, strict=True)]
+def _scale_norm(norm: Any, stream: torch.Tensor, spans: SpanFactors, scale: int) -> torch.Tensor:
+    """The RMS norm of each span's rows with the span's own weight (factor `scale`)."""
+    if spans.table is not None:
+        return fused.compiled(fused.scale_rows)(stream, spans.table[:, scale], spans.row_spans, norm.eps)
+    rows_and_factors = zip(spans.rows, spans.factors, strict=True)
+    pieces = [scaled_rms_norm(stream[span], own[scale], norm.eps) for span, own in rows_and_factors]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
