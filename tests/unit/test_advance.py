@@ -91,7 +91,7 @@ def test_other_steps_are_taken_by_the_hook(foreach_calls, make_scheduler, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gpu_is_asked_for_as_many_kernels_whatever_the_number_of_requests(dtype):
+def test_a_gpu_launches_as_many_kernels_for_many_requests(dtype):
     launches = {}
     for requests in (2, 8):
         with fake_cuda() as gpu:

@@ -52,7 +52,7 @@ def attend(processor=PROCESSOR, keys=None):
     return [[*own.shape] for own in attend_sequences(query, key, key, rows, processor, key_rows)]
 
 
-def test_flash_attention_3_is_asked_for_one_split_and_for_no_padding(monkeypatch):
+def test_flash_attention_3_neither_splits_keys_nor_sees_padding(monkeypatch):
     asked = []
 
     def flash_attn_varlen_func(query, key, value, **arguments):
