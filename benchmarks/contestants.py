@@ -55,7 +55,9 @@ class FixedPlacement(Placement):
     def owners_of_newcomer(self, request: ScheduledRequest, loads: Sequence[int]) -> tuple[int, ...]:
         return tuple(range(len(request.costs)))
 
-    def level(self, running: Iterable[ScheduledRequest], tick: int) -> list[Encode]:
+    def level(
+        self, running: Sequence[ScheduledRequest], tick: int, preparing: Iterable[ScheduledRequest] = ()
+    ) -> list[Encode]:
         return []
 
 

@@ -73,3 +73,19 @@ def test_a_text_is_encoded_again_where_that_pays():
     (encode,) = placement.level(requests, tick=0)
     assert (encode.branch, encode.rank) == (0, 1)
     assert placement.level(requests, tick=0) == [], "what was asked for first changes what pays"
+
+
+def test_no_levelling_gives_a_rank_more_tokens_than_it_may_have():
+    def running():
+        requests = [held_by_rank_0(id, image_tokens=95) for id in range(2)]
+        for request in requests:
+            request.holders = [{0, 1}]
+        return requests
+
+    placement = Placement(2, max_tokens=2 * one_branch(9, image_tokens=95).branch_tokens[0])
+    placement.level(requests := running(), tick=0)
+    assert {request.owners for request in requests} == {(0,), (1,)}
+    newcomer = one_branch(9, image_tokens=195)
+    newcomer.owners = (1,)
+    placement.level(requests := running(), 0, [newcomer])
+    assert [request.owners for request in requests] == [(0,), (0,)], "the newcomer needs rank 1 to itself"

@@ -96,7 +96,7 @@ class StepBatch:
 
     def _meet_ranks(self) -> None:
         """Begin with ranks that know nothing."""
-        self._placement = self.placement_class(self._ranks, self._max_side_us, self._processes)
+        self._placement = self.placement_class(self._ranks, self._max_side_us, self._processes, self._max_tokens)
         # Long requests hold at most half of the places: their decodes may stand in line for minutes.
         max_long, max_us = max(1, self._max_requests // 2), self._max_step_us - self._cost.step_us
         self._room = Room(self._ranks, self._placement, self._max_tokens, max_us, max_long)
@@ -294,7 +294,7 @@ class StepBatch:
             return []
         self._lineup = tuple(self.running.values())
         self._next_change = min((request.next_change(self._tick) for request in self._lineup), default=0)
-        encodes += self._placement.level(self._lineup, self._tick)
+        encodes += self._placement.level(self._lineup, self._tick, self.preparing.values())
         return [assign for request in self._lineup if (assign := self._new_assignment(request))]
 
     def _new_assignment(self, request: ScheduledRequest) -> Assign | None:

@@ -63,7 +63,7 @@ class Levelling:
 
     def level(self, owners: Sequence[int]) -> list[int]:
         """Owners with a (nearly) least makespan, starting from these."""
-        best = self._permitted(owners)
+        best = self.permitted(owners)
         while True:
             loads = self.loads(best)
             if is_near(max(loads), -(-sum(loads) // self._ranks)):  # by far the quickest bound
@@ -76,7 +76,7 @@ class Levelling:
                 return best
             best = better
 
-    def _permitted(self, owners: Sequence[int]) -> list[int]:
+    def permitted(self, owners: Sequence[int]) -> list[int]:
         """The same owners, but an item whose rank may not own it goes to the least loaded rank that may."""
         owners, costs, allowed = list(owners), self._costs, self._allowed
         strays = [i for i, owner in enumerate(owners) if owner not in allowed[i]]

@@ -25,12 +25,16 @@ class Placement:
     Args:
         max_side_us: an encode or decode that is predicted to take longer is long.
         processes: that a rank is: all of them encode and forward what it does, and report it; one of them decodes.
+        max_tokens: of one rank's forwards in one step.
     """
 
-    def __init__(self, ranks: int, max_side_us: float = math.inf, processes: int = 1) -> None:
+    def __init__(
+        self, ranks: int, max_side_us: float = math.inf, processes: int = 1, max_tokens: float = math.inf
+    ) -> None:
         self._ranks = ranks
         self._max_side_us = max_side_us
         self._processes = processes
+        self._max_tokens = max_tokens
         self._everywhere = frozenset(range(ranks))
         self._encoded_on: OrderedDict[tuple[str | int, ...], set[int]] = OrderedDict()
         # (id, branch, rank) -> whether it is long, predicted microseconds, reports that are due
@@ -63,11 +67,17 @@ class Placement:
             encodes += [self._encode(request, branch, rank) for rank in sorted({owner, *cached})]
         return encodes
 
-    def level(self, running: Iterable[ScheduledRequest], tick: int) -> list[Encode]:
+    def level(
+        self, running: Sequence[ScheduledRequest], tick: int, preparing: Iterable[ScheduledRequest] = ()
+    ) -> list[Encode]:
         """Even out the ranks' loads: sets `owners`, and returns encodes that will let a later call do better.
+
+        Nothing moves that would give a rank more tokens than it may have, also when all branches are forwarded and
+        those who are preparing have joined.
 
         Args:
             tick: of the step that is being planned; branches that it does not forward keep their owners.
+            preparing: who will join.
         """
         slots = [(request, branch) for request in running for branch in range(request.branches_at(tick))]
         items = [
@@ -75,10 +85,19 @@ class Placement:
             for request, branch in slots
         ]
         owners = planner.level(items, self._ranks)
-        for (request, branch), owner in zip(slots, owners, strict=True):
-            if owner != request.owners[branch]:
-                request.owners = (*request.owners[:branch], owner, *request.owners[branch + 1 :])
+        _set_owners(slots, owners)
+        if max(self._tokens((*running, *preparing))) > self._max_tokens:
+            owners = planner.stay(items, self._ranks)
+            _set_owners(slots, owners)
         return self._moves(slots, items, owners, tick)
+
+    def _tokens(self, requests: Iterable[ScheduledRequest]) -> list[int]:
+        """What each rank forwards when all branches are."""
+        tokens = [0] * self._ranks
+        for request in requests:
+            if not request.is_long:
+                tokens = planner.rank_loads(request.branch_tokens, request.owners, self._ranks, tokens)
+        return tokens
 
     def _moves(
         self, slots: Sequence[tuple[ScheduledRequest, int]], items: Sequence[Item], owners: Sequence[int], tick: int
@@ -170,3 +189,9 @@ class Placement:
     def _take_back(self, id: int, branch: int, rank: int) -> None:
         is_long, microseconds, _ = self._side_work.pop((id, branch, rank), (False, 0, 0))
         self._backlogs[is_long][rank] -= microseconds
+
+
+def _set_owners(slots: Iterable[tuple[ScheduledRequest, int]], owners: Iterable[int]) -> None:
+    for (request, branch), owner in zip(slots, owners, strict=True):
+        if owner != request.owners[branch]:
+            request.owners = (*request.owners[:branch], owner, *request.owners[branch + 1 :])

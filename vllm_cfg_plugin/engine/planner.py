@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from vllm_cfg_plugin.engine.levelling import Levelling, is_near, lower_bound, rank_loads
 
-__all__ = ["Item", "Move", "choose_side_rank", "level", "moves_that_pay", "rank_loads"]
+__all__ = ["Item", "Move", "choose_side_rank", "level", "moves_that_pay", "rank_loads", "stay"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,13 @@ def level(items: Sequence[Item], ranks: int, base: Sequence[int] | None = None) 
     """
     levelling = Levelling([item.cost for item in items], [item.allowed for item in items], ranks, base)
     return levelling.level([item.owner for item in items])
+
+
+def stay(items: Sequence[Item], ranks: int) -> list[int]:
+    """Owners of all items as they are, but where an item's rank may not own it."""
+    return Levelling([item.cost for item in items], [item.allowed for item in items], ranks).permitted(
+        [item.owner for item in items]
+    )
 
 
 def moves_that_pay(
