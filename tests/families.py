@@ -63,6 +63,7 @@ class Family:
         components: of a folder's checkpoint, those that diffusers can't load by itself where torchvision is missing.
         to_reference: (our pipeline, final latents, request) -> latents as diffusers' pipeline returns them.
         tolerance: largest difference of fp32 latents to diffusers' pipeline.
+        is_relative: that is a share of the latents' deviation, as they are of no scale of their own.
     """
 
     class_name: str
@@ -73,11 +74,17 @@ class Family:
         default=lambda pipeline, latents, request: latents
     )
     tolerance: float = 1e-4
+    is_relative: bool = False
     components: Callable[[Path], dict[str, Any]] = lambda folder: {}
 
     @property
     def label(self) -> str:
         return self.name or self.class_name
+
+    def difference(self, latents: torch.Tensor, expected: torch.Tensor) -> float:
+        """The largest difference to diffusers' latents."""
+        largest = (latents - expected).abs().max()
+        return (largest / expected.std() if self.is_relative else largest).item()
 
     def requests(self, folder: Path) -> list[DiffusionRequest]:
         """The cases as the front end resolves them."""

@@ -11,7 +11,7 @@ from tests.contract import make_request
 from tests.families import picture
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint
 from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
-from vllm_cfg_plugin.pipelines.any_pipeline.description import extra_fields, image_parameters
+from vllm_cfg_plugin.pipelines.any_pipeline.call_parameters import extra_fields, image_parameters
 from vllm_cfg_plugin.pipelines.registry import check_servable, describe
 
 # class -> task, images, size_multiple, frames_per_latent, (height, width), steps, scale

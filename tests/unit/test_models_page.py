@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from msgspec import UNSET
 
+from tests.any_pipelines import ANY_PIPELINES, IN_A_ROW
 from tests.families import FAMILIES
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, Checkpoint
 from vllm_cfg_plugin.cli import _FLAGS
@@ -44,3 +45,10 @@ def test_rules_and_limits_are_all_there():
     for flag in _FLAGS:
         if flag.startswith("max_"):
             assert f"`--{flag.replace('_', '-')}`" in TEXT
+
+
+def test_pipelines_of_no_family_are_all_there():
+    rows = re.findall(r"^\| `(\w+Pipeline)` \| ([a-z-]+) \| ([^|]+) \|$", TEXT, re.MULTILINE)
+    shown = {name: branches for name, _, branches in rows}
+    assert set(shown) == {family.class_name for family in ANY_PIPELINES}
+    assert {name for name, branches in shown.items() if branches == "calls in a row"} == set(IN_A_ROW)

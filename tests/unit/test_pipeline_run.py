@@ -10,8 +10,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from vllm_cfg_plugin.pipelines.any_pipeline import calls
+from vllm_cfg_plugin.pipelines.any_pipeline.call_thread import watched
 from vllm_cfg_plugin.pipelines.any_pipeline.calls import Denoiser
-from vllm_cfg_plugin.pipelines.any_pipeline.run import PipelineRun, watched
+from vllm_cfg_plugin.pipelines.any_pipeline.run import PipelineRun
 
 STEPS, SCALE = 4, 3.0
 TEXTS = torch.tensor([[1.0, 2.0], [-0.5, 0.25]])  # of the positive and of the negative branch

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vllm_cfg_plugin.engine.plan import DECODED
+from vllm_cfg_plugin.errors import InputsRefusedError
 from vllm_cfg_plugin.worker.side_work import SideWork
 
 
@@ -43,6 +44,15 @@ def test_a_failure_is_reported_with_what_was_being_done(side):
     report, image = side.reports.get(timeout=10)
     assert "failed while decoding its image: ZeroDivisionError" in report.error
     assert image is None
+
+
+def test_what_a_pipeline_refuses_is_reported_in_its_own_words(side):
+    def encode():
+        raise InputsRefusedError("a cat is too small")
+
+    side.encode(3, 0, encode)
+    report, _ = side.reports.get(timeout=10)
+    assert (report.error, report.is_refused) == ("a cat is too small", True)
 
 
 def pixels():

@@ -111,6 +111,7 @@ class Denoiser:
     name: str
     module: torch.nn.Module
     _kinds: dict[Hashable, _Kind] = field(default_factory=dict)
+    _has_warned: bool = False
 
     def __post_init__(self) -> None:
         self._plain = plain = self.module.forward
@@ -148,11 +149,13 @@ class Denoiser:
         leaves, spec = tree_flatten(whole)
         branches = _branches([leaf for leaf in leaves if _is_tensor(leaf)])
         if branches > 1 and not self._can_be_cut(args, kwargs, _tensors(whole), branches):
-            logger.warning(
-                "A call of %s can't be cut into its %d branches: such calls are forwarded whole, by one rank",
-                self.name,
-                branches,
-            )
+            if not self._has_warned:
+                logger.warning(
+                    "A call of %s can't be cut into its %d branches: such calls are forwarded whole, by one rank",
+                    self.name,
+                    branches,
+                )
+            self._has_warned = True
             branches = 1
         meta = tuple(leaf.to("meta") if _is_tensor(leaf) else leaf for leaf in leaves)
         return _Kind(branches, meta, spec)

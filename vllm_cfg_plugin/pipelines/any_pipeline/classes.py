@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 
-from vllm_cfg_plugin.pipelines.any_pipeline.description import parameters_of
+from vllm_cfg_plugin.pipelines.any_pipeline.call_parameters import parameters_of
 from vllm_cfg_plugin.pipelines.any_pipeline.pipeline import AnyPipeline
 
 

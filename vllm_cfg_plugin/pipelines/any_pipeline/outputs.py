@@ -11,7 +11,7 @@ from PIL import Image
 
 from vllm_cfg_plugin.errors import InputsRefusedError
 from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
-from vllm_cfg_plugin.pipelines.any_pipeline.description import SEVERAL_IMAGES, image_parameters, parameters_of
+from vllm_cfg_plugin.pipelines.any_pipeline.call_parameters import SEVERAL_IMAGES, image_parameters, parameters_of
 from vllm_cfg_plugin.pipelines.base import to_pil
 
 

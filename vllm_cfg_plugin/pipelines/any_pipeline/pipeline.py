@@ -18,10 +18,12 @@ import torch
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.errors import ConfigurationError, InputsRefusedError
 from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.any_pipeline.call_thread import watched
 from vllm_cfg_plugin.pipelines.any_pipeline.calls import Denoiser
-from vllm_cfg_plugin.pipelines.any_pipeline.description import DENOISERS, describe_class
+from vllm_cfg_plugin.pipelines.any_pipeline.description import describe_class
+from vllm_cfg_plugin.pipelines.any_pipeline.outline import DENOISERS
 from vllm_cfg_plugin.pipelines.any_pipeline.outputs import arguments_of, pixels_of
-from vllm_cfg_plugin.pipelines.any_pipeline.run import PipelineRun, watched
+from vllm_cfg_plugin.pipelines.any_pipeline.run import PipelineRun
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of
 
 _AUTOENCODERS = ("vae", "vq", "movq", "audio_vae")
