@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import io
+import threading
 
 import numpy as np
 import openai
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -69,7 +71,12 @@ def test_an_image_with_a_mask_is_edited(tmp_path):
     assert "StableDiffusionXLInpaintPipeline refuses the request" in refused[3]
 
 
-def test_offline_requests_share_the_ranks(tmp_path):
+def kill_a_rank():
+    ranks = [child for child in psutil.Process().children(recursive=True) if "CfgRank1" in " ".join(child.cmdline())]
+    ranks[0].kill()
+
+
+def test_offline_requests_share_the_ranks_and_outlive_one(tmp_path):
     family = BY_NAME["Lumina2Pipeline"]
     folder = family.build(tmp_path / "model")
     own = {"cfg_trunc_ratio"}
@@ -83,9 +90,15 @@ def test_offline_requests_share_the_ranks(tmp_path):
     ]
     with DiffusionLLM(str(folder), cfg_parallel_size=2) as llm:
         outputs = llm.generate([case.prompt for case in family.cases], params, use_tqdm=False)
-        failing = llm.generate("x", DiffusionParams(height=32, width=32, max_sequence_length=1), use_tqdm=False)
+        long = DiffusionParams(height=32, width=32, num_inference_steps=150, seed=7)
+        (undisturbed,) = llm.generate("a fox", long, use_tqdm=False)
+        killer = threading.Timer(undisturbed.metrics.e2e_time_ms / 2000, kill_a_rank)
+        killer.start()
+        (disturbed,) = llm.generate("a fox", long, use_tqdm=False)
+        killer.join()
     for case, output, expected in zip(family.cases, outputs, drawn(family, folder), strict=True):
         assert output.error is None, case.mode
         assert output.metrics.guided
         assert_alike(np.stack([np.asarray(picture) for picture in output.images]), expected, case)
-    assert failing[0].error is None
+    assert (undisturbed.error, disturbed.error) == (None, None)
+    assert np.array_equal(*(np.asarray(output.images[0]) for output in (undisturbed, disturbed)))

@@ -12,6 +12,7 @@ from tests.families import picture
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint
 from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
 from vllm_cfg_plugin.pipelines.any_pipeline.call_parameters import extra_fields, image_parameters
+from vllm_cfg_plugin.pipelines.any_pipeline.outputs import arguments_of
 from vllm_cfg_plugin.pipelines.registry import check_servable, describe
 
 # class -> task, images, size_multiple, frames_per_latent, (height, width), steps, scale
@@ -70,6 +71,14 @@ def test_a_request_becomes_the_arguments_of_a_call(folders):
     assert (request.height, request.width) == (48, 68)
     assert request.num_timesteps == 5
     assert len(request.prompts) == 2
+
+
+def test_a_list_of_json_is_a_tuple_where_the_class_takes_one(folders):
+    folder, cls = folders["StableDiffusionXLPipeline"], diffusers.StableDiffusionXLPipeline
+    request = make_request(folder, "a cat", crops_coords_top_left=[4, 8], prompt_2=["a dog"])
+    arguments = arguments_of(cls, request)
+    assert arguments["crops_coords_top_left"] == (4, 8)
+    assert arguments["prompt_2"] == ["a dog"]
 
 
 def test_an_absent_negative_prompt_is_left_to_the_pipeline(folders):

@@ -10,7 +10,11 @@ from tests.contract import make_request
 from tests.families import load
 from tests.model_builders.any_pipeline import build
 from tests.unit.test_runner import make_runner, plan
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode
+from vllm_cfg_plugin.pipelines.registry import describe
+from vllm_cfg_plugin.worker.call_calibration import calibrate_calls
 
 STEPS = 4
 
@@ -92,3 +96,26 @@ def test_a_failing_forward_is_one_requests_own(runner, ask):
         alone.run(plan(step))
     alone.run(plan(second.steps, advance=False, decodes=[Decode(0, 0)]))
     assert torch.equal(alone.side.images[0], beside)
+
+
+def test_its_cost_is_measured_by_whole_requests(folder):
+    info = describe(Checkpoint(str(folder)))
+    calibration = calibrate_calls(load(folder), info)
+    assert calibration.default_tokens == info.image_tokens(64, 64)
+    assert calibration.token_budget == 2 * calibration.default_tokens
+    assert calibration.cost.forward(256) > 1
+    assert calibration.cost.encode(0) > 1
+    assert calibration.cost.decode(256) > 1
+    assert wait_for_threads(0) == 0
+
+
+def test_a_pipeline_that_makes_no_sample_is_served_all_the_same(folder, monkeypatch):
+    info, pipeline = describe(Checkpoint(str(folder))), load(folder)
+
+    def refuse(request, branch):
+        raise ValueError("not today")
+
+    monkeypatch.setattr(pipeline, "encode_branch", refuse)
+    calibration = calibrate_calls(pipeline, info)
+    assert calibration.cost == UNCALIBRATED
+    assert calibration.token_budget > 0

@@ -1,7 +1,7 @@
 """The calibration of pipelines that run as diffusers' own: whole requests of growing size, by the contract alone.
 
-Such a pipeline packs nothing, so there is no pack to be found that is worth waiting for: a step is as large as one
-request of the model's own size. Must not import vLLM.
+Such a pipeline packs nothing, so there is no pack to be found that is worth waiting for: a step is as large as two
+requests of the model's own size, so that small ones need not wait for a large one to end. Must not import vLLM.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def calibrate_calls(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration
             logger.info("No cost of %dx%d is known: %s", request.width, request.height, error)
     (default,) = sample_requests(info, (1,))
     tokens = max(1, default.image_tokens)
-    return Calibration(cost=_fit(samples) if samples else UNCALIBRATED, token_budget=tokens, default_tokens=tokens)
+    return Calibration(cost=_fit(samples) if samples else UNCALIBRATED, token_budget=2 * tokens, default_tokens=tokens)
 
 
 def _has_time(spent: float, last: _Sample, tokens: int) -> bool:

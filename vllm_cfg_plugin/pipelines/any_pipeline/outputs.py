@@ -11,17 +11,29 @@ from PIL import Image
 
 from vllm_cfg_plugin.errors import InputsRefusedError
 from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
-from vllm_cfg_plugin.pipelines.any_pipeline.call_parameters import SEVERAL_IMAGES, image_parameters, parameters_of
+from vllm_cfg_plugin.pipelines.any_pipeline.call_parameters import (
+    SEVERAL_IMAGES,
+    extra_fields,
+    image_parameters,
+    parameters_of,
+)
 from vllm_cfg_plugin.pipelines.base import to_pil
 
 
 def arguments_of(diffusers_class: Any, request: DiffusionRequest) -> dict[str, Any]:
     """All arguments but the generator."""
-    arguments = {"prompt": request.prompts[0], **(request.call or {})}
+    extra = extra_fields(diffusers_class)
+    given = {name: _as_annotated(value, extra.get(name, "")) for name, value in (request.call or {}).items()}
+    arguments = {"prompt": request.prompts[0], **given}
     arguments |= _images(image_parameters(diffusers_class), request.images)
     if "output_type" in parameters_of(diffusers_class):
         arguments["output_type"] = "np"
     return arguments
+
+
+def _as_annotated(value: Any, annotation: str) -> Any:
+    """What is a tuple to a pipeline is a list in JSON."""
+    return tuple(value) if isinstance(value, list) and "tuple" in annotation and "list" not in annotation else value
 
 
 def _images(names: Sequence[str], images: Sequence[ImageInput]) -> dict[str, Any]:
