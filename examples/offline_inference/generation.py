@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def make_parser(description: str | None, *, model: str | None, prompt: str, outp
     add_option(parser, "seed", type=int, help="default: drawn")
     add_option(parser, "output", type=Path, default=Path(output), help=f"file to write (default: {output})")
     add_option(parser, "cfg_parallel_size", type=int, default=1, help="ranks (GPUs) that share guidance's branches")
-    add_option(parser, "compare", action="store_true", help="run with cfg_parallel_size 1 too and compare the two")
+    add_option(parser, "sequence_parallel_size", type=int, default=1, help="GPUs that share each forward of a rank")
+    add_option(parser, "compare", action="store_true", help="run on one rank of one GPU too and compare the two")
     return parser
 
 
@@ -55,26 +56,27 @@ def run(args: argparse.Namespace, images: Sequence[str] = (), fps: float | None 
         images: files that the prompt comes with.
         fps: frames a second of a video's file; None for the model's own.
     """
-    if args.compare and args.cfg_parallel_size < 2:
-        logger.error("--compare needs --cfg_parallel_size of 2 or more")
+    sizes = {name: getattr(args, name) for name in ("cfg_parallel_size", "sequence_parallel_size")}
+    if args.compare and set(sizes.values()) == {1}:
+        logger.error("--compare needs --cfg_parallel_size or --sequence_parallel_size of 2 or more")
         return 2
     try:
-        output = _generate(args, args.cfg_parallel_size, images)
+        output = _generate(args, images, **sizes)
         for file in output.save(args.output, **({} if fps is None else {"fps": fps})):
             logger.info("saved %s", file)
-        _log(output, args.cfg_parallel_size)
+        _log(output, sizes)
         if args.compare:
             args.seed = output.image_metrics[0].seed  # it may have been drawn
-            _compare(output, _generate(args, 1, images), args.cfg_parallel_size)
+            _compare(output, _generate(args, images, cfg_parallel_size=1), sizes)
     except (CfgPluginError, OSError) as error:
         logger.error("failed: %s", error)
         return 1
     return 0
 
 
-def _generate(args: argparse.Namespace, cfg_parallel_size: int, images: Sequence[str]) -> DiffusionOutput:
+def _generate(args: argparse.Namespace, images: Sequence[str], **sizes: int) -> DiffusionOutput:
     prompt = {"prompt": args.prompt} | ({"image": list(images)} if images else {})
-    with DiffusionLLM(args.model, cfg_parallel_size=cfg_parallel_size) as llm:
+    with DiffusionLLM(args.model, **sizes) as llm:
         params = _params(args, llm)
         if args.compare:  # the first request of a process also pays for what is set up once
             llm.generate(prompt | {"prompt": "warm-up"}, params, use_tqdm=False)
@@ -93,11 +95,11 @@ def _params(args: argparse.Namespace, llm: DiffusionLLM) -> DiffusionParams:
     )
 
 
-def _log(output: DiffusionOutput, cfg_parallel_size: int) -> None:
+def _log(output: DiffusionOutput, sizes: Mapping[str, int]) -> None:
     metrics = output.metrics
     guidance = "on" if metrics.guided else f"off ({metrics.guidance_off or 'not asked for'})"
     logger.info("seeds: %s", ", ".join(str(one.seed) for one in output.image_metrics))
-    logger.info("guidance: %s, cfg_parallel_size: %d, steps: %d", guidance, cfg_parallel_size, metrics.steps)
+    logger.info("guidance: %s, %s, steps: %d", guidance, _in_words(sizes), metrics.steps)
     logger.info(
         "e2e_time_ms: %.1f (queue %.1f, encode %.1f, denoise %.1f, decode %.1f)",
         metrics.e2e_time_ms,
@@ -108,10 +110,15 @@ def _log(output: DiffusionOutput, cfg_parallel_size: int) -> None:
     )
 
 
-def _compare(parallel: DiffusionOutput, sequential: DiffusionOutput, cfg_parallel_size: int) -> None:
+def _in_words(sizes: Mapping[str, int]) -> str:
+    """Those that are not 1; the first always."""
+    return ", ".join(f"{name}: {size}" for name, size in sizes.items() if size > 1 or name == "cfg_parallel_size")
+
+
+def _compare(parallel: DiffusionOutput, sequential: DiffusionOutput, sizes: Mapping[str, int]) -> None:
     times = parallel.metrics.e2e_time_ms, sequential.metrics.e2e_time_ms
-    logger.info("e2e_time_ms with cfg_parallel_size %d: %.1f", cfg_parallel_size, times[0])
-    logger.info("e2e_time_ms with cfg_parallel_size 1: %.1f", times[1])
+    logger.info("e2e_time_ms with %s: %.1f", _in_words(sizes), times[0])
+    logger.info("e2e_time_ms with cfg_parallel_size: 1: %.1f", times[1])
     logger.info("ratio: %.2f", times[1] / times[0])
     pairs = zip(_pictures(parallel), _pictures(sequential), strict=True)
     differences = [np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() for one, other in pairs]

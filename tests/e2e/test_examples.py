@@ -30,7 +30,7 @@ COMPARED = {"cfg_parallel_size": 2, "num_inference_steps": 5, "seed": 3, "compar
 def check_comparison(printed):
     """Times of both, their ratio, and equal results: all that a user is to record."""
     assert "guidance: on, cfg_parallel_size: 2, steps: 5" in printed
-    times = [float(re.search(rf"e2e_time_ms with cfg_parallel_size {size}: ([\d.]+)", printed)[1]) for size in (2, 1)]
+    times = [float(re.search(rf"e2e_time_ms with cfg_parallel_size: {size}: ([\d.]+)", printed)[1]) for size in (2, 1)]
     ratio = float(re.search(r"ratio: ([\d.]+)", printed)[1])
     assert ratio == pytest.approx(times[1] / times[0], abs=0.01)
     assert "results: identical" in printed
@@ -88,7 +88,7 @@ def test_text_to_video_compares(video_model, tmp_path):
 
 def test_a_comparison_needs_two_ranks(model, tmp_path):
     printed = run_failing(TEXT_TO_IMAGE, *flags(model=model, compare=True), cwd=tmp_path)
-    assert "--compare needs --cfg_parallel_size of 2 or more" in printed
+    assert "--compare needs --cfg_parallel_size or --sequence_parallel_size of 2 or more" in printed
 
 
 def test_the_mixin_called_directly_on_one_rank_and_on_two(tmp_path):

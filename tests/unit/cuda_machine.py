@@ -100,8 +100,8 @@ def _rank(config: Any, replica: int, rank: int) -> dict[str, Any]:
     current: list[str] = []
     cfg_groups: list[list[int]] = []
 
-    def build_groups(cfg_parallel_size: int, tensor_parallel_size: int) -> None:
-        cfg_groups.extend(state.cfg_group_ranks(world["world_size"], cfg_parallel_size, tensor_parallel_size))
+    def build_groups(*sizes: int, sequence_parallel_size: int) -> None:
+        cfg_groups.extend(state.cfg_group_ranks(world["world_size"], *sizes, sequence_parallel_size))
 
     state = ours.parallel_state
     with (
