@@ -27,6 +27,8 @@ class Model(torch.nn.Module):
         self.mixes, self.rows = mixes, []
 
     def forward(self, sample, text, return_dict=False):
+        if isinstance(sample, list):
+            return ([Model.forward(self, *each)[0] for each in zip(sample, text, strict=True)],)
         self.rows.append(sample.shape[0])
         out = torch.tanh(sample @ self.weight + text)
         return (out - out.mean(dim=0) if self.mixes else out,)
@@ -49,6 +51,12 @@ class Pipeline:
 
     def predict(self, latents, index):
         one, other = TEXTS[:1], TEXTS[1:]
+        if self.kind == "list":
+            one, other = self.model([latents, latents], [one, other])[0]
+            return other + SCALE * (one - other)
+        if self.kind == "views":  # as where an image lies behind the latents
+            one, other = (self.model(latents, text)[0][:, :2].unsqueeze(0) for text in (one, other))
+            return (other + SCALE * (one - other)).squeeze(0)
         if self.kind == "batch":
             one, other = self.model(torch.cat([latents] * 2), TEXTS)[0].chunk(2)
             return other + SCALE * (one - other)
@@ -97,14 +105,16 @@ def _no_thread_is_left():
     assert not threads()
 
 
-@pytest.mark.parametrize("kind", ["in a row", "batch", "unguided", "ends early", "more later", "depends", "in place"])
+@pytest.mark.parametrize(
+    "kind", ["in a row", "batch", "list", "views", "unguided", "ends early", "more later", "depends", "in place"]
+)
 def test_a_run_gives_what_the_plain_call_gives(kind):
     expected = Pipeline(kind)()
     _, _, run = start(kind)
     assert torch.allclose(drive(run), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["in a row", "batch"])
+@pytest.mark.parametrize("kind", ["in a row", "batch", "list", "views"])
 def test_each_branch_has_a_part_of_its_own(kind):
     pipeline, _, run = start(kind)
     with torch.inference_mode():

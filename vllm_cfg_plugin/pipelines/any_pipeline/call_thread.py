@@ -33,6 +33,11 @@ _ABOUT_SHAPE = {
     torch.Tensor.dim,
     torch.Tensor.__len__,
 }
+# What may only look at such a tensor in another way; whether it does is seen by the memory of what it returns.
+_VIEWS = {
+    *("__getitem__", "chunk", "split", "narrow", "select", "unbind", "view", "reshape", "flatten", "unflatten"),
+    *("squeeze", "unsqueeze", "transpose", "permute", "movedim", "contiguous", "detach", "to", "float"),
+}
 _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))}
 
 
@@ -66,7 +71,7 @@ class CallThread:
         self._error: BaseException | None = None
         self._is_closed = False
         self._storages: set[int] = set()  # of the tensors that the parts will read
-        self._pending: set[int] = set()  # ids of tensors to be filled
+        self._pending: dict[int, torch.Tensor] = {}  # tensors to be filled, and views of them, by their ids
         self._turn, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
         self._stream: Any = None
@@ -144,23 +149,36 @@ class CallThread:
 
     def answer(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a denoiser returns to the pipeline."""
-        self.before(None, args, kwargs)
+        if self._reads_predictions(args, kwargs):
+            self.settle()
         call = denoiser.cut(args, kwargs)
         self.parts += call.parts
         for part in call.parts:
             self._storages |= _storages((part.args, part.kwargs))
-        self._pending |= set(_ids(call.answer))
+        self._pending |= {id(tensor): tensor for tensor in _walk(call.answer)}
         return call.answer
 
-    def before(self, func: Any, args: Any, kwargs: Any) -> None:
-        """The pipeline is about to call a torch function."""
+    def torch_function(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The pipeline calls a torch function."""
         self._end_if_closed()
-        if not self.parts or func in _ABOUT_SHAPE:
-            return
-        if not self._pending.isdisjoint(_ids((args, kwargs))) or (
-            _is_in_place(func) and not self._storages.isdisjoint(_storages(args[:1]))
-        ):
-            self.settle()
+        if self.parts and func not in _ABOUT_SHAPE:
+            if self._reads_predictions(args, kwargs):
+                if getattr(func, "__name__", "") in _VIEWS and self._is_view(views := func(*args, **kwargs)):
+                    return views
+                self.settle()
+            elif _is_in_place(func) and not self._storages.isdisjoint(_storages(args[:1])):
+                self.settle()
+        return func(*args, **kwargs)
+
+    def _reads_predictions(self, args: Any, kwargs: Any) -> bool:
+        return any(id(tensor) in self._pending for tensor in _walk((args, kwargs)))
+
+    def _is_view(self, tensors: Any) -> bool:
+        """Whether all these are views of tensors that are to be filled; then they are to be filled too."""
+        if not _storages(tensors) <= _storages([*self._pending.values()]):
+            return False
+        self._pending |= {id(tensor): tensor for tensor in _walk(tensors)}
+        return True
 
     def settle(self) -> None:
         """Wait until all that the denoisers were asked is answered."""
@@ -194,8 +212,7 @@ class _Watch(TorchFunctionMode):
         self._thread = thread
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._thread.before(func, args, kwargs)
-        return func(*args, **(kwargs or {}))
+        return self._thread.torch_function(func, args, kwargs or {})
 
 
 @cache
@@ -242,10 +259,6 @@ def _walk(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _walk(item)
-
-
-def _ids(value: Any) -> Iterator[int]:
-    return map(id, _walk(value))
 
 
 def _storages(value: Any) -> set[int]:

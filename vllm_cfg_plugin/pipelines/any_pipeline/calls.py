@@ -79,10 +79,12 @@ class _Kind:
 
     Attributes:
         branches: equal parts of their batch that are forwarded apart.
+        is_list: they return a list with a tensor for each of the batch.
         leaves, spec: of what they return; of a tensor one without data.
     """
 
     branches: int
+    is_list: bool
     leaves: tuple[Any, ...]
     spec: TreeSpec
 
@@ -135,8 +137,8 @@ class Denoiser:
         for index in range(kind.branches):
             part_args, part_kwargs = (args, kwargs)
             if kind.branches > 1:
-                part_args, part_kwargs = _share((args, kwargs), tensors[0].shape[0], index, kind.branches)
-            targets = [_rows(tensor, 0, index, kind.branches) for tensor in tensors]
+                part_args, part_kwargs = _share((args, kwargs), _batch(tensors, kind.is_list), index, kind.branches)
+            targets = _targets(tensors, kind.is_list, index, kind.branches)
             parts.append(Part(self._plain, part_args, part_kwargs, targets))
         return Call(tree_unflatten(leaves, kind.spec), parts)
 
@@ -147,8 +149,9 @@ class Denoiser:
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Kind:
         whole = self._plain(*args, **kwargs)
         leaves, spec = tree_flatten(whole)
-        branches = _branches([leaf for leaf in leaves if _is_tensor(leaf)])
-        if branches > 1 and not self._can_be_cut(args, kwargs, _tensors(whole), branches):
+        is_list = type(whole[0]) is list  # as of a tuple so of diffusers' outputs
+        branches = _branches(_tensors(whole), is_list)
+        if branches > 1 and not self._can_be_cut(args, kwargs, _tensors(whole), is_list, branches):
             if not self._has_warned:
                 logger.warning(
                     "A call of %s can't be cut into its %d branches: such calls are forwarded whole, by one rank",
@@ -158,19 +161,24 @@ class Denoiser:
             self._has_warned = True
             branches = 1
         meta = tuple(leaf.to("meta") if _is_tensor(leaf) else leaf for leaf in leaves)
-        return _Kind(branches, meta, spec)
+        return _Kind(branches, is_list, meta, spec)
 
     def _can_be_cut(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], whole: list[torch.Tensor], branches: int
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        whole: list[torch.Tensor],
+        is_list: bool,
+        branches: int,
     ) -> bool:
         """Whether the branches by themselves come out as they do in one batch: they might see each other there."""
-        batch = whole[0].shape[0]
+        batch = _batch(whole, is_list)
         try:
             for index in range(branches):
                 part_args, part_kwargs = _share((args, kwargs), batch, index, branches)
                 outputs = _tensors(self._plain(*part_args, **part_kwargs))
-                expected = [_rows(tensor, 0, index, branches) for tensor in whole]
-                if not all(map(_is_near, outputs, expected)):
+                expected = _targets(whole, is_list, index, branches)
+                if len(outputs) != len(expected) or not all(map(_is_near, outputs, expected)):
                     return False
         except Exception as error:  # of a model whose arguments were cut in a wrong way: anything
             logger.debug("A part of a call of %s failed", self.name, exc_info=error)
@@ -178,12 +186,24 @@ class Denoiser:
         return True
 
 
-def _branches(outputs: Sequence[torch.Tensor]) -> int:
+def _batch(outputs: Sequence[torch.Tensor], is_list: bool) -> int:
+    """Of a call that returns these."""
+    return len(outputs) if is_list else outputs[0].shape[0]
+
+
+def _targets(outputs: Sequence[torch.Tensor], is_list: bool, index: int, branches: int) -> list[torch.Tensor]:
+    """What of these one branch's forward returns."""
+    if is_list:
+        size = len(outputs) // branches
+        return [*outputs[index * size : (index + 1) * size]]
+    return [_rows(output, 0, index, branches) for output in outputs]
+
+
+def _branches(outputs: Sequence[torch.Tensor], is_list: bool) -> int:
     """Into how many parts the batch of a call may be cut that returns these."""
-    sizes = {output.shape[0] if output.dim() else 0 for output in outputs}
-    if len(sizes) != 1:
+    if not is_list and len({output.shape[:1] for output in outputs}) != 1:
         return 1
-    (batch,) = sizes
+    batch = _batch(outputs, is_list) if is_list or outputs[0].dim() else 1
     if batch <= _MOST_BRANCHES:
         return max(batch, 1)
     return 2 if batch % 2 == 0 else 1
