@@ -177,11 +177,12 @@ def toy_vllm_config(ranks=2, max_num_seqs=4, max_num_batched_tokens=1000, **sett
 
 
 class InlineSideWork(SideWork):
-    """Does side work at once, in the caller's thread, and keeps the reports."""
+    """Does side work at once, in the caller's thread, and keeps the reports, and the frames that came with some."""
 
     def __init__(self, rank=0):
         self.reports = []
         self.images = {}
+        self.shared = {}  # (id, branch) -> embeddings as bytes
         self.kept = []
         self._rank = rank
 
@@ -217,7 +218,9 @@ class InlineSideWork(SideWork):
         except Exception as error:
             self.reports.append(SideReport(id, branch, self._rank, 0.0, f"failed while {doing}: {error}"))
             return
-        if image is not None:
+        if image is not None and branch >= 0:
+            self.shared[id, branch] = image.numpy().tobytes()
+        elif image is not None:
             self.images[id] = image
         self.reports.append(SideReport(id, branch, self._rank, 1.0))
 

@@ -17,7 +17,14 @@ from typing import Any
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.compat.engine_deaths import serve_and_say_why_the_engine_ended
 from vllm_cfg_plugin.compat.quiet_logs import quiet_logs
-from vllm_cfg_plugin.config import LEAST_VALUES, EngineSettings, check_settings, new_address, with_our_defaults
+from vllm_cfg_plugin.config import (
+    LEAST_VALUES,
+    TEXT_ENCODERS,
+    EngineSettings,
+    check_settings,
+    new_address,
+    with_our_defaults,
+)
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.registry import check_servable
 from vllm_cfg_plugin.vllm_options import check_options
@@ -43,6 +50,11 @@ _FLAGS = {
     ),
 }
 _TEXTS = {
+    "cfg_text_encoder": (
+        "|".join(TEXT_ENCODERS),
+        "Text encoders on every rank (all), on the first one, which sends the others what it encoded (one), or in "
+        "host memory, streamed layer by layer (cpu). Default: the first of these for which the GPUs have room.",
+    ),
     "variant": (
         "NAME",
         "Of the names of the model's weight files, as in model.fp16.safetensors. Default: those without one.",

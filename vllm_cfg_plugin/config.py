@@ -91,6 +91,11 @@ _AUTO_OPTIONS = ("dtype", "config_format")
 LEAST_VALUES = {"cfg_max_restarts": 0}
 
 
+# On every rank, on the first one alone (which sends the others what it encoded), or in host memory, from where their
+# layers come to the device one by one.
+TEXT_ENCODERS = ("all", "one", "cpu")
+
+
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything of `additional_config` that is ours.
 
@@ -100,6 +105,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         cfg_shared_weights: one copy of the weights for all ranks of an engine; None: wherever that is possible.
         cfg_max_restarts: how often, within ten minutes, all ranks are started anew because one has died.
         cfg_step_timeout: seconds after which ranks that owe an answer and send nothing count as dead.
+        cfg_text_encoder: where the text encoders are, of `TEXT_ENCODERS`; None: found at start-up.
         max_image_pixels, ...: what an operator allows, as in `RequestLimits`.
         max_step_ms: milliseconds that one rank's forwards may take in one step; None: found at start-up.
         cfg_page: whether the server has a page on which a person can try the model.
@@ -115,6 +121,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     cfg_shared_weights: bool | None = None
     cfg_max_restarts: int = 3
     cfg_step_timeout: int = 120
+    cfg_text_encoder: str | None = None
     max_image_pixels: int = RequestLimits().max_image_pixels
     max_video_pixels: int = RequestLimits().max_video_pixels
     max_inference_steps: int = RequestLimits().max_inference_steps
@@ -153,7 +160,17 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             value, least = getattr(settings, name), LEAST_VALUES.get(name, 1)
             if value is not None and value < least:
                 raise ConfigurationError(f"{name}={value} is not valid: it must be an integer from {least} up")
+        if settings.cfg_text_encoder not in (None, *TEXT_ENCODERS):
+            allowed = ", ".join(TEXT_ENCODERS)
+            raise ConfigurationError(
+                f"cfg_text_encoder={settings.cfg_text_encoder!r} is not valid: it must be one of {allowed}"
+            )
         return settings
+
+    @property
+    def encoder_rank(self) -> int | None:
+        """The one cfg rank that has the text encoders; None where all have them."""
+        return 0 if self.cfg_text_encoder == "one" and self.cfg_parallel_size > 1 else None
 
     def shares_weights(self, device_type: str) -> bool:
         """Whether the ranks of an engine share their weights: on a CPU, unless it was switched off.

@@ -31,7 +31,7 @@ WORKING = frozenset(
         "disable_uvicorn_access_log disable_access_log_for_endpoints disable_log_stats aggregate_engine_logging",
         "otlp_traces_endpoint show_hidden_metrics_for_version custom_histogram_buckets",
         # the engine
-        "max_num_seqs max_num_batched_tokens additional_config",
+        "max_num_seqs max_num_batched_tokens additional_config gpu_memory_utilization",
         "data_parallel_size data_parallel_size_local data_parallel_rank data_parallel_start_rank headless",
         "data_parallel_address data_parallel_rpc_port data_parallel_backend data_parallel_hybrid_lb",
         "data_parallel_external_lb data_parallel_multi_port_external_lb data_parallel_supervisor_port",
@@ -90,7 +90,7 @@ _REFUSED: dict[str, tuple[str, ...]] = {
         "mamba_backend mamba_ssu_algorithm enable_mamba_cache_stochastic_rounding mamba_cache_philox_rounds",
     ),
     _NO_KV_CACHE: _names(
-        "gpu_memory_utilization block_size kv_cache_memory_bytes kv_cache_dtype num_gpu_blocks_override",
+        "block_size kv_cache_memory_bytes kv_cache_dtype num_gpu_blocks_override",
         "prefix_caching_hash_algo prefix_cache_retention_interval kv_cache_dtype_skip_layers kv_sharing_fast_prefill",
         "swa_bounded_replay mamba_cache_dtype mamba_ssm_cache_dtype mamba_block_size prefix_match_unit",
         "mamba_cache_mode enable_mamba_shared_prefix_checkpoint replayssm_buffer_len use_replayssm",

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,12 @@ class ThreadedSideWork(SideWork):
     def __init__(self, rank: int) -> None:
         super().__init__(rank, torch.device("cpu"))
         self._reports: queue.SimpleQueue[SideReport] = queue.SimpleQueue()
-        self.deliver = lambda report, pixels: self._reports.put(report)
+        self.shared: dict[tuple[int, int], bytes] = {}
+
+    def deliver(self, report: SideReport, frame: torch.Tensor | None) -> None:
+        if frame is not None and report.branch >= 0:
+            self.shared[report.id, report.branch] = frame.numpy().tobytes()
+        self._reports.put(report)
 
     def take(self) -> list[SideReport]:
         return [self._reports.get() for _ in range(self._reports.qsize())]
@@ -82,6 +88,7 @@ def run_ranks(
     max_tokens: int = 1_000_000,
     as_on_gpus: bool = False,
     sharers: int = 1,
+    text_encoder: str = "all",
 ) -> list[Traces]:
     """Run all scripts on forked processes; returns every process's traces.
 
@@ -89,8 +96,10 @@ def run_ranks(
         sharers: processes that each of the ranks is.
         max_tokens: of a rank and step. Where there is such a limit, side work runs on threads, as in a server.
         as_on_gpus: exchange over the process group, by NCCL's rules, and run a step ahead.
+        text_encoder: as `cfg_text_encoder`; ranks without text encoders have none.
     """
     options = {"fault": fault, "load": load, "max_tokens": max_tokens, "as_on_gpus": as_on_gpus, "sharers": sharers}
+    options |= {"text_encoder": text_encoder}
     return [traces[model] for traces in run_models({model: scripts}, ranks, folder, **options)]
 
 
@@ -138,6 +147,7 @@ def _run_rank(
     load: Callable[[Path], EnginePipeline] = load,
     max_tokens: int = 1_000_000,
     as_on_gpus: bool = False,
+    text_encoder: str = "all",
 ) -> None:
     torch.set_num_threads(1)
     init_distributed_environment(ranks * sharers, number, f"tcp://127.0.0.1:{port}", number, "gloo")
@@ -150,6 +160,9 @@ def _run_rank(
     traces: dict[Path, Traces] = {}
     for model, scripts in models.items():
         pipeline = load(model)
+        if text_encoder == "one" and number >= sharers:
+            for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
+                setattr(pipeline, name, None)
         pipeline.pack_branches = _failing(pipeline.pack_branches, fault, number)
         traces[model] = {}
         for name, script in scripts.items():
@@ -157,7 +170,8 @@ def _run_rank(
             pace = DevicePace() if as_on_gpus else HostPace()
             runner = RecordingRunner(pipeline, rank, ranks, all_gather, side, pace, groups)
             with nccl_rules():
-                _drive(runner, ranks, sharers, list(script), max_tokens)
+                settings = {"sequence_parallel_size": sharers, "cfg_text_encoder": text_encoder}
+                _drive(runner, toy_vllm_config(ranks, 8, max_tokens, **settings), list(script))
             assert not runner.states, "every request must be forgotten after its last step, or when it failed"
             traces[model][name] = dict(runner.trace)
     torch.save(traces, out)
@@ -172,11 +186,8 @@ def _failing(pack_branches, fault: Fault, number: int):
     return pack_or_fail
 
 
-def _drive(
-    runner: StepRunner, ranks: int, sharers: int, script: list[tuple[int, DiffusionRequest | int]], max_tokens: int
-) -> None:
-    limits = {"max_num_seqs": 8, "max_num_batched_tokens": max_tokens}
-    scheduler = StepScheduler(toy_vllm_config(ranks, sequence_parallel_size=sharers, **limits))
+def _drive(runner: StepRunner, vllm_config: Any, script: list[tuple[int, DiffusionRequest | int]]) -> None:
+    scheduler = StepScheduler(vllm_config)
     step = 0
     while script or scheduler.has_requests():
         for entry in [entry for entry in script if entry[0] <= step]:
@@ -190,9 +201,17 @@ def _drive(
         output = scheduler.schedule()
         plan = output.planned.plan
         # Every rank's scheduler is told what all ranks report, so all make the same plans.
-        answers: list[tuple[StepReport, list[SideReport]]] = [None] * (ranks * sharers)
-        dist.all_gather_object(answers, (runner.run(plan), runner.side.take()))
-        reports = [report for _, taken in answers for report in taken]
-        side = [(report, memoryview(b"") if report.branch == DECODED else None) for report in reports]
-        scheduler.update_from_output(output, merge_reports([report for report, _ in answers], 0, side))
+        answers: list[tuple[StepReport, list[SideReport], dict[tuple[int, int], bytes]]] = [
+            None
+        ] * dist.get_world_size()
+        dist.all_gather_object(answers, (runner.run(plan), runner.side.take(), runner.side.shared))
+        side = [(report, _frame_of(report, shared)) for _, reports, shared in answers for report in reports]
+        scheduler.update_from_output(output, merge_reports([report for report, *_ in answers], 0, side))
         step += 1
+
+
+def _frame_of(report: SideReport, shared: dict[tuple[int, int], bytes]) -> memoryview | None:
+    if report.branch == DECODED:
+        return memoryview(b"")
+    frame = shared.get((report.id, report.branch))
+    return None if frame is None else memoryview(frame)

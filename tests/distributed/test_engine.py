@@ -164,6 +164,16 @@ def test_as_on_gpus_a_rank_that_fails_alone_costs_one_request(model, traces, tmp
             assert bitwise_equal(trace, traces[1][0][f"alone-{seed}"][seed])
 
 
+@pytest.mark.parametrize("max_tokens", [1_000_000, 40])
+def test_text_encoders_on_one_rank_alone_change_no_bit(model, traces, tmp_path, max_tokens):
+    """The second rank has none, so it can't but take what it is sent; with 40 tokens some requests are long ones."""
+    script = {"one": [(2 * n, request) for n, request in enumerate(make_requests(model))]}
+    for by_script in run_ranks(model, 2, script, tmp_path, max_tokens=max_tokens, text_encoder="one"):
+        assert len(by_script["one"]) == len(ASKED)
+        for seed, trace in by_script["one"].items():
+            assert bitwise_equal(trace, traces[1][0][f"alone-{seed}"][seed])
+
+
 # ---- long requests: those of more than so many tokens on a rank are forwarded beside the steps of the others ----
 
 MAX_TOKENS = 40  # 128x64 and 96x160 px are 32 and 60 tokens, and their texts

@@ -187,7 +187,7 @@ def measured(monkeypatch):
     calls = []
     one = calibrate(ToyPipeline(), INFO)
 
-    def fake(pipeline, info):
+    def fake(pipeline, info, has_text_encoder):
         calls.append(info)
         return msgspec.structs.replace(one, token_budget=len(calls))
 

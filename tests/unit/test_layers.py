@@ -14,7 +14,7 @@ LAYERS = (
     ("entrypoints",),
     ("executor",),
     ("worker",),
-    ("engine",),
+    ("engine", "memory"),
     ("platform", "cli", "model"),
     ("vllm_options",),
     ("config", "resolve", "tokens", "field_checks"),
@@ -24,7 +24,15 @@ LAYERS = (
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 # Of `pipelines`, from top to bottom: the families, what they share, the contract.
-PIPELINES = {"common": 1, "registry": 2, "noise_scheduler": 2, "base": 2, "weight_files": 3}
+PIPELINES = {
+    "common": 1,
+    "registry": 2,
+    "noise_scheduler": 2,
+    "base": 2,
+    "sample_request": 2,
+    "streaming": 3,
+    "weight_files": 4,
+}
 
 
 def imports(tree):

@@ -21,8 +21,8 @@ from tests.unit.fakes import VIDEO_INFO
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import ConfigurationError, InvalidRequestError
 from vllm_cfg_plugin.pipelines.registry import check_servable, describe
+from vllm_cfg_plugin.pipelines.sample_request import sample_request
 from vllm_cfg_plugin.worker.noise_scheduler_check import check_noise_scheduler
-from vllm_cfg_plugin.worker.sample_request import sample_request
 
 STEPS, SEED = 3, 5
 

@@ -45,9 +45,11 @@ def runner(pipeline):
     return make_runner(pipeline)
 
 
-def plan(step=0, retire=(), admit=(), encodes=(), assign=(), advance=True, decodes=(), long_steps=(), forwards=()):
+def plan(
+    step=0, retire=(), admit=(), encodes=(), assign=(), advance=True, decodes=(), long_steps=(), forwards=(), embeds=()
+):
     lists = [list(changes) for changes in (retire, admit, encodes, assign)]
-    return StepPlan(step, *lists, advance, list(decodes), list(long_steps), list(forwards))
+    return StepPlan(step, *lists, advance, list(decodes), list(long_steps), list(forwards), embeds=list(embeds))
 
 
 def join(requests, owners=None):

@@ -89,3 +89,14 @@ def test_no_levelling_gives_a_rank_more_tokens_than_it_may_have():
     newcomer.owners = (1,)
     placement.level(requests := running(), 0, [newcomer])
     assert [request.owners for request in requests] == [(0,), (0,)], "the newcomer needs rank 1 to itself"
+
+
+def test_the_rank_with_the_text_encoders_encodes_for_all_and_decodes_nothing():
+    placement, request = Placement(2, encoder_rank=0), one_branch(0)
+    request.owners = (1,)
+    (encode,) = placement.first_encodes(request)
+    assert (encode.rank, encode.is_shared, request.asked) == (0, True, [{0, 1}])
+    assert [placement.decode(one_branch(id), [0, 99]).rank for id in (1, 2)] == [1, 1]
+    (encode,) = placement.first_encodes(one_branch(3))
+    assert (encode.rank, encode.is_shared) == (0, False), "its owner encodes by itself"
+    assert Placement(1, encoder_rank=None).decode(one_branch(4), [0]).rank == 0

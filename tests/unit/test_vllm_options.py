@@ -39,7 +39,7 @@ def test_no_option_is_in_two_tables():
 @pytest.mark.parametrize(
     ("flag", "remedy"),
     [
-        ("--gpu-memory-utilization=0.5", "there is no KV cache"),
+        ("--block-size=16", "there is no KV cache"),
         ("--max-loras=2", "enable_lora"),
         ("--tool-call-parser=hermes", "text"),
         ("--attention-backend=FLASH_ATTN", "this plugin's own"),

@@ -24,6 +24,7 @@ from vllm_cfg_plugin.engine.plan import (
     Admission,
     Assign,
     Decode,
+    Embeds,
     Encode,
     Preview,
     SideReport,
@@ -63,6 +64,7 @@ class StepBatch:
         max_step_us: most predicted microseconds of one rank's forwards in one step.
         max_side_us: an encode or decode that is predicted to take longer is one that no short ones wait for.
         processes: that a rank is.
+        encoder_rank: the one rank that has the text encoders; None where all have them.
     """
 
     placement_class = Placement
@@ -78,9 +80,11 @@ class StepBatch:
         max_step_us: float = math.inf,
         max_side_us: float = math.inf,
         processes: int = 1,
+        encoder_rank: int | None = None,
     ) -> None:
         self._ranks = ranks
         self._processes = processes
+        self._encoder_rank = encoder_rank
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._max_step_us = max_step_us
@@ -96,7 +100,9 @@ class StepBatch:
 
     def _meet_ranks(self) -> None:
         """Begin with ranks that know nothing."""
-        self._placement = self.placement_class(self._ranks, self._max_side_us, self._processes, self._max_tokens)
+        self._placement = self.placement_class(
+            self._ranks, self._max_side_us, self._processes, self._max_tokens, encoder_rank=self._encoder_rank
+        )
         # Long requests hold at most half of the places: their decodes may stand in line for minutes.
         max_long, max_us = max(1, self._max_requests // 2), self._max_step_us - self._cost.step_us
         self._room = Room(self._ranks, self._placement, self._max_tokens, max_us, max_long)
@@ -111,6 +117,7 @@ class StepBatch:
         self._next_change = 0  # first tick at which a running request forwards other branches, or none
         self._may_admit = True  # something changed since nobody more could join
         self.retired: list[int] = []  # ids that the ranks must be told to forget
+        self._embeds: list[Embeds] = []  # that the ranks must be sent
 
     # ---- requests come and go ----
 
@@ -217,8 +224,9 @@ class StepBatch:
             long_steps=[request.id for request in stepping],
             forwards=[self._placement.forward(request) for request in forwarding],
             previews=self._preview(running, stepping) if self._watched else [],
+            embeds=self._embeds,
         )
-        self.retired = []
+        self.retired, self._embeds = [], []
         self._tick += plan.advance
         return PlannedStep(plan, admitted, (*running, *stepping) if stepping else running, forwarding)
 
@@ -252,6 +260,14 @@ class StepBatch:
         if request.id in self.running:
             self._lineup = None
         return request
+
+    def share_embeds(self, report: SideReport, data: bytes) -> None:
+        """Send what a rank encoded to the others that were asked to hold it, with the next plan."""
+        request = self._known.get(report.id)
+        if request is None or report.rank not in request.holders[report.branch]:
+            return  # it has left, or others of the rank's processes are still at it: the last one's serve all
+        if ranks := request.asked[report.branch] - request.holders[report.branch]:
+            self._embeds.append(Embeds(report.id, report.branch, tuple(sorted(ranks)), data))
 
     def _admit(self) -> list[ScheduledRequest]:
         """Requests that join now."""

@@ -26,15 +26,23 @@ class Placement:
         max_side_us: an encode or decode that is predicted to take longer is long.
         processes: that a rank is: all of them encode and forward what it does, and report it; one of them decodes.
         max_tokens: of one rank's forwards in one step.
+        encoder_rank: the one rank that has the text encoders; None where all have them.
     """
 
     def __init__(
-        self, ranks: int, max_side_us: float = math.inf, processes: int = 1, max_tokens: float = math.inf
+        self,
+        ranks: int,
+        max_side_us: float = math.inf,
+        processes: int = 1,
+        max_tokens: float = math.inf,
+        *,
+        encoder_rank: int | None = None,
     ) -> None:
         self._ranks = ranks
         self._max_side_us = max_side_us
         self._processes = processes
         self._max_tokens = max_tokens
+        self._encoder_rank = encoder_rank
         self._everywhere = frozenset(range(ranks))
         self._encoded_on: OrderedDict[tuple[str | int, ...], set[int]] = OrderedDict()
         # (id, branch, rank) -> whether it is long, predicted microseconds, reports that are due
@@ -63,7 +71,7 @@ class Placement:
             return [self._encode(request, 0, rank) for rank in range(self._ranks)]
         encodes = []
         for branch, owner in enumerate(request.owners):
-            cached = self._encoded_on.get(request.spec.embeds_key(branch), set())
+            cached = self._encoded_on.get(request.spec.embeds_key(branch), set()) if self._encoder_rank is None else ()
             encodes += [self._encode(request, branch, rank) for rank in sorted({owner, *cached})]
         return encodes
 
@@ -110,11 +118,15 @@ class Placement:
         return [self._encode(*slots[move.index], move.rank) for move in moves]
 
     def _encode(self, request: ScheduledRequest, branch: int, rank: int) -> Encode:
-        request.asked[branch].add(rank)
+        """Have a rank encode, or the one with the encoders in its place, which then shares it with the rank."""
+        encoder = rank if self._encoder_rank is None else self._encoder_rank
+        request.asked[branch] |= {encoder, rank}
         cost = request.encode_cost(branch)
         is_long = cost > self._max_side_us
-        self._give(request.id, branch, rank, is_long, cost)
-        return Encode(request.id, branch, rank, is_long)
+        self._give(request.id, branch, encoder, is_long, cost)
+        if rank != encoder:
+            self._give(request.id, branch, rank, is_long, 0)
+        return Encode(request.id, branch, encoder, is_long, is_shared=rank != encoder)
 
     def decode(self, request: ScheduledRequest, loads: Sequence[int]) -> Decode:
         """The decode of a request, on the rank where it is done first; it ends a preview that is not back yet."""
@@ -137,9 +149,15 @@ class Placement:
             backlogs = [sum(both) for both in zip(short, long, strict=True)]
         else:  # it waits for no long work, but shares the core with it
             backlogs = [before + min(beside, before + cost) for before, beside in zip(short, long, strict=True)]
-        rank = planner.choose_side_rank(backlogs, loads)
+        ranks = self._decoding_ranks
+        rank = ranks[planner.choose_side_rank([backlogs[rank] for rank in ranks], [loads[rank] for rank in ranks])]
         self._give(request.id, kind, rank, is_long, cost)
         return rank, is_long
+
+    @property
+    def _decoding_ranks(self) -> list[int]:
+        """Those with room for it: the one with the encoders has less."""
+        return [rank for rank in range(self._ranks) if rank != self._encoder_rank] or [0]
 
     def forward(self, request: ScheduledRequest) -> Forward:
         """The forwards of a long request's next step."""

@@ -2,8 +2,8 @@
 
 A plan says what changes; a request that runs takes its next step with every plan that advances, so the plan of a
 steady batch is a few bytes. Ids and integers only: prompts and images travel once, in the plan that admits their
-request; tensors never travel towards a rank, and decoded pixels follow their report as a raw frame. Must not import
-torch or vLLM.
+request; decoded pixels follow their report as a raw frame. No tensor travels towards a rank, but for embeddings where
+one rank alone has the text encoders. Must not import torch or vLLM.
 """
 
 from __future__ import annotations
@@ -30,12 +30,27 @@ class Encode(msgspec.Struct, array_like=True, frozen=True):
 
     Attributes:
         is_long: it may take longer than a step, so no short work may wait for it.
+        is_shared: its embeddings follow the report, for ranks that have no text encoders.
     """
 
     id: int
     branch: int
     rank: int
     is_long: bool = False
+    is_shared: bool = False
+
+
+class Embeds(msgspec.Struct, array_like=True, frozen=True):
+    """Cfg ranks `ranks` take over what another rank encoded, and each says so in a side report as if it had encoded it.
+
+    Attributes:
+        data: see `worker/embeds.py`.
+    """
+
+    id: int
+    branch: int
+    ranks: tuple[int, ...]
+    data: bytes
 
 
 class Assign(msgspec.Struct, array_like=True, frozen=True):
@@ -93,6 +108,7 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
         long_steps: long requests whose forwards are done; they take a denoising step in the same exchange.
         forwards: of long requests, for the step after that.
         previews: of requests that take a step.
+        embeds: in the place of encodes.
     """
 
     step: int
@@ -105,6 +121,7 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     long_steps: list[int] = []
     forwards: list[Forward] = []
     previews: list[Preview] = []
+    embeds: list[Embeds] = []
 
     def is_empty(self) -> bool:
         return not (
@@ -116,6 +133,7 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
             or self.decodes
             or self.long_steps
             or self.forwards
+            or self.embeds
         )
 
 
@@ -145,7 +163,7 @@ class SideReport(msgspec.Struct, array_like=True, frozen=True):
         error: why it could not be done; '' if it was.
         is_refused: the error is one of the request's inputs.
         shape: of what was decoded, whose pixels follow as one frame: uint8 [number, height, width, channels]; of what
-            is kept the steps taken.
+            is kept the steps taken; of shared embeddings [bytes].
     """
 
     id: int

@@ -86,6 +86,7 @@ class StepScheduler(SchedulerInterface):
             max_step_us=max_step_us(vllm_config),
             max_side_us=max_side_us(vllm_config),
             processes=settings.sequence_parallel_size,
+            encoder_rank=settings.encoder_rank,
         )
         self._include_finished_set = include_finished_set
         self._log_stats = log_stats
@@ -215,7 +216,9 @@ class StepScheduler(SchedulerInterface):
             return self._failed(request, report.error, report.is_refused)
         if request is None or pixels is None:  # None: aborted meanwhile
             return []
-        if report.branch == KEPT:
+        if report.branch >= 0:
+            self.batch.share_embeds(report, bytes(pixels))
+        elif report.branch == KEPT:
             (request.kept_steps,), request.kept = report.shape, bytes(pixels)
         return self._finished(request, report, pixels) if report.branch == DECODED else []
 

@@ -9,9 +9,11 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
+import torch
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.abstract import Executor, FailureCallback
 
@@ -19,7 +21,7 @@ from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.compat.engine_deaths import report_end, tell_why
 from vllm_cfg_plugin.compat.engines import answer_rejected_requests
 from vllm_cfg_plugin.compat.forks import release_inherited_wakeup
-from vllm_cfg_plugin.config import EngineSettings
+from vllm_cfg_plugin.config import EngineSettings, additional_config
 from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration, slowest, step_timeout_s
 from vllm_cfg_plugin.engine.plan import StepPlan, StepReport
@@ -33,6 +35,8 @@ from vllm_cfg_plugin.executor.rank_processes import OwnProcesses, StartRanks
 from vllm_cfg_plugin.executor.ranks import Ranks
 from vllm_cfg_plugin.executor.restarts import RestartLimit
 from vllm_cfg_plugin.executor.template import Template
+from vllm_cfg_plugin.memory.placement import Card
+from vllm_cfg_plugin.memory.start import choose_text_encoder
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
 
 _SIDE_WAIT_SECONDS = 0.002
@@ -56,6 +60,7 @@ class CfgExecutor(Executor):
             answer_rejected_requests()
             if self._cause_address:
                 report_end(self._cause_address)
+        settings = self._settle_settings(settings)
         make_pool = partial(
             RankPool,
             self._choose_start(settings),
@@ -75,6 +80,16 @@ class CfgExecutor(Executor):
         keep_calibration(self.vllm_config, slowest(self._calibrate()))
         # Weakly: the monitor thread must not keep an executor alive that its engine let go of.
         self._ranks.watch(partial(_call_if_alive, weakref.WeakMethod(self._notify_failure)))
+
+    def _settle_settings(self, settings: EngineSettings) -> EngineSettings:
+        """The settings, with those decided that depend on the GPUs; ranks and scheduler find them there too."""
+        config, card = self.vllm_config, None
+        if self.device_config.device_type != "cpu":
+            card = Card(current_platform.get_device_total_memory(), config.cache_config.gpu_memory_utilization)
+        checkpoint = Checkpoint(self.model_config.model, self.model_config.revision)
+        where = choose_text_encoder(checkpoint, settings, cast(torch.dtype, self.model_config.dtype), card)
+        config.additional_config = {**additional_config(config), "cfg_text_encoder": where}
+        return EngineSettings.from_vllm_config(config)
 
     def _calibrate(self) -> list[Calibration]:
         """What every rank measures; ranks that die of it are started anew as often as may be."""

@@ -21,6 +21,7 @@ from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import GUIDANCE_FIELDS, DiffusionRequest, ImageInput
+from vllm_cfg_plugin.pipelines.streaming import load_streamed
 
 
 @dataclass(frozen=True)
@@ -122,28 +123,38 @@ class EnginePipeline(CFGParallelMixin, ABC):
         device: torch.device,
         revision: str | None = None,
         variant: str | None = None,
+        streamed: Sequence[str] = (),
         **components: Any,
     ) -> Self:
-        """Load a checkpoint for inference.
+        """Load a checkpoint for inference, each component straight to the device.
 
         Args:
             model: folder or hub repository id.
             dtype: of weights and computation.
             variant: of the names of weight files, as in `model.fp16.safetensors`.
+            streamed: components that stay in host memory, from where their layers come to the device one by one.
             components: to be used in place of the checkpoint's own; None for those to do without.
 
         Raises:
             ConfigurationError: the checkpoint can't be loaded or asks for something the packed forward lacks.
         """
+        from diffusers.pipelines.pipeline_utils import SUPPORTED_DEVICE_MAP
+
         diffusers_class: Any = cls
+        dtypes = {"default": dtype} | dict.fromkeys(cls.float32_components, torch.float32)
+        # Without it all components would be made in host memory first. It names no index: the current device's counts.
+        is_placed = device.type != "cpu" and device.type in SUPPORTED_DEVICE_MAP
+        placed = {"device_map": device.type} if is_placed else {}
         try:
-            dtypes = {"default": dtype} | dict.fromkeys(cls.float32_components, torch.float32)
+            for name in streamed:
+                of_component = dtypes.get(name, dtype)
+                components[name] = load_streamed(Checkpoint(model, revision), cls, name, of_component, device, variant)
             pipeline = diffusers_class.from_pretrained(
-                model, dtype=dtypes, revision=revision, variant=variant, **components
+                model, dtype=dtypes, revision=revision, variant=variant, use_safetensors=True, **placed, **components
             )
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"model {model!r} can't be loaded: {error}") from error
-        return pipeline.to(device)
+        return pipeline if is_placed else pipeline.to(device)
 
     # ---- once for a request ----
 

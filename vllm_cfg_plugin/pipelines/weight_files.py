@@ -30,21 +30,16 @@ def check_weight_files(checkpoint: Checkpoint, family: type, variant: str = "") 
         ConfigurationError: a file is missing or broken, or needs what is not installed here.
     """
     folder = Path(checkpoint.model).expanduser()
-    components = _components(checkpoint, family)
-    for component in components:
-        _check_quantization(checkpoint, component, *components[component])
+    for component, names in component_names(checkpoint, family).items():
+        _check_quantization(checkpoint, component, *names)
     if not folder.is_dir():
         return
-    variants = _variants(checkpoint, folder, variant)
-    for component, (library, class_name) in components.items():
-        if _model_library(library, class_name):
-            files = _files_of(checkpoint, component, library, class_name, variants.get(component, ""))
-            for path in files:
-                if path.suffix == ".safetensors" and (problem := safetensors_problem(path)):
-                    raise ConfigurationError(
-                        f"model {checkpoint.model!r}: {component}/{path.name} is broken: {problem}"
-                    )
-        else:
+    for component, files in weight_files(checkpoint, family, variant).items():
+        for path in files:
+            if path.suffix == ".safetensors" and (problem := safetensors_problem(path)):
+                raise ConfigurationError(f"model {checkpoint.model!r}: {component}/{path.name} is broken: {problem}")
+    for component, names in component_names(checkpoint, family).items():
+        if not model_library(*names):
             _check_json_files(checkpoint, folder, component)
 
 
@@ -62,7 +57,21 @@ def _check_json_files(checkpoint: Checkpoint, folder: Path, component: str) -> N
             ) from error
 
 
-def _components(checkpoint: Checkpoint, family: type) -> dict[str, tuple[str, str]]:
+def weight_files(checkpoint: Checkpoint, family: type, variant: str = "") -> dict[str, list[Path]]:
+    """The files of each component of a folder that has weights, as a pipeline class loads them.
+
+    Raises:
+        ConfigurationError: a file is missing.
+    """
+    variants = component_variants(checkpoint, variant)
+    return {
+        component: _files_of(checkpoint, component, *names, variants.get(component, ""))
+        for component, names in component_names(checkpoint, family).items()
+        if model_library(*names)
+    }
+
+
+def component_names(checkpoint: Checkpoint, family: type) -> dict[str, tuple[str, str]]:
     """{component: (library, class)} of what the class is made of, as model_index.json names it."""
     index = checkpoint.read_json(MODEL_INDEX) or {}
     taken = inspect.signature(family.__init__).parameters  # type: ignore[misc]
@@ -70,24 +79,37 @@ def _components(checkpoint: Checkpoint, family: type) -> dict[str, tuple[str, st
     return {name: (value[0], value[1]) for name, value in named.items() if len(value) == 2 and value[0]}
 
 
-def _model_library(library: str, class_name: str) -> str:
-    """ "diffusers" or "transformers", whose loader a model has; "" for what has no weights."""
+def component_class(library: str, class_name: str) -> Any:
+    """The class that model_index.json names; None for one that neither diffusers nor transformers has."""
     import diffusers
     import transformers
 
     module: Any = diffusers if library == "diffusers" else getattr(diffusers.pipelines, library, transformers)
-    cls = getattr(module, class_name, None) or getattr(transformers, class_name, None)
+    return getattr(module, class_name, None) or getattr(transformers, class_name, None)
+
+
+def model_library(library: str, class_name: str) -> str:
+    """ "diffusers" or "transformers", whose loader a model has; "" for what has no weights."""
+    import diffusers
+    import transformers
+
+    cls = component_class(library, class_name)
     if isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin):
         return "diffusers"
     return "transformers" if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else ""
 
 
-def _variants(checkpoint: Checkpoint, folder: Path, variant: str) -> dict[str, str]:
-    """{component: variant} of those that have files of the variant; the others load their ordinary ones."""
+def component_variants(checkpoint: Checkpoint, variant: str) -> dict[str, str]:
+    """{component: variant} of a folder's that have files of the variant; the others load their ordinary ones.
+
+    Raises:
+        ConfigurationError: none has any.
+    """
     from diffusers.pipelines.pipeline_loading_utils import _identify_model_variants
 
     if not variant:
         return {}
+    folder = Path(checkpoint.model).expanduser()
     try:
         found: dict[str, str] = _identify_model_variants(str(folder), variant, checkpoint.read_json(MODEL_INDEX) or {})
     except IndexError:
@@ -104,7 +126,7 @@ def _variants(checkpoint: Checkpoint, folder: Path, variant: str) -> dict[str, s
 
 def _files_of(checkpoint: Checkpoint, component: str, library: str, class_name: str, variant: str) -> list[Path]:
     folder = Path(checkpoint.model).expanduser() / component
-    resolve = _diffusers_file if _model_library(library, class_name) == "diffusers" else _transformers_file
+    resolve = _diffusers_file if model_library(library, class_name) == "diffusers" else _transformers_file
     try:
         path = resolve(folder, variant or None)
     except OSError:
@@ -115,7 +137,7 @@ def _files_of(checkpoint: Checkpoint, component: str, library: str, class_name: 
 def _diffusers_file(folder: Path, variant: str | None) -> Path:
     """The file, or the index of shards, that `ModelMixin.from_pretrained` loads."""
     from diffusers.models.model_loading_utils import _fetch_index_file, _fetch_index_file_legacy
-    from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+    from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
     from diffusers.utils.hub_utils import _add_variant, _get_model_file
 
     unused = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "user_agent")
@@ -127,19 +149,16 @@ def _diffusers_file(folder: Path, variant: str | None) -> Path:
         index = _fetch_index_file_legacy(**options)
     if index is not None and index.is_file():
         return Path(index)
-    try:
-        return Path(_get_model_file(str(folder), weights_name=_add_variant(SAFETENSORS_WEIGHTS_NAME, variant)))
-    except OSError:
-        return Path(_get_model_file(str(folder), weights_name=_add_variant(WEIGHTS_NAME, variant)))
+    return Path(_get_model_file(str(folder), weights_name=_add_variant(SAFETENSORS_WEIGHTS_NAME, variant)))
 
 
 def _transformers_file(folder: Path, variant: str | None) -> Path:
     """The file, or the index of shards, that `PreTrainedModel.from_pretrained` loads."""
     from transformers.modeling_utils import _add_variant
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
     # In the order of `transformers.modeling_utils._get_resolved_checkpoint_files`, which hides the index.
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         if (path := folder / _add_variant(name, variant)).is_file():
             return path
     raise FileNotFoundError(folder)
@@ -163,10 +182,10 @@ def _why_not_found(checkpoint: Checkpoint, component: str, folder: Path) -> str:
             f"model {checkpoint.model!r}: {component}/ has its weights under names of the variant {variants[0]} only: "
             f"ask for it by --variant {variants[0]} (variant={variants[0]!r} offline)"
         )
-    if pickled := [name for name in names if name.endswith(".bin.index.json") and not name.startswith(".")]:
+    if pickled := [name for name in names if name.endswith((".bin.index.json", ".bin")) and not name.startswith(".")]:
         return (
-            f"model {checkpoint.model!r}: {component}/ has its weights in pickled shards ({pickled[0]}), which "
-            "diffusers does not load: save it as safetensors"
+            f"model {checkpoint.model!r}: {component}/ has its weights as pickles ({pickled[0]}), which are not "
+            "loaded: save it as safetensors (`save_pretrained`)"
         )
     return f"model {checkpoint.model!r} is incomplete: {component}/ has no file of weights"
 
@@ -174,7 +193,7 @@ def _why_not_found(checkpoint: Checkpoint, component: str, folder: Path) -> str:
 def _check_quantization(checkpoint: Checkpoint, component: str, library: str, class_name: str) -> None:
     """What its library can run here may run; each library's own quantizer knows."""
     config = (checkpoint.read_json(f"{component}/config.json") or {}).get("quantization_config")
-    of = _model_library(library, class_name) if config is not None else ""
+    of = model_library(library, class_name) if config is not None else ""
     if not of or (of == "transformers" and not config):  # an empty one is none to some of its models; not to diffusers
         return
     method = config.get("quant_method") or "an unnamed method" if isinstance(config, dict) else repr(config)

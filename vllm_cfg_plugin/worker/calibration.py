@@ -34,8 +34,8 @@ from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of, group_branches
 from vllm_cfg_plugin.pipelines.registry import describe, implementation_of
+from vllm_cfg_plugin.pipelines.sample_request import blank_embeds, sample_request, sample_requests
 from vllm_cfg_plugin.worker.call_calibration import calibrate_calls
-from vllm_cfg_plugin.worker.sample_request import sample_request, sample_requests
 from vllm_cfg_plugin.worker.stopwatch import Run, Stopwatch
 
 logger = get_logger(__name__)
@@ -51,7 +51,13 @@ _COMPONENTS = ("transformer", "transformer_2", "unet", "vae", "text_encoder")
 
 
 def calibrate_rank(
-    pipeline: EnginePipeline, checkpoint: Checkpoint, folder: Path, ranks: int, group: SequenceGroup = ALONE
+    pipeline: EnginePipeline,
+    checkpoint: Checkpoint,
+    folder: Path,
+    ranks: int,
+    group: SequenceGroup = ALONE,
+    *,
+    text_encoder: str = "all",
 ) -> Calibration:
     """This rank's calibration: from `folder` if an earlier start left it there, measured otherwise.
 
@@ -59,24 +65,31 @@ def calibrate_rank(
         folder: where calibrations are kept, one file per model, device and software; need not exist.
         ranks: how many run side by side and share what the machine has.
         group: those of them that share this one's forwards.
+        text_encoder: where it is, of `TEXT_ENCODERS`; "" where another rank encodes: then encodes cost nothing here.
     """
-    path = folder / f"{_key(pipeline, checkpoint, ranks, group.size)}.json"
+    path = folder / f"{_key(pipeline, checkpoint, ranks, group.size, text_encoder)}.json"
     calibration = _load(path)
     (is_missing,) = group.any([calibration is None])
     if calibration is None or is_missing:
         info = describe(checkpoint)
         with together(group):
-            calibration = (calibrate if info.call_arguments is None else calibrate_calls)(pipeline, info)
+            if info.call_arguments is None:
+                calibration = calibrate(pipeline, info, bool(text_encoder))
+            else:
+                calibration = calibrate_calls(pipeline, info)
         _store(path, calibration)
     return calibration
 
 
 @torch.inference_mode()
-def calibrate(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration:
+def calibrate(pipeline: EnginePipeline, info: PipelineInfo, has_text_encoder: bool = True) -> Calibration:
     """Measure encodes, decodes and packed forwards of growing sizes, then all of them again while there is time."""
     stopwatch = Stopwatch(next(pipeline.transformer.parameters()).device, current_group())
     texts: dict[str, PromptEmbeds] = {}
-    encodes = stopwatch.climb(_encode_runs(pipeline, info, texts))
+    if has_text_encoder:
+        encodes = stopwatch.climb(_encode_runs(pipeline, info, texts))
+    else:
+        encodes, texts[_PROMPTS[0]] = [], blank_embeds(pipeline, _TEMPLATE_CHARACTERS)
     decodes = stopwatch.climb(_decode_runs(pipeline, sample_requests(info, _DECODE_SCALES)))
     text = texts[_PROMPTS[0]]
     branches = [_branch(pipeline, request, text) for request in sample_requests(info, _FORWARD_SCALES)]
@@ -87,8 +100,10 @@ def calibrate(pipeline: EnginePipeline, info: PipelineInfo) -> Calibration:
     stopwatch.repeat_all()
     step_us, token_us, square_us = fit_forward([run.sample for run in forwards + packs[1:]])
     # Where only one text could be measured: what a pipeline wraps a prompt in is most of its work.
-    encode_us, encode_token_us = fit_non_negative(
-        [(1, embeds.tokens.shape[0]) for embeds in texts.values()], [run.us for run in encodes]
+    encode_us, encode_token_us = (
+        fit_non_negative([(1, embeds.tokens.shape[0]) for embeds in texts.values()], [run.us for run in encodes])
+        if encodes
+        else (0.0, 0.0)
     )
     decode_us, decode_token_us = fit_line([(run.tokens, run.us) for run in decodes])
     return Calibration(
@@ -166,7 +181,7 @@ def _branch(pipeline: EnginePipeline, request: DiffusionRequest, embeds: PromptE
     )
 
 
-def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int, sharers: int) -> str:
+def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int, sharers: int, text_encoder: str) -> str:
     """Names everything that the figures depend on."""
     weight = next(pipeline.transformer.parameters())
     facts = [
@@ -180,6 +195,7 @@ def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int, sharers: 
         torch.get_num_threads(),
         ranks,
         sharers,
+        text_encoder,
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -19,7 +19,7 @@ from vllm_cfg_plugin.engine.cost import UNCALIBRATED, CostModel, PackSample, fit
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, generator_of
-from vllm_cfg_plugin.worker.sample_request import sample_requests
+from vllm_cfg_plugin.pipelines.sample_request import sample_requests
 from vllm_cfg_plugin.worker.stopwatch import ALL_RUNS_SECONDS
 
 logger = get_logger(__name__)

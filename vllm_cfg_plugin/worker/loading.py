@@ -13,11 +13,11 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
@@ -31,13 +31,23 @@ logger = get_logger(__name__)
 _inherited: EnginePipeline | None = None
 
 
-def load_pipeline(vllm_config: VllmConfig, device: torch.device) -> EnginePipeline:
-    """The pipeline that this process was forked with, or else a copy of its own."""
+def load_pipeline(vllm_config: VllmConfig, device: torch.device, has_text_encoder: bool = True) -> EnginePipeline:
+    """The pipeline that this process was forked with, or else a copy of its own.
+
+    Args:
+        has_text_encoder: False leaves the text encoders out, because another rank encodes.
+    """
     if _inherited is not None:
         return _inherited
-    model_config, variant = vllm_config.model_config, EngineSettings.from_vllm_config(vllm_config).variant
-    options = {"variant": variant} if variant else {}
-    load = pipeline_class(Checkpoint(model_config.model, model_config.revision)).load
+    model_config, settings = vllm_config.model_config, EngineSettings.from_vllm_config(vllm_config)
+    checkpoint = Checkpoint(model_config.model, model_config.revision)
+    load = pipeline_class(checkpoint).load
+    encoders = [name for name in checkpoint.read_json(MODEL_INDEX) or {} if name.startswith("text_encoder")]
+    options: dict[str, Any] = {"variant": settings.variant} if settings.variant else {}
+    if not has_text_encoder:
+        options |= dict.fromkeys(encoders)
+    elif settings.cfg_text_encoder == "cpu" and device.type != "cpu":  # on a CPU that is where they are anyway
+        options["streamed"] = encoders
     dtype = cast(torch.dtype, model_config.dtype)  # vLLM resolved the name that it may have been
     started = time.perf_counter()
     pipeline = load(model_config.model, dtype=dtype, device=device, revision=model_config.revision, **options)

@@ -8,7 +8,7 @@ from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import EnginePipeline, generator_of
-from vllm_cfg_plugin.worker.sample_request import sample_request
+from vllm_cfg_plugin.pipelines.sample_request import sample_request
 
 _SMALL = 0.25  # sides of the latents that are stepped, against those of the model's own size
 

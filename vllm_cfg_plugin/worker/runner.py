@@ -17,12 +17,23 @@ from typing import Any
 import torch
 
 from vllm_cfg_plugin.distributed.sequence_group import NO_GROUPS, MemberFailedError, SequenceGroups, together
-from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Encode, Forward, Preview, StepPlan, StepReport
+from vllm_cfg_plugin.engine.plan import (
+    Admission,
+    Assign,
+    Decode,
+    Embeds,
+    Encode,
+    Forward,
+    Preview,
+    StepPlan,
+    StepReport,
+)
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of
 from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
 from vllm_cfg_plugin.worker.advance import Move, combine_all, step_all
+from vllm_cfg_plugin.worker.embeds import pack_embeds, unpack_embeds
 from vllm_cfg_plugin.worker.estimate import estimated_final_latents
 from vllm_cfg_plugin.worker.exchange import AllGather, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.kept_state import is_due, note, resume, to_bytes
@@ -113,6 +124,8 @@ class StepRunner:
             self._admit(admission)
         for encode in plan.encodes:
             self._encode(encode)
+        for embeds in plan.embeds:
+            self._take_over(embeds)
         for assign in plan.assign:
             self._assign(assign)
         long = [self.states[id] for id in plan.long_steps if id in self.states]
@@ -171,11 +184,21 @@ class StepRunner:
     def _encode(self, encode: Encode) -> None:
         state = self.states.get(encode.id)
         if encode.rank == self.rank and state is not None:
-            run = partial(self._encode_branch, state, encode.branch)
+            run = partial(self._encode_branch, state, encode.branch, encode.is_shared)
             self.side.encode(encode.id, encode.branch, run, encode.is_long)
 
-    def _encode_branch(self, state: RequestState, branch: int) -> None:
+    def _take_over(self, embeds: Embeds) -> None:
+        state = self.states.get(embeds.id)
+        if self.rank in embeds.ranks and state is not None:
+            self.side.encode(embeds.id, embeds.branch, partial(self._unpack_embeds, state, embeds))
+
+    def _unpack_embeds(self, state: RequestState, embeds: Embeds) -> None:
         """Runs beside the steps."""
+        unpacked = unpack_embeds(embeds.data, self._like.device)
+        self._hold(state, embeds.branch, unpacked)
+
+    def _encode_branch(self, state: RequestState, branch: int, is_shared: bool = False) -> torch.Tensor | None:
+        """Runs beside the steps; returns what is to be shared."""
         request = state.request
 
         def encode() -> PromptEmbeds:
@@ -187,9 +210,13 @@ class StepRunner:
                 preparation.result()
             state.prompt_embeds = dict.fromkeys(range(len(request.prompts)), encode())
             state.prediction_shape = checked_shape(self.pipeline.prediction_shape(request))
-            return
-        state.condition = self._condition(request)
+            return None
         embeds = self.embeddings.get(request.embeds_key(branch), encode)
+        self._hold(state, branch, embeds)
+        return pack_embeds(embeds) if is_shared else None
+
+    def _hold(self, state: RequestState, branch: int, embeds: PromptEmbeds) -> None:
+        state.condition = self._condition(state.request)
         self._hand_over((*embeds.tensors, *state.condition))
         state.prompt_embeds[branch] = embeds
 

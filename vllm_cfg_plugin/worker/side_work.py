@@ -36,8 +36,8 @@ _ENCODE_NICENESS = 2
 _DECODE_NICENESS = 5
 _LONG_NICENESS = 10
 
-# Sends a report and, after a decode, its pixels: uint8 [number, height, width, channels]; or what is kept of a request:
-# uint8 [bytes].
+# Sends a report and, after a decode, its pixels: uint8 [number, height, width, channels]; or what is kept of a request
+# or shared of an encode: uint8 [bytes].
 Deliver = Callable[[SideReport, torch.Tensor | None], None]
 
 
@@ -83,8 +83,8 @@ class SideWork:
         self._works: set[_Work] = set()
         self._lock = threading.Lock()
 
-    def encode(self, id: int, branch: int, run: Callable[[], None], is_long: bool = False) -> None:
-        """Call `run`, which encodes branch `branch` of request `id`, and report."""
+    def encode(self, id: int, branch: int, run: Callable[[], torch.Tensor | None], is_long: bool = False) -> None:
+        """Call `run`, which encodes branch `branch` of request `id`, and report, with what it returns to be shared."""
         self._submit(self._long_coder if is_long else self._encoder, _Work(id, branch, "encoding its prompt", run))
 
     def decode(self, id: int, run: Callable[[], torch.Tensor], is_long: bool = False) -> None:

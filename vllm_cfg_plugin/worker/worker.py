@@ -81,10 +81,10 @@ class DiffusionWorker(WorkerBase):
         return self.local_rank + replica * parallel.world_size
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        """Load the checkpoint's pipeline; every rank holds all of it, because any rank may own any branch."""
+        """Load the checkpoint's pipeline; every rank has its transformer, because any rank may own any branch."""
         if self.vllm_config.optimization_level > OptimizationLevel.O0:
             fused.enable()
-        pipeline = load_pipeline(self.vllm_config, self.device)
+        pipeline = load_pipeline(self.vllm_config, self.device, bool(self._text_encoder))
         info = describe(self._checkpoint)
         if info.call_arguments is None:  # else the pipeline sets and steps it as it likes
             check_noise_scheduler(pipeline, info)
@@ -107,7 +107,16 @@ class DiffusionWorker(WorkerBase):
     def _calibration(self) -> Calibration:
         folder = Path(envs.VLLM_CACHE_ROOT) / PLUGIN_NAME
         ranks = self.parallel_config.world_size
-        return calibrate_rank(self.runner.pipeline, self._checkpoint, folder, ranks, self._groups.steps)
+        return calibrate_rank(
+            self.runner.pipeline, self._checkpoint, folder, ranks, self._groups.steps, text_encoder=self._text_encoder
+        )
+
+    @property
+    def _text_encoder(self) -> str:
+        """Where this rank has its text encoders, of `TEXT_ENCODERS`; "" where another rank encodes."""
+        settings = EngineSettings.from_vllm_config(self.vllm_config)
+        encodes = settings.encoder_rank in (None, parallel_state.get_classifier_free_guidance_rank())
+        return (settings.cfg_text_encoder or "all") if encodes else ""
 
     @property
     def _checkpoint(self) -> Checkpoint:

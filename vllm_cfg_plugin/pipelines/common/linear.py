@@ -71,6 +71,7 @@ def _is_plain(module: Any, x: torch.Tensor) -> bool:
     """Whether a CPU kernel can stand in for the layer: an adapter or a hook on it must be called."""
     return (
         type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter  # a quantized weight is a tensor of another kind
         and x.dtype == torch.float32
         and x.is_cpu
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -10,8 +10,8 @@ import torch
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on `device`; the tensor itself where it is there."""
-    if tensor.device == device or not tensor.is_cpu:
+    """A tensor on `device`; the tensor itself where it is there. On the meta device there is nothing to copy to."""
+    if tensor.device == device or not tensor.is_cpu or device.type == "meta":
         return tensor.to(device)
     # torch keeps the pinned memory until the copy is done.
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 from msgspec import UNSET
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.params import DiffusionRequest, Guidance, ImageInput
+from vllm_cfg_plugin.pipelines.base import EnginePipeline, PromptEmbeds
 
 _BLANK = ImageInput("blank", "RGB", 64, 64, bytes(64 * 64 * 3))
 _FEW_STEPS = 2
+# Widths of prompt embeddings and of their summary, as diffusers' transformers name them.
+_TEXT_WIDTHS = ("joint_attention_dim", "text_dim", "cap_feat_dim")
+_POOLED_WIDTH = "pooled_projection_dim"
 
 
 def sample_request(info: PipelineInfo, scale: float = 1.0, prompt: str = "a cat") -> DiffusionRequest:
@@ -57,6 +61,21 @@ def sample_requests(info: PipelineInfo, scales: Iterable[float]) -> list[Diffusi
     """Requests of growing size; scales that come to the same size give one."""
     requests = (sample_request(info, scale) for scale in scales)
     return list({request.image_tokens: request for request in requests}.values())
+
+
+def blank_embeds(pipeline: EnginePipeline, tokens: int) -> PromptEmbeds:
+    """Embeddings of the shape of a text's of so many tokens, where there is no text encoder to make any.
+
+    Raises:
+        LookupError: the transformer's configuration does not say how wide they are.
+    """
+    config: Any = pipeline.transformer.config
+    width = next((config[name] for name in _TEXT_WIDTHS if name in config), 0)
+    if not width:
+        raise LookupError(f"the transformer's configuration has none of {', '.join(_TEXT_WIDTHS)}")
+    weight = pipeline._weight
+    pooled = weight.new_zeros(config[_POOLED_WIDTH]) if _POOLED_WIDTH in config else None
+    return PromptEmbeds(weight.new_zeros(tokens, width), pooled)
 
 
 def _frames(info: PipelineInfo, scale: float) -> int:

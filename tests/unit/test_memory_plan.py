@@ -1,0 +1,200 @@
+"""What a model takes of a GPU, and what goes where: counted without a GPU and without loading anything."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.known_models import MODELS
+from benchmarks.memory_table import memory_of, table
+from tests.families import FAMILIES, load
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.config import EngineSettings
+from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.memory import start
+from vllm_cfg_plugin.memory.__main__ import main
+from vllm_cfg_plugin.memory.placement import CACHE_BYTES, GIB, Card, Component, ModelMemory, fits, place
+from vllm_cfg_plugin.memory.sizing import model_memory
+from vllm_cfg_plugin.memory.tracking import peak_bytes
+
+META = torch.device("meta")
+# 30 GB of transformer and 20 of text encoder, of which 2 at a time; a step of one branch takes 1, of two 2, a decode 3.
+MODEL = ModelMemory(
+    components={
+        "transformer": Component(30 * GIB, 3 * GIB),
+        "text_encoder": Component(15 * GIB, GIB),
+        "text_encoder_2": Component(5 * GIB, GIB),
+        "vae": Component(GIB, GIB),
+    },
+    branch_tokens=1024,
+    image_tokens=1024,
+    step_bytes=0,
+    step_token_bytes=GIB // 1024,
+    decode_token_bytes=3 * GIB // 1024,
+)
+
+
+def card(gigabytes):
+    return Card(int(gigabytes * GIB), 1.0)
+
+
+def test_peak_counts_what_lives_at_a_time_and_no_view_twice():
+    weight = torch.empty(10, 10, device=META)
+    with torch.inference_mode(), peak_bytes(META) as counted:
+        first = weight + 1
+        view = first.view(-1)
+        second = view * 2
+        del first, view
+        gc.collect()
+        assert (counted.live, counted.peak) == (400, 800)
+        weight.add_(1)
+        torch.empty(100)
+        assert (counted.live, counted.peak) == (400, 800), "of this device alone, and no weight"
+    assert second.shape == (100,)
+
+
+def test_attention_keeps_no_scores():
+    query = torch.empty(1, 2, 1000, 8, device=META)
+    with peak_bytes(META) as counted:
+        out = torch.nn.functional.scaled_dot_product_attention(query, query, value=query)
+    assert out.shape == query.shape
+    assert counted.peak == query.nbytes
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.label)
+def test_of_every_family_all_is_known(family, tmp_path):
+    folder = family.build(tmp_path / "model")
+    model = model_memory(Checkpoint(str(folder)), torch.float32)
+    loaded = load(folder)
+    for name, component in model.components.items():
+        tensors = {tensor.data_ptr(): tensor for tensor in getattr(loaded, name).state_dict().values()}  # some are tied
+        expected = sum(tensor.nbytes for tensor in tensors.values())
+        assert component.nbytes == pytest.approx(expected, rel=0.01), name
+        assert 0 < component.streamed <= component.nbytes
+    assert model.step_token_bytes > 0
+    assert model.decode_token_bytes > 0
+
+
+def test_weights_are_counted_in_the_dtype_they_are_loaded_in(qwen_image_folders):
+    checkpoint = Checkpoint(str(qwen_image_folders["tiny"]))
+    float32, bfloat16 = (model_memory(checkpoint, dtype).components for dtype in (torch.float32, torch.bfloat16))
+    assert all(float32[name].nbytes == 2 * bfloat16[name].nbytes for name in float32)
+
+
+@pytest.fixture(scope="module")
+def well_known():
+    return {name: memory_of(name) for name in MODELS}
+
+
+def test_the_table_in_the_docs_is_what_the_calculator_says(well_known):
+    """To half a GB: what a step takes besides the weights moves a little with the code."""
+    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    counted = [[*map(str.strip, line.split("|"))] for line in table(well_known).splitlines()[2:]]
+    written = [[*map(str.strip, line.split("|"))] for line in page.splitlines() if line.startswith("| ")]
+    assert [row[:3] for row in counted] == [row[:3] for row in written[-len(counted) :]]
+    for row, in_docs in zip(counted, written[-len(counted) :], strict=True):
+        for cell, cell_in_docs in zip(row[3:-1], in_docs[3:-1], strict=True):
+            (where, needed), (documented, documented_need) = cell.split(": "), cell_in_docs.split(": ")
+            assert where == documented
+            assert float(needed) == pytest.approx(float(documented_need), abs=0.5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_well_known_models_have_their_known_sizes(name, well_known):
+    components = well_known[name].components
+    billions = {component: size.nbytes / 2e9 for component, size in components.items()}
+    encoder = {"Qwen-Image": "text_encoder", "FLUX.1-dev": "text_encoder_2", "Wan 2.2 T2V A14B": "text_encoder"}
+    assert (billions["transformer"], billions[encoder.get(name, "text_encoder_3")]) == pytest.approx(
+        {
+            "Qwen-Image": (20.43, 8.29),
+            "FLUX.1-dev": (11.9, 4.76),
+            "Stable Diffusion 3.5 large": (8.06, 4.76),
+            "Wan 2.2 T2V A14B": (14.29, 5.68),
+        }[name],
+        rel=0.005,
+    )
+
+
+def test_the_first_placement_that_fits_is_taken():
+    one_rank, two_ranks = (
+        [place(MODEL, card(gb), ranks).text_encoder for gb in (60, 56.7, 54, 40)] for ranks in (1, 2)
+    )
+    assert one_rank == ["all", "cpu", "cpu", "cpu"]
+    assert two_ranks == ["all", "all", "one", "cpu"]
+
+
+def test_a_placement_says_what_the_fullest_rank_needs():
+    everything = place(MODEL, card(99), 1)
+    assert everything.needed == (51 + 2 + 3) * GIB + CACHE_BYTES
+    assert place(MODEL, card(99), 2).needed == (51 + 1 + 3) * GIB + CACHE_BYTES
+    assert place(MODEL, card(99), 2, "one").needed == (51 + 1) * GIB + CACHE_BYTES, (
+        "the rank with encoders decodes nothing"
+    )
+    streamed = place(MODEL, card(99), 1, "cpu")
+    assert (streamed.needed, streamed.host) == ((33 + 2 + 3) * GIB + CACHE_BYTES, 20 * GIB)
+
+
+def test_gpu_memory_utilization_counts():
+    whole, half = Card(60 * GIB, 1.0), Card(60 * GIB, 0.5)
+    assert fits(place(MODEL, whole, 1), whole)
+    assert not fits(place(MODEL, half, 1), half)
+
+
+def test_start_up_refuses_what_cannot_fit_with_the_calculators_line(monkeypatch):
+    monkeypatch.setattr(start, "model_memory", lambda *_: MODEL)
+    checkpoint = Checkpoint("some/model")
+
+    def choose(gigabytes, **settings):
+        return start.choose_text_encoder(checkpoint, EngineSettings(**settings), torch.bfloat16, card(gigabytes))
+
+    assert (choose(60), choose(54, cfg_parallel_size=2), choose(60, cfg_text_encoder="cpu")) == ("all", "one", "cpu")
+    message = r"'some/model' does not fit: with text encoders in host memory a rank needs 38.8 GB and may use 24.0 GB"
+    with pytest.raises(ConfigurationError, match=message):
+        choose(24)
+    with pytest.raises(ConfigurationError, match="with everything on the GPU a rank needs"):
+        choose(50, cfg_text_encoder="all")
+
+
+def test_on_a_cpu_and_for_what_cannot_be_counted_the_operator_decides(monkeypatch):
+    def fail(*_):
+        raise AttributeError("no transformer")
+
+    monkeypatch.setattr(start, "model_memory", fail)
+    for device in (None, card(1)):
+        for asked in ("one", None):
+            settings = EngineSettings(cfg_text_encoder=asked)
+            assert start.choose_text_encoder(Checkpoint("m"), settings, torch.float32, device) == (asked or "all")
+
+
+def test_the_command_prints_what_goes_where(qwen_image_folders, capsys):
+    model = str(qwen_image_folders["tiny"])
+    assert main([model, "--gpu", "24", "--ranks", "2", "--cfg-text-encoder", "one"]) == 0
+    printed = capsys.readouterr().out
+    assert "text_encoder" in printed
+    assert "on the first rank" in printed
+    assert "Fits with text encoders on the first rank" in printed
+    assert main([model, "--gpu", "0.1"]) == 1
+    assert "does not fit: with text encoders in host memory" in capsys.readouterr().out
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--gpu", "24"])
+    assert "is not a diffusers checkpoint" in capsys.readouterr().err
+
+
+def test_settings_name_the_places_that_text_encoders_may_have():
+    assert EngineSettings.from_dict({"cfg_text_encoder": "one", "cfg_parallel_size": 2}).encoder_rank == 0
+    assert EngineSettings.from_dict({"cfg_text_encoder": "one"}).encoder_rank is None, "a rank alone is every rank"
+    with pytest.raises(
+        ConfigurationError, match="cfg_text_encoder='gpu' is not valid: it must be one of all, one, cpu"
+    ):
+        EngineSettings.from_dict({"cfg_text_encoder": "gpu"})
+
+
+def test_of_two_experts_both_are_counted(tmp_path):
+    family = next(family for family in FAMILIES if family.label == "WanPipeline (2.2 14B)")
+    components = model_memory(Checkpoint(str(family.build(tmp_path / "model"))), torch.bfloat16).components
+    assert components["transformer"] == components["transformer_2"]
+    assert components["vae"].nbytes > 0

@@ -1,0 +1,48 @@
+"""Components that stay in host memory, from where their layers come to the device one by one; must not import vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.pipelines.weight_files import component_class, component_names, component_variants
+
+
+def load_streamed(
+    checkpoint: Checkpoint, family: type, name: str, dtype: torch.dtype, device: torch.device, variant: str | None
+) -> Any:
+    """Load one model of a checkpoint so that each of its layers is on `device` while it runs.
+
+    Args:
+        variant: of the names of weight files; a folder's component without one of that name has its ordinary ones.
+
+    Raises:
+        OSError, ValueError: it can't be loaded.
+    """
+    is_folder = Path(checkpoint.model).expanduser().is_dir()
+    model = component_class(*component_names(checkpoint, family)[name]).from_pretrained(
+        checkpoint.model,
+        subfolder=name,
+        revision=checkpoint.revision,
+        variant=component_variants(checkpoint, variant).get(name) if variant and is_folder else variant,
+        dtype=dtype,
+        use_safetensors=True,
+    )
+    stream_layers(model.eval(), device)
+    return model
+
+
+def stream_layers(model: torch.nn.Module, device: torch.device) -> None:
+    """Have every layer copied to the device before it runs, the next one meanwhile, and dropped there afterwards.
+
+    For models whose layers are called as modules, by one thread at a time: diffusers learns their order from the first
+    call.
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    apply_group_offloading(
+        model, onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda", record_stream=False
+    )
