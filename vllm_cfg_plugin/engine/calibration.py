@@ -5,6 +5,7 @@ Must not import torch or vLLM.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,17 +26,45 @@ _LEAST_STEP_US = 1e6
 _STEPS_OF_A_HANG = 10
 
 
+class MemoryCost(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of a GPU that work takes for a while, as measured.
+
+    Attributes:
+        step_bytes, token_bytes: of a packed forward, and of each of its tokens.
+        decode_bytes: of a decode of the model's own size.
+    """
+
+    step_bytes: int
+    token_bytes: int
+    decode_bytes: int
+
+
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank's start-up measured.
 
     Attributes:
         token_budget: image and text tokens in one packed forward past which packing more gains nothing.
         default_tokens: those of one sequence of the model's own size.
+        memory: what work takes of a GPU; None on a CPU.
+        room: bytes of the GPU that weights and other processes leave for work; None on a CPU.
     """
 
     cost: CostModel
     token_budget: Annotated[int, msgspec.Meta(ge=1)]
     default_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    memory: MemoryCost | None = None
+    room: int | None = None
+
+    @property
+    def tokens_with_room(self) -> float:
+        """Most tokens of a packed forward beside a decode and a long forward; infinite where memory does not count.
+
+        Never less than those of one sequence of the model's own size, which is tried in any case.
+        """
+        if self.memory is None or self.room is None or not self.memory.token_bytes:
+            return math.inf
+        beside = self.memory.decode_bytes + self.memory.step_bytes
+        return max(self.default_tokens, (self.room - beside) // self.memory.token_bytes)
 
 
 def slowest(calibrations: Sequence[Calibration]) -> Calibration:
@@ -45,7 +74,14 @@ def slowest(calibrations: Sequence[Calibration]) -> Calibration:
         cost=CostModel(**{name: max(cost[name] for cost in costs) for name in CostModel.__struct_fields__}),
         token_budget=min(calibration.token_budget for calibration in calibrations),
         default_tokens=max(calibration.default_tokens for calibration in calibrations),
+        memory=_most_memory([own.memory for own in calibrations if own.memory is not None]),
+        room=min((own.room for own in calibrations if own.room is not None), default=None),
     )
+
+
+def _most_memory(costs: Sequence[MemoryCost]) -> MemoryCost | None:
+    fields = MemoryCost.__struct_fields__
+    return MemoryCost(**{name: max(getattr(cost, name) for cost in costs) for name in fields}) if costs else None
 
 
 def cost_from_ranks(answers: object) -> CostModel:
@@ -68,11 +104,17 @@ def calibration_of(vllm_config: VllmConfig) -> Calibration:
 
 
 def token_budget(vllm_config: VllmConfig) -> int:
-    """Image and text tokens per rank and step: what the user asked for, else what was found at start-up; logs that."""
-    asked = vllm_config.scheduler_config.max_num_batched_tokens
+    """Image and text tokens per rank and step: what the user asked for, else what was found at start-up; logs that.
+
+    In either case no more than a GPU's memory has room for.
+    """
+    asked, calibration = vllm_config.scheduler_config.max_num_batched_tokens, calibration_of(vllm_config)
+    with_room = calibration.tokens_with_room
     if asked != FIND_TOKEN_BUDGET:
-        return asked
-    found = calibration_of(vllm_config).token_budget
+        if asked > with_room:
+            logger.warning("Token budget: memory has room for %d tokens a step, not for %d", with_room, asked)
+        return int(min(asked, with_room))
+    found = int(min(calibration.token_budget, with_room))
     logger.info(
         "Token budget: %d tokens per rank and step (found at start-up; --max-num-batched-tokens overrides it)", found
     )

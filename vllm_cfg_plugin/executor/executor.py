@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -101,6 +102,9 @@ class CfgExecutor(Executor):
     def _choose_start(self, settings: EngineSettings) -> StartRanks:
         """Fork on a CPU, which saves every rank the imports; elsewhere spawn, as accelerators do not survive forks."""
         if self.device_config.device_type != "cpu":
+            # Packs of all sizes leave holes of all sizes, which torch can't use unless its segments can grow.
+            if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+                os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
             return partial(OwnProcesses, self.vllm_config, multiprocessing.get_context("spawn"))
         pipeline_class(Checkpoint(self.model_config.model, self.model_config.revision))  # imported once for all
         if settings.shares_weights(self.device_config.device_type):

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -22,6 +23,8 @@ from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import GUIDANCE_FIELDS, DiffusionRequest, ImageInput
 from vllm_cfg_plugin.pipelines.streaming import load_streamed
+
+_LARGE_TILE = 128  # latent pixels of a side
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class BranchInput:
     branch: int = 0
     condition: Sequence[torch.Tensor] = ()
     timesteps_ahead: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of its sequence: of the result, of the images that come along, and of the text."""
+        return self.request.image_tokens + self.request.condition_tokens + self.embeds.tokens.shape[0]
 
 
 class EnginePipeline(CFGParallelMixin, ABC):
@@ -195,6 +203,20 @@ class EnginePipeline(CFGParallelMixin, ABC):
         Args:
             condition: what `encode_images` made, if `decode_sees_images`.
         """
+
+    def tiled(self) -> Self | None:
+        """This pipeline with a VAE that works tile by tile, in less memory; None where it has no such VAE."""
+        vae: Any = getattr(self, "vae", None)
+        if not hasattr(vae, "enable_tiling"):
+            return None
+        tiled, own = copy(self), copy(vae)  # of the same modules and weights
+        own.enable_tiling()
+        own.enable_slicing()
+        if getattr(own, "tile_latent_min_size", 0) >= _LARGE_TILE:  # as large as the images that it was made for
+            own.tile_latent_min_size //= 2
+            own.tile_sample_min_size //= 2
+        vars(tiled)["vae"] = own
+        return tiled
 
     # ---- once for a step ----
 

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
+from math import ceil
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,7 @@ import torch
 from vllm_cfg_plugin.checkpoint import DEFAULTS_FILE, Checkpoint, PipelineInfo
 from vllm_cfg_plugin.config import PLUGIN_NAME
 from vllm_cfg_plugin.distributed.sequence_group import ALONE, SequenceGroup, current_group, together
-from vllm_cfg_plugin.engine.calibration import Calibration
+from vllm_cfg_plugin.engine.calibration import Calibration, MemoryCost
 from vllm_cfg_plugin.engine.cost import (
     CostModel,
     find_token_budget,
@@ -36,6 +37,7 @@ from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEm
 from vllm_cfg_plugin.pipelines.registry import describe, implementation_of
 from vllm_cfg_plugin.pipelines.sample_request import blank_embeds, sample_request, sample_requests
 from vllm_cfg_plugin.worker.call_calibration import calibrate_calls
+from vllm_cfg_plugin.worker.device_memory import device_memory
 from vllm_cfg_plugin.worker.stopwatch import Run, Stopwatch
 
 logger = get_logger(__name__)
@@ -84,7 +86,9 @@ def calibrate_rank(
 @torch.inference_mode()
 def calibrate(pipeline: EnginePipeline, info: PipelineInfo, has_text_encoder: bool = True) -> Calibration:
     """Measure encodes, decodes and packed forwards of growing sizes, then all of them again while there is time."""
-    stopwatch = Stopwatch(next(pipeline.transformer.parameters()).device, current_group())
+    device = next(pipeline.transformer.parameters()).device
+    memory = device_memory(device)
+    stopwatch = Stopwatch(device, current_group(), memory)
     texts: dict[str, PromptEmbeds] = {}
     if has_text_encoder:
         encodes = stopwatch.climb(_encode_runs(pipeline, info, texts))
@@ -94,7 +98,7 @@ def calibrate(pipeline: EnginePipeline, info: PipelineInfo, has_text_encoder: bo
     text = texts[_PROMPTS[0]]
     branches = [_branch(pipeline, request, text) for request in sample_requests(info, _FORWARD_SCALES)]
     forwards = stopwatch.climb(_forward_run(pipeline, [branch]) for branch in branches)
-    default_tokens = _length(_branch(pipeline, sample_request(info), text))
+    default_tokens = _branch(pipeline, sample_request(info), text).tokens
     single = max(index for index, run in enumerate(forwards) if index == 0 or run.tokens <= default_tokens)
     packs = stopwatch.climb(_pack_runs(pipeline, branches[single]), [forwards[single]], _has_found_budget)
     stopwatch.repeat_all()
@@ -118,6 +122,15 @@ def calibrate(pipeline: EnginePipeline, info: PipelineInfo, has_text_encoder: bo
         ),
         token_budget=max(default_tokens, find_token_budget([run.sample for run in packs])),
         default_tokens=default_tokens,
+        memory=None if memory is None else _memory_cost(forwards + packs[1:], decodes, sample_request(info)),
+    )
+
+
+def _memory_cost(forwards: Sequence[Run], decodes: Sequence[Run], default: DiffusionRequest) -> MemoryCost:
+    step, token = fit_line([(run.tokens, max(run.nbytes, 1)) for run in forwards])
+    decode, decode_token = fit_line([(run.tokens, max(run.nbytes, 1)) for run in decodes])
+    return MemoryCost(
+        step_bytes=ceil(step), token_bytes=ceil(token), decode_bytes=ceil(decode + decode_token * default.image_tokens)
     )
 
 
@@ -149,7 +162,7 @@ def _pack_runs(pipeline: EnginePipeline, branch: BranchInput) -> Iterator[Run]:
 
 
 def _forward_run(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> Run:
-    lengths = tuple(_length(branch) for branch in branches)
+    lengths = tuple(branch.tokens for branch in branches)
     groups = [[branches[position] for position in group] for group in group_branches(pipeline, branches)]
 
     def forward() -> None:
@@ -158,11 +171,6 @@ def _forward_run(pipeline: EnginePipeline, branches: Sequence[BranchInput]) -> R
                 pipeline.predict_noise(**pipeline.pack_branches(group))
 
     return Run(forward, lengths)
-
-
-def _length(branch: BranchInput) -> int:
-    """Tokens of a branch's sequence."""
-    return branch.request.image_tokens + branch.request.condition_tokens + branch.embeds.tokens.shape[0]
 
 
 def _has_found_budget(packs: Sequence[Run]) -> bool:

@@ -38,6 +38,7 @@ from vllm_cfg_plugin.worker.estimate import estimated_final_latents
 from vllm_cfg_plugin.worker.exchange import AllGather, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.kept_state import is_due, note, resume, to_bytes
 from vllm_cfg_plugin.worker.lineup import Lineup, branch_input, checked_prediction, checked_shape
+from vllm_cfg_plugin.worker.out_of_memory import PackedForwards, decode
 from vllm_cfg_plugin.worker.pace import HostPace, Pace
 from vllm_cfg_plugin.worker.side_work import SideWork
 from vllm_cfg_plugin.worker.state import RequestState
@@ -83,6 +84,7 @@ class StepRunner:
         self._failures: list[tuple[int, str]] = []  # to be reported
         self._all_gather = all_gather
         self._like = pipeline.prediction_like
+        self._forwards = PackedForwards(pipeline, groups.steps)
         self._text_lock = threading.Lock()  # tokenizers serve one thread at a time
         self._pace = pace or HostPace()
         self._groups = groups
@@ -134,8 +136,8 @@ class StepRunner:
         denoised = self._pace.mark()
         for forward in plan.forwards:
             self._forward_beside(forward)
-        for decode in plan.decodes:
-            self._decode(decode)
+        for asked in plan.decodes:
+            self._decode(asked)
         failures, self._failures = self._failures, []
         self._plans.append(UnsettledPlan(plan.step, began, denoised, failures))
 
@@ -236,10 +238,10 @@ class StepRunner:
             self._running[assign.id] = state
             self._lineup = None
 
-    def _decode(self, decode: Decode) -> None:
-        state = self._forget(decode.id)
-        if self._is_mine(decode.id, decode.rank) and state is not None and not state.error:
-            self.side.decode(decode.id, partial(self._decode_final, state), decode.is_long)
+    def _decode(self, asked: Decode) -> None:
+        state = self._forget(asked.id)
+        if self._is_mine(asked.id, asked.rank) and state is not None and not state.error:
+            self.side.decode(asked.id, partial(self._decode_final, state), asked.is_long)
 
     def _is_mine(self, id: int, rank: int) -> bool:
         """Whether this process does what one process of a cfg rank does: they take turns."""
@@ -256,7 +258,7 @@ class StepRunner:
         if not torch.isfinite(latents).all():
             raise ArithmeticError("its latents are not finite (NaN or infinity)")
         condition = self._condition(request) if self.pipeline.decode_sees_images else []
-        return self.pipeline.decode(latents, request, condition).contiguous()
+        return decode(self.pipeline, latents, request, condition).contiguous()
 
     def _decode_estimate(
         self, request: DiffusionRequest, noise_scheduler: Any, noise: torch.Tensor, index: int, latents: torch.Tensor
@@ -278,7 +280,7 @@ class StepRunner:
         """Runs beside the steps; one after the other, as long ones gain nothing from sharing a forward."""
         with together(self._groups.beside):
             for branch in branches:
-                (outcome,) = self._forward_together([branch_input(state, branch)])
+                (outcome,) = self._forwards.forward([branch_input(state, branch)])
                 prediction = checked_prediction(outcome, state.prediction_shape)
                 self._hand_over([prediction])
                 state.predictions[branch] = prediction
@@ -307,7 +309,7 @@ class StepRunner:
         """One packed forward of this rank's branches for each model that forwards some of them."""
         predictions = {}
         for inputs in self._group_inputs(lineup):
-            for slot, outcome in zip(inputs, self._predict([*inputs.values()]), strict=True):
+            for slot, outcome in zip(inputs, self._forwards.predict([*inputs.values()]), strict=True):
                 state = lineup.states[slot[0]]
                 try:
                     predictions[slot] = checked_prediction(outcome, state.prediction_shape)
@@ -343,29 +345,6 @@ class StepRunner:
         for state, has_failed in zip(states, group.any([bool(state.error) for state in states]), strict=True):
             if has_failed and not state.error:
                 state.error = "failed on another process of its cfg rank"  # which reports why
-
-    def _predict(self, inputs: Sequence[BranchInput]) -> list[torch.Tensor | Exception]:
-        """Predict all in one call; if that fails, in halves, down to the one that fails alone."""
-        try:
-            with together(self._groups.steps):
-                return [*self._forward_together(inputs)]
-        except Exception as error:
-            if len(inputs) == 1:
-                return [error]
-            logger.warning("A packed forward of %d branches failed and is split: %s", len(inputs), error)
-            if isinstance(error, torch.OutOfMemoryError) and inputs[0].latents.is_cuda:
-                torch.cuda.empty_cache()
-        # Outside the except block, so that the failed call's tensors are free before the halves are tried.
-        middle = len(inputs) // 2
-        return self._predict(inputs[:middle]) + self._predict(inputs[middle:])
-
-    def _forward_together(self, inputs: Sequence[BranchInput]) -> Sequence[torch.Tensor]:
-        """Predict all in one call."""
-        prediction = self.pipeline.predict_noise(**self.pipeline.pack_branches(inputs))
-        predictions = self.pipeline.unpack_predictions(prediction, inputs)
-        if len(predictions) != len(inputs):
-            raise ValueError(f"unpack_predictions returned {len(predictions)} predictions of {len(inputs)} branches")
-        return predictions
 
     def _exchange_and_advance(
         self, lineup: Lineup, mine: dict[Slot, torch.Tensor], previews: dict[int, Preview]

@@ -14,6 +14,7 @@ import torch
 
 from vllm_cfg_plugin.distributed.sequence_group import ALONE, MemberFailedError, SequenceGroup
 from vllm_cfg_plugin.engine.cost import PackSample
+from vllm_cfg_plugin.worker.device_memory import DeviceMemory
 
 LONGEST_RUN_SECONDS = 0.25  # inputs stop growing where a run would take longer
 ALL_RUNS_SECONDS = 2.0  # all runs together, by the clock that they are timed with
@@ -29,11 +30,13 @@ class Run:
         action: what is timed.
         lengths: the size of what it encodes, decodes or forwards: tokens, of a text to encode characters.
         us: its shortest time so far, in microseconds.
+        nbytes: most memory that it took; 0 on a CPU.
     """
 
     action: Callable[[], object]
     lengths: tuple[int, ...]
     us: float = inf
+    nbytes: int = 0
 
     @property
     def tokens(self) -> int:
@@ -49,11 +52,13 @@ class Stopwatch:
 
     Args:
         group: the ranks that run them together; what counts is the slowest one's time, so all of them go on alike.
+        memory: of the device, where that counts too.
     """
 
-    def __init__(self, device: torch.device, group: SequenceGroup = ALONE) -> None:
+    def __init__(self, device: torch.device, group: SequenceGroup = ALONE, memory: DeviceMemory | None = None) -> None:
         self._device = device
         self._group = group
+        self._memory = memory
         # One thread's own time leaves out what other processes took of its core. In a group it waits for the others.
         one_thread = device.type == "cpu" and torch.get_num_threads() == 1 and group.size == 1
         self._clock = time.thread_time if one_thread else time.perf_counter
@@ -113,11 +118,15 @@ class Stopwatch:
 
     def _time(self, run: Run) -> None:
         self._synchronize()
+        if self._memory is not None:
+            self._memory.begin()
         wall, began = time.perf_counter(), self._clock()
         run.action()
         self._synchronize()
         times = torch.tensor([[self._clock() - began, time.perf_counter() - wall]], dtype=torch.float64)
         seconds, waited = self._group.all_gather(times).amax(dim=0).tolist()
+        if self._memory is not None:
+            run.nbytes = max(run.nbytes, self._memory.peak())
         run.us = min(run.us, max(1e6 * seconds, 1.0))
         self._spent += seconds
         self._waited += waited

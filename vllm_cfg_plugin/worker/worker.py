@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import torch
 import torch.distributed as dist
 from vllm import envs
@@ -23,6 +24,7 @@ from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.common import fused
 from vllm_cfg_plugin.pipelines.registry import describe
 from vllm_cfg_plugin.worker.calibration import calibrate_rank
+from vllm_cfg_plugin.worker.device_memory import device_memory
 from vllm_cfg_plugin.worker.exchange import AllGather
 from vllm_cfg_plugin.worker.loading import load_pipeline
 from vllm_cfg_plugin.worker.noise_scheduler_check import check_noise_scheduler
@@ -107,9 +109,12 @@ class DiffusionWorker(WorkerBase):
     def _calibration(self) -> Calibration:
         folder = Path(envs.VLLM_CACHE_ROOT) / PLUGIN_NAME
         ranks = self.parallel_config.world_size
-        return calibrate_rank(
+        found = calibrate_rank(
             self.runner.pipeline, self._checkpoint, folder, ranks, self._groups.steps, text_encoder=self._text_encoder
         )
+        memory = device_memory(self.device)
+        share = self.vllm_config.cache_config.gpu_memory_utilization
+        return found if memory is None else msgspec.structs.replace(found, room=memory.room(share))
 
     @property
     def _text_encoder(self) -> str:
