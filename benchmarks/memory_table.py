@@ -21,13 +21,14 @@ from vllm_cfg_plugin.memory.sizing import model_memory
 
 GIGABYTES = (24, 48, 80)
 RANKS = (1, 2)
+QUANTIZATIONS = {"": None, ", fp8": "fp8"}
 SHARE = 0.92  # vLLM's own `--gpu-memory-utilization`
 
 
-def memory_of(name: str) -> ModelMemory:
+def memory_of(name: str, quantization: str | None = None) -> ModelMemory:
     """What one of `MODELS` takes in bfloat16."""
     with tempfile.TemporaryDirectory() as folder:
-        return model_memory(Checkpoint(str(write_configurations(name, Path(folder)))), torch.bfloat16)
+        return model_memory(Checkpoint(str(write_configurations(name, Path(folder)))), torch.bfloat16, "", quantization)
 
 
 def rows(models: dict[str, ModelMemory]) -> list[tuple[str, ...]]:
@@ -51,4 +52,4 @@ def table(models: dict[str, ModelMemory]) -> str:
 
 
 if __name__ == "__main__":
-    print(table({name: memory_of(name) for name in MODELS}))
+    print(table({f"{name}{suffix}": memory_of(name, of) for name in MODELS for suffix, of in QUANTIZATIONS.items()}))

@@ -176,6 +176,7 @@ class _DiffusionParsing:
         vars(namespace).update({dest: self._parser.get_default(dest) for dest in watched if dest not in given})
         try:
             if _has_diffusion_model(namespace, given.get("model")):
+                _take_quantization(namespace)
                 check_options(vars(namespace), self._parser.get_default)
                 vars(namespace).update(with_our_defaults(given, self._on_cpu))
         except ConfigurationError as error:
@@ -185,6 +186,18 @@ class _DiffusionParsing:
 
 
 _NOT_GIVEN = object()
+
+
+def _take_quantization(namespace: argparse.Namespace) -> None:
+    """vLLM's own `--quantization`, which would look for its methods in the checkpoint, becomes a setting of ours.
+
+    Raises:
+        ConfigurationError: not one that we have.
+    """
+    asked, namespace.quantization = namespace.quantization, None
+    if asked is not None:
+        namespace.additional_config = {**namespace.additional_config, "quantization": asked}
+    EngineSettings.from_dict(namespace.additional_config)
 
 
 def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bool:

@@ -63,7 +63,6 @@ UNUSABLE_OPTIONS: dict[str, str] = {
     "worker_cls": "this plugin has its own",
     "scheduler_cls": "this plugin has its own",
     "scheduling_policy": "the shortest request goes first, and none is overtaken often",
-    "quantization": _WEIGHTS_AS_THEY_ARE,
     "quantization_config": _WEIGHTS_AS_THEY_ARE,
     "load_format": _WEIGHTS_AS_THEY_ARE,
     "cpu_offload_gb": "weights stay on the device that computes",
@@ -94,6 +93,7 @@ LEAST_VALUES = {"cfg_max_restarts": 0}
 # On every rank, on the first one alone (which sends the others what it encoded), or in host memory, from where their
 # layers come to the device one by one.
 TEXT_ENCODERS = ("all", "one", "cpu")
+QUANTIZATIONS = ("fp8", "int8")
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,6 +106,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         cfg_max_restarts: how often, within ten minutes, all ranks are started anew because one has died.
         cfg_step_timeout: seconds after which ranks that owe an answer and send nothing count as dead.
         cfg_text_encoder: where the text encoders are, of `TEXT_ENCODERS`; None: found at start-up.
+        quantization: of the transformers' weights, of `QUANTIZATIONS`; None: as they are in the checkpoint.
         max_image_pixels, ...: what an operator allows, as in `RequestLimits`.
         max_step_ms: milliseconds that one rank's forwards may take in one step; None: found at start-up.
         cfg_page: whether the server has a page on which a person can try the model.
@@ -122,6 +123,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     cfg_max_restarts: int = 3
     cfg_step_timeout: int = 120
     cfg_text_encoder: str | None = None
+    quantization: str | None = None
     max_image_pixels: int = RequestLimits().max_image_pixels
     max_video_pixels: int = RequestLimits().max_video_pixels
     max_inference_steps: int = RequestLimits().max_inference_steps
@@ -160,11 +162,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             value, least = getattr(settings, name), LEAST_VALUES.get(name, 1)
             if value is not None and value < least:
                 raise ConfigurationError(f"{name}={value} is not valid: it must be an integer from {least} up")
-        if settings.cfg_text_encoder not in (None, *TEXT_ENCODERS):
-            allowed = ", ".join(TEXT_ENCODERS)
-            raise ConfigurationError(
-                f"cfg_text_encoder={settings.cfg_text_encoder!r} is not valid: it must be one of {allowed}"
-            )
+        for name, allowed in (("cfg_text_encoder", TEXT_ENCODERS), ("quantization", QUANTIZATIONS)):
+            if (value := getattr(settings, name)) not in (None, *allowed):
+                raise ConfigurationError(f"{name}={value!r} is not valid: it must be one of {', '.join(allowed)}")
         return settings
 
     @property

@@ -131,10 +131,19 @@ def test_vllms_own_default_given_wins_wherever_it_stands(parse, model, flags, de
     assert getattr(parse(model, *flags), dest) == value
 
 
+def test_vllms_quantization_is_a_setting_of_ours(parse, model, capsys):
+    args = parse(model, "--quantization", "int8", "--cfg-parallel-size", "2")
+    assert args.quantization is None, "vLLM would look for its own methods in the checkpoint"
+    assert args.additional_config["quantization"] == "int8"
+    assert "quantization" not in parse(model).additional_config
+    assert "quantization='awq' is not valid: it must be one of fp8, int8" in rejected(
+        parse, capsys, model, "--quantization", "awq"
+    )
+
+
 UNUSABLE = [
     ["--tensor-parallel-size", "2"],
     ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
-    ["--quantization", "fp8"],
     ["--enable-lora"],
     ["--max-model-len", "4096"],
 ]

@@ -35,7 +35,7 @@ def test_our_settings_may_be_given_beside_vllms_arguments(qwen_image_folders):
 def test_an_option_without_a_use_is_refused(qwen_image_folders):
     model = str(qwen_image_folders["tiny"])
     diffusion_engine_args(model, 1, tensor_parallel_size=1, hf_overrides={}, quantization=None)
-    for name, value in {"quantization": "fp8", "speculative_config": {"method": "ngram"}, "seed": 3}.items():
+    for name, value in {"load_format": "pt", "speculative_config": {"method": "ngram"}, "seed": 3}.items():
         with pytest.raises(ConfigurationError, match=f"{name}=.* leave it out"):
             diffusion_engine_args(model, 1, **{name: value})
 

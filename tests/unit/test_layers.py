@@ -30,7 +30,8 @@ PIPELINES = {
     "noise_scheduler": 2,
     "base": 2,
     "sample_request": 2,
-    "streaming": 3,
+    "components": 3,
+    "quantized": 4,
     "weight_files": 4,
 }
 

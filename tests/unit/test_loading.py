@@ -11,7 +11,7 @@ from diffusers.pipelines import pipeline_utils
 from tests.contract import make_request
 from tests.model_builders import qwen_image
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.pipelines import streaming
+from vllm_cfg_plugin.pipelines import components
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -67,9 +67,9 @@ def test_a_component_goes_to_its_device_without_a_copy_of_all_on_the_host(heavy_
 def test_streamed_text_encoders_give_the_same_bits(qwen_image_folders, monkeypatch):
     folder = qwen_image_folders["tiny"]
     onloaded = []
-    stream = streaming.stream_layers
+    stream = components.stream_layers
     monkeypatch.setattr(
-        streaming, "stream_layers", lambda model, device: (onloaded.append(device), stream(model, device))
+        components, "stream_layers", lambda model, device: (onloaded.append(device), stream(model, device))
     )
     options = {"dtype": torch.float32, "device": CPU}
     resident = QwenImagePipeline.load(str(folder), **options)
@@ -90,9 +90,9 @@ def test_a_streamed_component_has_the_files_of_its_variant(qwen_image_folders, m
             asked.update(options)
             return cls()
 
-    monkeypatch.setattr(streaming, "component_class", lambda *_: Model)
-    monkeypatch.setattr(streaming, "component_variants", lambda *_: {"vae": "fp16"})
+    monkeypatch.setattr(components, "component_class", lambda *_: Model)
+    monkeypatch.setattr(components, "component_variants", lambda *_: {"vae": "fp16"})
     checkpoint = Checkpoint(str(qwen_image_folders["tiny"]))
     for name, variant in {"text_encoder": None, "vae": "fp16"}.items():
-        streaming.load_streamed(checkpoint, QwenImagePipeline, name, torch.float32, CPU, "fp16")
+        components.load_streamed(checkpoint, QwenImagePipeline, name, torch.float32, CPU, "fp16")
         assert (asked["variant"], asked["subfolder"], asked["use_safetensors"]) == (variant, name, True)

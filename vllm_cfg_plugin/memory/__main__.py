@@ -14,7 +14,7 @@ import sys
 import torch
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
-from vllm_cfg_plugin.config import TEXT_ENCODERS
+from vllm_cfg_plugin.config import QUANTIZATIONS, TEXT_ENCODERS
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.memory.placement import (
     GIB,
@@ -44,9 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="as of `vllm serve`"
     )
     parser.add_argument("--cfg-text-encoder", choices=TEXT_ENCODERS, help="default: the first of these that fits")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS)
     args = parser.parse_args(arguments)
     try:
-        model = model_memory(Checkpoint(args.model, args.revision), _DTYPES[args.dtype], args.variant)
+        checkpoint = Checkpoint(args.model, args.revision)
+        model = model_memory(checkpoint, _DTYPES[args.dtype], args.variant, args.quantization)
     except ConfigurationError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     card = Card(int(args.gpu * GIB), args.gpu_memory_utilization)

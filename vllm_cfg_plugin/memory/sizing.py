@@ -22,6 +22,7 @@ from vllm_cfg_plugin.memory.placement import Component, ModelMemory
 from vllm_cfg_plugin.memory.tracking import peak_bytes
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, generator_of
+from vllm_cfg_plugin.pipelines.quantized import layers_of
 from vllm_cfg_plugin.pipelines.registry import describe, pipeline_class
 from vllm_cfg_plugin.pipelines.sample_request import blank_embeds, sample_request
 from vllm_cfg_plugin.pipelines.weight_files import component_class, component_names, model_library, weight_files
@@ -31,18 +32,21 @@ _FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors: what is loaded in the
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # any other: 1
 
 
-def model_memory(checkpoint: Checkpoint, dtype: torch.dtype, variant: str = "") -> ModelMemory:
+def model_memory(
+    checkpoint: Checkpoint, dtype: torch.dtype, variant: str = "", quantization: str | None = None
+) -> ModelMemory:
     """What a checkpoint takes where it is loaded in this dtype.
 
     Args:
         variant: of the names of weight files.
+        quantization: of the transformers' layers.
 
     Raises:
         ConfigurationError: the checkpoint can't be served.
     """
     pipeline = meta_pipeline(checkpoint, dtype)
     info = describe(checkpoint)
-    components = component_sizes(checkpoint, pipeline, dtype, variant)
+    components = component_sizes(checkpoint, pipeline, dtype, variant, quantization is not None)
     _leave_two_layers(pipeline.transformer)
     with torch.inference_mode():
         request = sample_request(info)
@@ -62,7 +66,7 @@ def model_memory(checkpoint: Checkpoint, dtype: torch.dtype, variant: str = "") 
 
 
 def component_sizes(
-    checkpoint: Checkpoint, pipeline: EnginePipeline, dtype: torch.dtype, variant: str = ""
+    checkpoint: Checkpoint, pipeline: EnginePipeline, dtype: torch.dtype, variant: str, is_quantized: bool
 ) -> dict[str, Component]:
     """The weights of each component of a pipeline on the meta device, as its files or else its models have them."""
     family = type(pipeline)
@@ -79,17 +83,11 @@ def component_sizes(
         in_model = sum(parameter.nbytes for parameter in model.parameters())
         item = torch.float32.itemsize if name in family.float32_components else dtype.itemsize
         total = sum(_file_bytes(path, item) for path in files[name]) if name in files else in_model
+        if is_quantized and name.startswith("transformer"):  # the layers' weights take one byte each
+            total -= total * sum(layers) * (item - 1) // (item * in_model)
         streamed = in_model - sum(layers) + sum(sorted(layers)[-2:])
         sizes[name] = Component(total, -(-total * streamed // in_model))  # a quantized file's layers shrink alike
     return sizes
-
-
-def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers of a model that run one after the other: of its lists of modules, those that are in no other list."""
-    found: list[torch.nn.Module] = []
-    for child in model.children():
-        found += filter(None, child) if isinstance(child, torch.nn.ModuleList) else layers_of(child)
-    return found
 
 
 def _leave_two_layers(model: torch.nn.Module) -> None:

@@ -27,7 +27,7 @@ def choose_text_encoder(checkpoint: Checkpoint, settings: EngineSettings, dtype:
     if card is None:
         return asked or "all"
     try:
-        model = model_memory(checkpoint, dtype, settings.variant)
+        model = model_memory(checkpoint, dtype, settings.variant, settings.quantization)
     except ConfigurationError:
         raise
     except Exception as error:  # of another package's pipeline: it may not run on the meta device

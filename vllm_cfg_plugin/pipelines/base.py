@@ -22,7 +22,8 @@ from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import GUIDANCE_FIELDS, DiffusionRequest, ImageInput
-from vllm_cfg_plugin.pipelines.streaming import load_streamed
+from vllm_cfg_plugin.pipelines.components import load_quantized, load_streamed
+from vllm_cfg_plugin.pipelines.weight_files import component_names
 
 _LARGE_TILE = 128  # latent pixels of a side
 
@@ -132,6 +133,7 @@ class EnginePipeline(CFGParallelMixin, ABC):
         revision: str | None = None,
         variant: str | None = None,
         streamed: Sequence[str] = (),
+        quantization: str | None = None,
         **components: Any,
     ) -> Self:
         """Load a checkpoint for inference, each component straight to the device.
@@ -141,6 +143,7 @@ class EnginePipeline(CFGParallelMixin, ABC):
             dtype: of weights and computation.
             variant: of the names of weight files, as in `model.fp16.safetensors`.
             streamed: components that stay in host memory, from where their layers come to the device one by one.
+            quantization: of the transformers' layers, of `quantized.METHODS`.
             components: to be used in place of the checkpoint's own; None for those to do without.
 
         Raises:
@@ -149,6 +152,7 @@ class EnginePipeline(CFGParallelMixin, ABC):
         from diffusers.pipelines.pipeline_utils import SUPPORTED_DEVICE_MAP
 
         diffusers_class: Any = cls
+        checkpoint = Checkpoint(model, revision)
         dtypes = {"default": dtype} | dict.fromkeys(cls.float32_components, torch.float32)
         # Without it all components would be made in host memory first. It names no index: the current device's counts.
         is_placed = device.type != "cpu" and device.type in SUPPORTED_DEVICE_MAP
@@ -156,7 +160,10 @@ class EnginePipeline(CFGParallelMixin, ABC):
         try:
             for name in streamed:
                 of_component = dtypes.get(name, dtype)
-                components[name] = load_streamed(Checkpoint(model, revision), cls, name, of_component, device, variant)
+                components[name] = load_streamed(checkpoint, cls, name, of_component, device, variant)
+            if quantization:
+                for name in _transformers_of(checkpoint, cls):
+                    components[name] = load_quantized(checkpoint, cls, name, dtype, device, variant, quantization)
             pipeline = diffusers_class.from_pretrained(
                 model, dtype=dtypes, revision=revision, variant=variant, use_safetensors=True, **placed, **components
             )
@@ -351,6 +358,11 @@ def from_pil(image: Image.Image) -> ImageInput:
 def to_pil(image: ImageInput) -> Image.Image:
     """The image that a request brought along, as diffusers' image processors take it."""
     return Image.frombytes(image.mode, (image.width, image.height), image.pixels)
+
+
+def _transformers_of(checkpoint: Checkpoint, family: type) -> list[str]:
+    """The components that predict noise."""
+    return [name for name in component_names(checkpoint, family) if name.startswith("transformer")]
 
 
 def _definer(cls: type, name: str) -> type:

@@ -34,6 +34,7 @@ from vllm_cfg_plugin.engine.cost import (
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, generator_of, group_branches
+from vllm_cfg_plugin.pipelines.quantized import QuantizedLinear
 from vllm_cfg_plugin.pipelines.registry import describe, implementation_of
 from vllm_cfg_plugin.pipelines.sample_request import blank_embeds, sample_request, sample_requests
 from vllm_cfg_plugin.worker.call_calibration import calibrate_calls
@@ -191,7 +192,7 @@ def _branch(pipeline: EnginePipeline, request: DiffusionRequest, embeds: PromptE
 
 def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int, sharers: int, text_encoder: str) -> str:
     """Names everything that the figures depend on."""
-    weight = next(pipeline.transformer.parameters())
+    weight, modules = next(pipeline.transformer.parameters()), pipeline.transformer.modules()
     facts = [
         *(checkpoint.read_json(f"{component}/config.json") for component in _COMPONENTS),
         checkpoint.read_json(DEFAULTS_FILE),
@@ -204,6 +205,7 @@ def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int, sharers: 
         ranks,
         sharers,
         text_encoder,
+        next((str(layer.weight.dtype) for layer in modules if isinstance(layer, QuantizedLinear)), ""),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 

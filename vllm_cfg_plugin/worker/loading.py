@@ -44,6 +44,8 @@ def load_pipeline(vllm_config: VllmConfig, device: torch.device, has_text_encode
     load = pipeline_class(checkpoint).load
     encoders = [name for name in checkpoint.read_json(MODEL_INDEX) or {} if name.startswith("text_encoder")]
     options: dict[str, Any] = {"variant": settings.variant} if settings.variant else {}
+    if settings.quantization:
+        options["quantization"] = settings.quantization
     if not has_text_encoder:
         options |= dict.fromkeys(encoders)
     elif settings.cfg_text_encoder == "cpu" and device.type != "cpu":  # on a CPU that is where they are anyway

@@ -1,4 +1,4 @@
-"""Components that stay in host memory, from where their layers come to the device one by one; must not import vLLM."""
+"""Components that are loaded apart from their pipeline: streamed or quantized; must not import vLLM."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.quantized import quantize_layers
 from vllm_cfg_plugin.pipelines.weight_files import component_class, component_names, component_variants
 
 
@@ -22,6 +24,42 @@ def load_streamed(
     Raises:
         OSError, ValueError: it can't be loaded.
     """
+    model = _load(checkpoint, family, name, dtype, variant)
+    stream_layers(model, device)
+    return model
+
+
+def load_quantized(
+    checkpoint: Checkpoint,
+    family: type,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    variant: str | None,
+    method: str,
+) -> Any:
+    """Load one model of a checkpoint and quantize its layers: the device holds no more than one of them unquantized.
+
+    Args:
+        variant: as above.
+        method: of `quantized.METHODS`.
+
+    Raises:
+        ConfigurationError: it is quantized already.
+        OSError, ValueError: it can't be loaded.
+    """
+    if "quantization_config" in checkpoint.component_config(name):
+        raise ConfigurationError(
+            f"quantization={method!r} is not valid for model {checkpoint.model!r}: {name}/ is quantized already; leave "
+            "it out"
+        )
+    model = _load(checkpoint, family, name, dtype, variant)
+    quantize_layers(model, method, device)
+    return model.to(device)
+
+
+def _load(checkpoint: Checkpoint, family: type, name: str, dtype: torch.dtype, variant: str | None) -> Any:
+    """The model in host memory."""
     is_folder = Path(checkpoint.model).expanduser().is_dir()
     model = component_class(*component_names(checkpoint, family)[name]).from_pretrained(
         checkpoint.model,
@@ -31,8 +69,7 @@ def load_streamed(
         dtype=dtype,
         use_safetensors=True,
     )
-    stream_layers(model.eval(), device)
-    return model
+    return model.eval()
 
 
 def stream_layers(model: torch.nn.Module, device: torch.device) -> None:
