@@ -24,7 +24,7 @@ PYTEST := PYTHONPATH=$(CURDIR)/$(OTHER_VLLM) $(PYTEST)
 endif
 endif
 
-.PHONY: install demo test smoke unit bench endurance parity check format clean
+.PHONY: install demo test smoke unit bench endurance parity gpu check format clean
 
 install: $(STAMP)
 
@@ -79,6 +79,10 @@ endurance: $(STAMP)
 # Every family against diffusers' own pipeline: model | mode | max abs diff | bitwise across cfg sizes.
 parity: $(STAMP)
 	$(BIN)/python -m benchmarks.parity
+
+# What a GPU does with the step loop: numbers, bits, times, memory; a page in benchmark_results. Tiny without a GPU.
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_check --out $(BENCH_OUT)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

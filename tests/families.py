@@ -93,10 +93,10 @@ class Family:
             for i, case in enumerate(self.cases)
         ]
 
-    def reference(self, folder: Path) -> Any:
+    def reference(self, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         """diffusers' own pipeline."""
         cls = getattr(diffusers, self.class_name)
-        pipeline = cls.from_pretrained(folder, dtype=torch.float32, **self.components(folder))
+        pipeline = cls.from_pretrained(folder, dtype=dtype, **self.components(folder))
         pipeline.set_progress_bar_config(disable=True)
         if hasattr(pipeline, "rewire_prompt"):  # which has a language model write each prompt anew
             pipeline.rewire_prompt = lambda prompt, device: prompt

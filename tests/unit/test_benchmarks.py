@@ -1,11 +1,16 @@
 """The benchmarks' pure parts: what they compute from what they measured, and the traces that they replay."""
 
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 
 from benchmarks import engine_overhead, trace_steps, traffic
 from benchmarks.common import Job, interleave, markdown_table, percentile
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check.profile import idle_share
 from benchmarks.traffic import Latency
 
 
@@ -82,3 +87,27 @@ def test_a_profile_adds_up_to_the_time_from_step_to_step():
 def test_a_hook_inside_another_is_counted_once():
     events = [("outer", 0.0, 10.0), ("inner", 1.0, 4.0), ("inmost", 2.0, 3.0), ("inner", 5.0, 6.0)]
     assert trace_steps.self_seconds(events) == pytest.approx({"outer": 6, "inner": 3, "inmost": 1})
+
+
+def test_a_gpu_is_idle_where_no_kernel_runs():
+    assert idle_share([(0, 2), (1, 3), (6, 10)]) == pytest.approx(0.3)
+    assert idle_share([(5, 6)]) == 0
+
+
+def test_the_gpu_check_runs_in_tiny_form_and_writes_its_page(tmp_path):
+    only = ("environment", "attention", "parity", "speed", "profile", "memory")
+    arguments = [argument for name in only for argument in ("--only", name)]
+    assert gpu_check.main(["--tiny", "--out", str(tmp_path), *arguments]) == 0
+    results = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert tuple(results) == only
+    assert all(rows and not any("failed" in row for row in rows) for rows in results.values())
+    assert all(row["alone = batched"] for row in results["parity"])
+    assert {"ours", "ours, int8", "diffusers one by one"} <= {row["who"] for row in results["speed"]}
+    page = (tmp_path / "gpu_check.html").read_text()
+    assert "data:image/png" in page
+    assert "<h2>memory</h2>" in page
+
+
+def test_the_gpu_check_needs_no_vllm():
+    script = "import sys, benchmarks.gpu_check.__main__; sys.exit(any(m.split('.')[0] == 'vllm' for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
