@@ -2,6 +2,7 @@
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,7 +145,25 @@ def test_gpu_memory_utilization_counts():
     assert not fits(place(MODEL, half, 1), half)
 
 
-def test_start_up_refuses_what_cannot_fit_with_the_calculators_line(monkeypatch):
+@pytest.fixture
+def any_checkpoint(monkeypatch):
+    """One whose pipeline is described by what a test says of it."""
+    described = SimpleNamespace(call_arguments=None)
+    monkeypatch.setattr(start, "describe", lambda checkpoint: described)
+    return described
+
+
+def test_what_diffusers_loads_as_a_whole_is_placed_as_it_is(any_checkpoint, qwen_image_folders):
+    any_checkpoint.call_arguments = {}
+    checkpoint = Checkpoint(str(qwen_image_folders["tiny"]))
+    for name, value in (("cfg_text_encoder", "one"), ("quantization", "int8")):
+        settings = EngineSettings(**{name: value})
+        with pytest.raises(ConfigurationError, match=f"{name}='{value}' is not valid .* leave it out"):
+            start.choose_text_encoder(checkpoint, settings, torch.float32, None)
+    assert start.choose_text_encoder(checkpoint, EngineSettings(), torch.float32, card(1)) == "all"
+
+
+def test_start_up_refuses_what_cannot_fit_with_the_calculators_line(monkeypatch, any_checkpoint):
     monkeypatch.setattr(start, "model_memory", lambda *_: MODEL)
     checkpoint = Checkpoint("some/model")
 
@@ -159,7 +178,7 @@ def test_start_up_refuses_what_cannot_fit_with_the_calculators_line(monkeypatch)
         choose(50, cfg_text_encoder="all")
 
 
-def test_on_a_cpu_and_for_what_cannot_be_counted_the_operator_decides(monkeypatch):
+def test_on_a_cpu_and_for_what_cannot_be_counted_the_operator_decides(monkeypatch, any_checkpoint):
     def fail(*_):
         raise AttributeError("no transformer")
 

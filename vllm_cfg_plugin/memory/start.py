@@ -10,6 +10,7 @@ from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.memory.placement import Card, describe_placement, fits, gib, place, refusal
 from vllm_cfg_plugin.memory.sizing import model_memory
+from vllm_cfg_plugin.pipelines.registry import describe
 
 logger = get_logger(__name__)
 
@@ -21,9 +22,12 @@ def choose_text_encoder(checkpoint: Checkpoint, settings: EngineSettings, dtype:
         card: each rank's; None where ranks run on a CPU, whose memory is not ours to divide.
 
     Raises:
-        ConfigurationError: the model does not fit.
+        ConfigurationError: the model does not fit, or its pipeline can't be placed otherwise than diffusers does it.
     """
     asked = settings.cfg_text_encoder
+    if describe(checkpoint).call_arguments is not None:
+        _check_nothing_is_asked(checkpoint, settings)
+        return "all"
     if card is None:
         return asked or "all"
     try:
@@ -44,3 +48,12 @@ def choose_text_encoder(checkpoint: Checkpoint, settings: EngineSettings, dtype:
         gib(card.usable),
     )
     return placement.text_encoder
+
+
+def _check_nothing_is_asked(checkpoint: Checkpoint, settings: EngineSettings) -> None:
+    for name, value in (("cfg_text_encoder", settings.cfg_text_encoder), ("quantization", settings.quantization)):
+        if value not in (None, "all"):
+            raise ConfigurationError(
+                f"{name}={value!r} is not valid for model {checkpoint.model!r}: a {checkpoint.class_name()} runs as "
+                "diffusers loads it; leave it out"
+            )
