@@ -15,6 +15,7 @@ from vllm_cfg_plugin.config import QUANTIZATIONS, EngineSettings
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.memory.sizing import model_memory
 from vllm_cfg_plugin.pipelines.base import BranchInput, generator_of
+from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.quantized import METHODS, QuantizedLinear, layers_of, quantize_layers
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
@@ -117,3 +118,20 @@ def test_methods_are_those_that_may_be_asked_for():
     assert set(METHODS) == set(QUANTIZATIONS)
     with pytest.raises(ConfigurationError, match="quantization='awq' is not valid: it must be one of fp8, int8"):
         EngineSettings.from_dict({"quantization": "awq"})
+
+
+class OtherKind(torch.Tensor):
+    """A weight that knows how it is multiplied, as torchao's are."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear:
+            return torch.full((args[0].shape[0], args[1].shape[0]), 7.0)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_weight_of_another_kind_is_multiplied_as_it_knows_how():
+    """A kernel for plain tensors fails with those of torchao."""
+    layer = torch.nn.Linear(16, 32)
+    layer.weight = torch.nn.Parameter(torch.zeros(32, 16).as_subclass(OtherKind), requires_grad=False)
+    assert (linear(layer, torch.ones(16, 16)) == 7).all()
