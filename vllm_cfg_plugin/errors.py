@@ -45,12 +45,14 @@ class InvalidRequestError(CfgPluginError, ValueError):
     Args:
         param: the field's name as the user wrote it, e.g. ``"size"``; OpenAI's ``error.param``.
         value: what was sent.
-        allowed: what would have been right, e.g. ``"an integer from 1 to 10"``.
+        allowed: what would have been right, e.g. ``"an integer from 1 to 10"``, or ``"absent: ..."`` with the reason.
     """
 
     def __init__(self, param: str, value: object, allowed: str) -> None:
         self.param, self.value, self.allowed = param, value, allowed
-        super().__init__(f"{param}={_shown(value)} is not valid: it must be {allowed}")
+        is_unwanted = allowed.startswith("absent")
+        rule = f"leave it out{allowed.removeprefix('absent')}" if is_unwanted else f"it must be {allowed}"
+        super().__init__(f"{param}={_shown(value)} is not valid: {rule}")
 
     def renamed(self, param: str) -> InvalidRequestError:
         """The same error of a field that the user knows by another name."""
@@ -66,16 +68,15 @@ class InvalidRequestError(CfgPluginError, ValueError):
 
 
 def _shown(value: object) -> str:
-    """A value as a user writes it: a quoted text, JSON, or of other objects what they are."""
-    if isinstance(value, str):
-        shown = repr(value)
-    elif value is None or isinstance(value, (bool, int, float, list, tuple, dict)):
+    """A value as a user writes it: JSON, or of other objects what they are."""
+    if value is None or isinstance(value, (str, bool, int, float, list, tuple, dict)):
         try:
             shown = json.dumps(value, ensure_ascii=False, default=_described)
         except (TypeError, ValueError):  # keys that JSON lacks, a circle, a number of thousands of digits
             shown = f"({type(value).__name__})"
     else:
         shown = _described(value)
+    shown = shown.encode(errors="backslashreplace").decode()  # halves of characters, which no answer can hold
     return shown if len(shown) <= 100 else f"{shown[:100]}... ({len(shown)} characters)"
 
 

@@ -73,7 +73,7 @@ def test_image_edit_takes_as_many_images_as_the_model_does(edit_model, tmp_path)
     for name in ("one.png", "two.png"):
         picture(48, 48).save(tmp_path / name)
     arguments = flags(model=edit_model, image=["one.png", "two.png"])
-    assert "failed: image='2 images' is not valid" in run_failing(IMAGE_EDIT, *arguments, cwd=tmp_path)
+    assert 'failed: image="2 images" is not valid' in run_failing(IMAGE_EDIT, *arguments, cwd=tmp_path)
 
 
 def test_text_to_video_compares(video_model, tmp_path):

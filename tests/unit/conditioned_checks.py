@@ -165,7 +165,7 @@ class ConditionedChecks:
     def test_an_image_too_long_for_any_area_is_refused(self, pipelines, folder):
         _, ours = pipelines
         long = picture(2020, 20)
-        with pytest.raises(InvalidRequestError, match="image='2020x20'"):
+        with pytest.raises(InvalidRequestError, match='image="2020x20"'):
             ours(image=long, prompt="a cat")
 
     def test_several_results_and_one_prompt_in_a_direct_call(self, pipelines):

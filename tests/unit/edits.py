@@ -54,5 +54,5 @@ def assert_refused(response, param, *words):
     error = response.json()["error"]
     assert error["param"] == param, error
     assert error["code"] == 400
-    for word in ("it must be", *words):
+    for word in ("is not valid: ", *words):
         assert word in error["message"]

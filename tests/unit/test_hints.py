@@ -50,7 +50,7 @@ def refusal(app, path, name, value=1):
         ("true_cfg_scal", "did you mean true_cfg_scale?"),
         ("mask", "POST /v1/images/edits has it"),
         ("input_image", "POST /v1/images/edits takes images"),
-        ("loras", "absent: this endpoint has no field of that name"),
+        ("loras", "leave it out: this endpoint has no field of that name"),
     ],
 )
 def test_images(app_of, name, says):
@@ -128,7 +128,7 @@ def test_a_last_image_is_the_second_reference(app_of):
         ({"prompt": None}, "prompt=null "),
         ({"guidance_interval": [0.5, True]}, "guidance_interval[1]=true "),
         ({"steps": {"first": None, "all": [True]}}, 'steps={"first": null, "all": [true]} '),
-        ({"size": "64"}, "size='64' "),
+        ({"size": "64"}, 'size="64" '),
     ],
 )
 def test_values_are_shown_as_they_were_sent(app_of, change, shown):

@@ -106,7 +106,7 @@ def test_quality_is_a_share_of_the_models_own_steps(quality, name, steps):
 
 def test_quality_and_steps_that_disagree_are_refused():
     assert parse(quality="high", num_inference_steps=5).to_params(INFO).num_inference_steps == 5
-    with pytest.raises(InvalidRequestError, match=r"quality='low' .* beside num_inference_steps"):
+    with pytest.raises(InvalidRequestError, match=r'quality="low" .* beside num_inference_steps'):
         parse(quality="low", num_inference_steps=5).to_params(INFO)
 
 

@@ -93,7 +93,7 @@ def test_limits_of_texts(family, folder_of):
     folder = folder_of(family)
     resolve, count_of = resolver(folder)
     if family.class_name not in DEFAULTS:
-        with pytest.raises(InvalidRequestError, match=r"max_sequence_length=100 .* absent"):
+        with pytest.raises(InvalidRequestError, match=r"max_sequence_length=100 .* leave it out"):
             resolve("a", max_sequence_length=100)
         return
     assert resolve(" ").prompts[0] == " "

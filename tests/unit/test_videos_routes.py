@@ -587,8 +587,8 @@ def test_a_first_and_a_last_image(engine, monkeypatch):
     ("files", "param", "says"),
     [
         ([], "input_reference", "2 images, the first frame and the last"),
-        ([png()], "input_reference", "'1 image' is not valid: it must be 2 images"),
-        ([png()] * 3, "input_reference", "'3 images' is not valid: it must be 2 images"),
+        ([png()], "input_reference", '"1 image" is not valid: it must be 2 images'),
+        ([png()] * 3, "input_reference", '"3 images" is not valid: it must be 2 images'),
         ([png(), b"no image"], "input_reference[1]", "decoded"),
     ],
 )
