@@ -41,6 +41,13 @@ def test_a_result_is_one_line(monkeypatch, written):
     assert line.startswith("img-mine-0: 64x64, 20 steps, not guided, seed 5: ")
 
 
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_an_engine_that_its_server_stops_is_no_fault(monkeypatch, is_stopped):
+    monkeypatch.setattr("vllm_cfg_plugin.compat.engine_deaths.was_stopped", lambda: is_stopped)
+    record = logging.LogRecord("vllm.x", logging.ERROR, "", 0, "AsyncLLM output_handler failed.", (), None)
+    assert QuietFilter().filter(record) is not is_stopped
+
+
 @pytest.mark.parametrize(
     ("message", "stays"),
     [

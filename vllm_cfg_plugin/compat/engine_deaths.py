@@ -43,6 +43,11 @@ def wake_on_engine_death(client: Any) -> None:
     threading.Thread(target=watch, daemon=True, name="cfg-engine-watch").start()
 
 
+def was_stopped() -> bool:
+    """Whether an engine of this API server was stopped by it."""
+    return any(manager.manager_stopped.is_set() for manager in _engine_managers)
+
+
 def note_engine_client(client: Any) -> None:
     """Have `run_and_fail_if_engine_died` know of an API server's engine client, an `AsyncLLM`."""
     manager = client.engine_core.resources.engine_manager

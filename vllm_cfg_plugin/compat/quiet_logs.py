@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from vllm_cfg_plugin.compat import engine_deaths
+
 # How records begin that are about language models, or look like a fault where there is none.
 _UNTRUE = (
     "non-default args",  # with defaults of ours among them, and lengths that nobody asked for
@@ -82,4 +84,6 @@ class QuietFilter(logging.Filter):
         if logging.getLogger("vllm").isEnabledFor(logging.DEBUG):
             return True
         message = str(record.msg)
+        if message == "AsyncLLM output_handler failed." and engine_deaths.was_stopped():
+            return False  # the server's own shutdown brings it about
         return not message.startswith(_UNTRUE) and "requires torchvision (not installed)" not in message
