@@ -2,6 +2,7 @@
 
     vllm serve MODEL --cfg-parallel-size 2
     python openai_client.py --prompt "a rocket on a black background" --negative_prompt " " --output rocket.png
+    python openai_client.py --prompt "a rocket" --previews 3 --output rocket.png  # and rocket.preview0.png, ...
     python openai_client.py --prompt "make it snow" --image bear.png --output snow.png
     python openai_client.py --prompt "a cat walks on the grass" --num_frames 81 --output cat.mp4
 
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--image", action="append", default=[], help="file; may be given several times")
     parser.add_argument("--size", help="WIDTHxHEIGHT (default: the model's)")
+    parser.add_argument("--previews", type=int, default=0, help="0 to 3 of an image, saved beside it as they come")
     parser.add_argument("--output", type=Path, required=True)
     for name, convert in _EXTRA.items():
         parser.add_argument(f"--{name}", type=convert, help="default: the model's")
@@ -54,14 +57,28 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
 
 def generate(client: OpenAI, args: argparse.Namespace) -> bytes:
     """POST /v1/images/generations"""
-    return base64.b64decode(client.images.generate(**common(args)).data[0].b64_json)
+    return image_of(partial(client.images.generate, **common(args)), args)
 
 
 def edit(client: OpenAI, args: argparse.Namespace) -> bytes:
     """POST /v1/images/edits"""
     with ExitStack() as files:
         images = [files.enter_context(open(path, "rb")) for path in args.image]
-        return base64.b64decode(client.images.edit(image=images, **common(args)).data[0].b64_json)
+        return image_of(partial(client.images.edit, image=images, **common(args)), args)
+
+
+def image_of(call: Callable[..., Any], args: argparse.Namespace) -> bytes:
+    """The image that a call makes; its previews are saved on the way."""
+    if not args.previews:
+        return base64.b64decode(call().data[0].b64_json)
+    for event in call(stream=True, partial_images=args.previews):
+        image = base64.b64decode(event.b64_json)
+        if event.type.endswith(".completed"):
+            return image
+        path = args.output.with_suffix(f".preview{event.partial_image_index}{args.output.suffix}")
+        path.write_bytes(image)
+        print(f"saved {path}")
+    raise OpenAIError("the stream ended without an image")
 
 
 def make_video(client: OpenAI, args: argparse.Namespace) -> bytes:

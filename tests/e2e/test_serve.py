@@ -291,9 +291,10 @@ def test_the_examples_client_draws_an_image(server, tmp_path):
         prompt="a rocket",
         negative_prompt="ugly",
         true_cfg_scale=4.0,
-        num_inference_steps=4,
+        num_inference_steps=40,
         size="64x32",
         seed=1,
+        previews=1,
         output="rocket.png",
     )
     assert "saved rocket.png" in run("openai_client.py", *arguments, cwd=tmp_path)
