@@ -1,4 +1,4 @@
-"""Whole steps of every family on a GPU that computes nothing: devices fit, nobody waits, and kernels are counted."""
+"""Every family on a GPU that computes nothing: from images to pixels devices fit, no step waits, kernels are known."""
 
 from contextlib import contextmanager
 
@@ -46,15 +46,13 @@ def rank_on_gpu(family, folder):
     requests = family.requests(folder)
     with torch.inference_mode():
         texts = {(r.seed, b): pipeline.encode_branch(r, b) for r in requests for b in range(len(r.prompts))}
-        images = {request.seed: pipeline.encode_images(request) for request in requests if request.images}
     with fake_cuda() as gpu, torch.inference_mode():
-        for name in ("transformer", "transformer_2"):
-            if getattr(pipeline, name, None) is not None:
-                move_to_gpu(getattr(pipeline, name))
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                move_to_gpu(component)
         texts = {key: PromptEmbeds(*map(to_fake, embeds.tensors)) for key, embeds in texts.items()}
-        images = {seed: list(map(to_fake, tensors)) for seed, tensors in images.items()}
+        # Some text encoders look at what they are given, which is not there.
         pipeline.encode_branch = lambda request, branch: texts[request.seed, branch]
-        pipeline.encode_images = lambda request: images[request.seed]
         side, pace = InlineSideWork(0), CudaPace(DEVICE)
         side.keep = lambda id, steps, run: None  # makes bytes of tensors, beside the steps
         runner = StepRunner(pipeline, 0, 2, lambda row: torch.stack([row, row]), side, pace)
@@ -72,6 +70,11 @@ def test_a_steady_step_never_waits_for_the_gpu(family, tmp_path):
             assert not runner.run(plan(step)).failed
         counts = gpu.start_counting()
         assert not runner.run(plan(3)).failed
+        gpu.start_counting()
+        for state in runner.states.values():
+            condition = runner._condition(state.request) if runner.pipeline.decode_sees_images else []
+            pixels = runner.pipeline.decode(state.latents, state.request, condition)
+            assert (pixels.device.type, pixels.dtype) == ("cpu", torch.uint8)
     assert counts.syncs == {}
     assert sum(counts.downloads.values()) == 1, "the flags of failures"
     assert (counts.launches.total(), counts.uploads.total()) == STEADY[family.label], counts.launches
