@@ -89,7 +89,7 @@ def test_clients_see_a_delay_and_the_same_bytes(server, calm, fault):
 
     codes = health_while(server, harmed)
     assert set(codes) == {200, 503}
-    assert codes[-1] == 200
+    server.wait_ready(START_TIMEOUT_S)  # the last fault may come after the last answer
 
 
 def test_a_stream_survives_a_rank_and_repeats_no_preview(server):
@@ -164,6 +164,8 @@ def test_ranks_that_die_while_they_measure_are_started_anew(model, monkeypatch, 
     died.unlink()
     with pytest.raises(RankDiedError, match=r"cfg rank 1 .* ended with code 1; cfg_max_restarts=0 allows no further"):
         DiffusionLLM(str(model), cfg_parallel_size=2, cfg_max_restarts=0)
+    titles = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    assert not [title for title in titles if "Cfg" in title], "the engine that could not start leaves nothing"
 
 
 def test_a_request_that_kills_ranks_fails_alone(model, monkeypatch):

@@ -77,8 +77,12 @@ class CfgExecutor(Executor):
         if settings.health_address:
             address = address_of(settings.health_address, self.parallel_config.data_parallel_index)
             answer_health(address, lambda: not ranks.is_restarting)
-        # For the scheduler, which vLLM makes later and gives nothing but this configuration.
-        keep_calibration(self.vllm_config, slowest(self._calibrate()))
+        try:
+            # For the scheduler, which vLLM makes later and gives nothing but this configuration.
+            keep_calibration(self.vllm_config, slowest(self._calibrate()))
+        except BaseException:
+            self.shutdown()
+            raise
         # Weakly: the monitor thread must not keep an executor alive that its engine let go of.
         self._ranks.watch(partial(_call_if_alive, weakref.WeakMethod(self._notify_failure)))
 
