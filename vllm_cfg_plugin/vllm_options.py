@@ -36,7 +36,7 @@ WORKING = frozenset(
         "data_parallel_address data_parallel_rpc_port data_parallel_backend data_parallel_hybrid_lb",
         "data_parallel_external_lb data_parallel_multi_port_external_lb data_parallel_supervisor_port",
         "dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s dp_supervisor_probe_failure_threshold",
-        "worker_extension_cls",
+        "worker_extension_cls device_ids optimization_level enforce_eager",
     )
 )
 
@@ -46,9 +46,9 @@ _ALREADY_SO = "it is so with a diffusion pipeline, whatever this option says"
 HARMLESS: dict[str, str] = {
     **dict.fromkeys(
         _names(
-            "runner convert skip_tokenizer_init generation_config enforce_eager enable_prefix_caching async_scheduling",
+            "runner convert skip_tokenizer_init generation_config enable_prefix_caching async_scheduling",
             "enable_sleep_mode disable_custom_all_reduce enable_chunked_prefill trust_remote_code code_revision",
-            "tokenizer_revision optimization_level performance_mode use_tqdm_on_load max_parallel_loading_workers",
+            "tokenizer_revision performance_mode use_tqdm_on_load max_parallel_loading_workers",
             "disable_hybrid_kv_cache_manager stream_interval renderer_num_workers language_model_only",
         ),
         _ALREADY_SO,
@@ -126,7 +126,6 @@ _REFUSED: dict[str, tuple[str, ...]] = {
         "collect_detailed_traces per_request_spec_decode_metrics",
     ),
     _OWN_TIMEOUT: ("watchdog_config", "distributed_timeout_seconds", "cpu_distributed_timeout_seconds"),
-    "CUDA_VISIBLE_DEVICES says which": ("device_ids",),
     _OWN_INPUTS: _names(
         "allowed_local_media_path allowed_media_domains enable_mm_embeds media_io_kwargs mm_processor_kwargs",
         "mm_processor_cache_gb mm_processor_cache_type mm_hasher_algorithm mm_shm_cache_max_object_size_mb",

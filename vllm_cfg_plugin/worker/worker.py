@@ -84,7 +84,8 @@ class DiffusionWorker(WorkerBase):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint's pipeline; every rank has its transformer, because any rank may own any branch."""
-        if self.vllm_config.optimization_level > OptimizationLevel.O0:
+        eager = self.model_config.enforce_eager
+        if self.vllm_config.optimization_level > OptimizationLevel.O0 and not eager:
             fused.enable()
         pipeline = load_pipeline(self.vllm_config, self.device, bool(self._text_encoder))
         info = describe(self._checkpoint)
