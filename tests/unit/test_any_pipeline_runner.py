@@ -1,5 +1,6 @@
 """Pipelines that run as diffusers' own, in the step loop of one rank: cancelled, failing, and beside each other."""
 
+import gc
 import threading
 import time
 
@@ -52,6 +53,7 @@ def threads():
 
 
 def wait_for_threads(count):
+    gc.collect()  # a failure's traceback may hold a request of an earlier test
     deadline = time.monotonic() + 5
     while len(threads()) != count and time.monotonic() < deadline:
         time.sleep(0.01)

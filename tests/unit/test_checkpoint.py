@@ -78,7 +78,8 @@ def test_a_model_without_weights_is_named(model, tmp_path, component):
     with pytest.raises(ConfigurationError, match=f"incomplete: {component}/ has no file of weights"):
         check_servable(Checkpoint(str(copy)))
     (copy / component / ("pytorch_model.bin" if component == "text_encoder" else "diffusion_pytorch_model.bin")).touch()
-    check_servable(Checkpoint(str(copy)))
+    with pytest.raises(ConfigurationError, match=f"{component}/ has its weights as pickles"):
+        check_servable(Checkpoint(str(copy)))
 
 
 def test_a_value_that_no_model_has_names_the_checkpoint(model, tmp_path):
