@@ -5,6 +5,7 @@ import os
 import random
 import time
 import traceback
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -25,29 +26,29 @@ def run_forked(function, ranks, *args):
     ends = [{} for _ in range(ranks)]
     for (a, b), (first, second) in pipes.items():
         ends[a][b], ends[b][a] = first, second
-    results = context.SimpleQueue()
+    readers, writers = zip(*(context.Pipe(duplex=False) for _ in range(ranks)), strict=True)
     processes = [
-        context.Process(target=_run_one, args=(function, rank, ranks, ends[rank], results, args), daemon=True)
+        context.Process(target=_run_one, args=(function, rank, ranks, ends[rank], writers[rank], args), daemon=True)
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + TIMEOUT_S
+    collected = {}  # read while they run: a pipe holds no large result
+    while len(collected) < ranks and time.monotonic() < deadline:
+        for reader in connection.wait(readers, max(0, deadline - time.monotonic())):
+            value, error = reader.recv()
+            assert error is None, f"rank {readers.index(reader)} raised:\n{error}"
+            collected[readers.index(reader)] = value
     for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
-    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
+        process.join(1)
         process.kill()
-    collected = {}
-    while not results.empty():
-        rank, value, error = results.get()
-        assert error is None, f"rank {rank} raised:\n{error}"
-        collected[rank] = value
+    hung = [rank for rank in range(ranks) if rank not in collected]
     assert not hung, f"ranks {hung} hang"
     return [collected[rank] for rank in range(ranks)]
 
 
-def _run_one(function, rank, ranks, ends, results, args):
+def _run_one(function, rank, ranks, ends, result, args):
     torch.set_num_threads(1)
 
     def share(mine):
@@ -56,9 +57,9 @@ def _run_one(function, rank, ranks, ends, results, args):
         return [mine if peer == rank else ends[peer].recv() for peer in range(ranks)]
 
     try:
-        results.put((rank, function(rank, ranks, share, *args), None))
+        result.send((function(rank, ranks, share, *args), None))
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+        result.send((None, traceback.format_exc()))
 
 
 def make_row(rank, exchange, width, dtype):
