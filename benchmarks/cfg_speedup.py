@@ -53,8 +53,9 @@ Row = tuple[str | float, ...]
 
 def _forward_in_turn(worker: Any) -> None:
     """Forward the two branches one after the other, as every other system does on one rank, not in one pack."""
-    together = worker.runner._predict
-    worker.runner._predict = lambda inputs: [outcome for branch in inputs for outcome in together([branch])]
+    forwards = worker.runner._forwards
+    together = forwards.predict
+    forwards.predict = lambda inputs: [outcome for branch in inputs for outcome in together([branch])]
 
 
 def measure(model: str, side: int, steps: int, rounds: int) -> dict[str, Timing]:
