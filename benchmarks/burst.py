@@ -61,7 +61,7 @@ def _arm(worker: Any, side: int, texts: int, beside: bool, number: int) -> None:
     def encode(text: int) -> None:
         prompt = f"a house with {text} windows, seen {number} times at {side} px"
         request = msgspec.structs.replace(next(iter(runner.states.values())).request, prompts=[prompt])
-        runner.embeddings.get(request.embeds_key(0), lambda: runner.pipeline.encode_branch(request, 0))
+        runner.beside.embeddings.get(request.embeds_key(0), lambda: runner.pipeline.encode_branch(request, 0))
 
     def decode() -> Any:
         state = next(iter(runner.states.values()))

@@ -74,8 +74,7 @@ class StrictLine(WaitingLine):
         self._may_join = may_join
 
     def take(self, try_to_join: Callable[[ScheduledRequest], bool]) -> Iterator[ScheduledRequest]:
-        stages = (self._batch.preparing, self._batch.running, self._batch.beside)
-        before = [request for stage in stages for request in stage.values()]
+        before = [*self._batch.stepping]
         joining: list[ScheduledRequest] = []
         for request in self.in_order():
             if not self._may_join(request, before, joining) or not try_to_join(request):

@@ -36,12 +36,12 @@ STEP = "step"
 HOOKS = (
     ("runner.start", STEP),
     ("runner._admit", "admit"),
-    ("runner._line_up", "line up"),
-    ("runner._forward", "forward"),
-    ("runner._all_gather", "exchange"),
-    ("runner._advance", "advance"),
-    ("runner._encode_branch", "encode"),
-    ("runner._decode_latents", "decode"),
+    ("runner._held.line_up", "line up"),
+    ("runner._step._forward", "forward"),
+    ("runner._step._all_gather", "exchange"),
+    ("runner._step._advance", "advance"),
+    ("runner.beside.encode", "encode"),
+    ("runner.beside.decode", "decode"),
 )
 BESIDE = ("encode", "decode")  # on threads of their own, beside the steps
 COLOURS = {

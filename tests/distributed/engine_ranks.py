@@ -193,7 +193,7 @@ def _drive(runner: StepRunner, vllm_config: Any, script: list[tuple[int, Diffusi
         for entry in [entry for entry in script if entry[0] <= step]:
             if not isinstance(entry[1], int):
                 scheduler.add_request(vllm_request(f"request-{entry[1].seed}", entry[1]))
-            elif scheduler.batch.named(f"request-{entry[1]}").id in scheduler.batch.beside:
+            elif scheduler.batch.named(f"request-{entry[1]}").id in scheduler.batch.stepping.beside:
                 scheduler.finish_requests(f"request-{entry[1]}", RequestStatus.FINISHED_ABORTED)
             else:
                 continue

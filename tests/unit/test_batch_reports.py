@@ -85,7 +85,7 @@ def test_nothing_is_left_of_a_request_whose_image_is_here(batch):
     step(batch, 1.0, 2.0)
     assert batch.draining
     batch.finish(request)
-    assert not any((batch.draining, batch.running, batch.preparing, batch.waiting, len(batch)))
+    assert not any((batch.draining, batch.stepping.running, batch.stepping.preparing, batch.waiting, len(batch)))
     assert batch.known(request.id) is None
     assert batch.named("a") is None
 
@@ -128,7 +128,7 @@ def test_a_request_above_the_token_budget_keeps_nobody_out(sizes):
     for number, tokens in enumerate(sizes):
         batch.add(str(number), 0, toy_request(negative=None, image_tokens=tokens))
         batch.next_plan()
-    assert len(batch.preparing) == 3
+    assert len(batch.stepping.preparing) == 3
 
 
 def test_the_processes_of_a_rank_have_one_span():

@@ -205,7 +205,7 @@ def test_a_steady_batch_has_plans_without_any_change():
     batch, ranks = StepBatch(2, 300, 10**6, UNCALIBRATED), PlayedRanks(2)
     for i in range(256):
         batch.add(str(i), 0, toy_request(steps=50))
-    while len(batch.running) < 256:
+    while len(batch.stepping.running) < 256:
         run_plan(batch, ranks)
     plan = batch.next_plan().plan
     assert plan == StepPlan(plan.step, [], [], [], [], True, [])
@@ -242,7 +242,7 @@ def test_a_guidance_interval_costs_two_changes_of_plan():
     batch, played = StepBatch(2, 8, 10**6, UNCALIBRATED), PlayedRanks(2)
     batch.add("one", 0, toy_request(steps=8, interval=(0.25, 0.75)))
     assigned = []
-    while len(batch.running) + len(batch.preparing) + len(batch.waiting):
+    while len(batch.stepping.running) + len(batch.stepping.preparing) + len(batch.waiting):
         step = played.steps[0]
         assigned += [(step, assign.owners) for assign in run_plan(batch, played)[0].plan.assign]
     assert assigned == [(0, (0,)), (2, (0, 1)), (6, (0,))]
@@ -253,7 +253,7 @@ def test_requests_that_are_taken_out_anywhere_leave_no_trace():
     requests = [batch.add(str(i), 0, toy_request(steps=2)) for i in range(4)]
     for _ in range(4):
         run_plan(batch, ranks)
-    assert batch.running or batch.draining
+    assert batch.stepping.running or batch.draining
     assert batch.waiting
     for request in requests:
         batch.take_out(request)
@@ -365,7 +365,7 @@ def test_suspects_are_tried_alone_and_the_killer_is_named():
     batch.add("later", 0, toy_request(steps=5))
     for killers in ([], [1]):  # the first time may be an accident, and then the others are tried before it again
         ranks, ended = PlayedRanks(2), []
-        while 1 not in batch.preparing:
+        while 1 not in batch.stepping.preparing:
             _, decoded = run_plan(batch, ranks)
             assert len(ranks.requests) <= 1, "nobody is beside one of them"
             for request in decoded:
@@ -386,7 +386,7 @@ def test_only_deaths_at_one_step_convict_a_request_soon(steps_done, deaths_until
     request = batch.add("a", 0, toy_request(steps=20))
     for number, steps in enumerate(steps_done, start=1):
         ranks = PlayedRanks(2)
-        while request.done_steps < steps or request.id not in batch.preparing | batch.running:
+        while request.done_steps < steps or request.id not in batch.stepping.preparing | batch.stepping.running:
             run_plan(batch, ranks)
         convicted = batch.start_over(has_killed=True)
         assert convicted == ([request] if number == deaths_until_it_fails else [])
@@ -462,7 +462,7 @@ def test_a_rank_has_one_long_request_at_a_time():
         batch.add(name, 0, toy_request(name, None, steps=5, image_tokens=LONG))
     for _ in range(3):
         run_plan(batch, ranks)
-    assert sorted(request.owners for request in batch.beside.values()) == [(0,), (1,)]
+    assert sorted(request.owners for request in batch.stepping.beside.values()) == [(0,), (1,)]
     assert len(batch.waiting) == 1
     assert {id: len(owners) for id, owners in forwards_of(batch, ranks).items()}[2] == 5
 

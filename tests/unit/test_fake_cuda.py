@@ -72,7 +72,7 @@ def test_a_steady_step_never_waits_for_the_gpu(family, tmp_path):
         assert not runner.run(plan(3)).failed
         gpu.start_counting()
         for state in runner.states.values():
-            condition = runner._condition(state.request) if runner.pipeline.decode_sees_images else []
+            condition = runner.beside._condition(state.request) if runner.pipeline.decode_sees_images else []
             pixels = runner.pipeline.decode(state.latents, state.request, condition)
             assert (pixels.device.type, pixels.dtype) == ("cpu", torch.uint8)
     assert counts.syncs == {}

@@ -123,7 +123,7 @@ def test_a_failure_drops_its_request_a_step_later_on_all_ranks():
 
 def test_the_host_waits_for_the_step_before_and_for_no_later_one():
     runner = Ranks(DevicePace).runners[0]
-    runner._all_gather = lambda row: torch.stack([row, row])
+    runner._step._all_gather = lambda row: torch.stack([row, row])
     runner.start(join(REQUESTS, OWNERS))
     assert runner._pace.waits == []
     runner.start(plan(1))
@@ -135,7 +135,7 @@ def test_the_host_waits_for_the_step_before_and_for_no_later_one():
 
 def test_a_plan_is_reported_when_the_device_has_done_it():
     runner = Ranks(DevicePace).runners[0]
-    runner._all_gather = lambda row: torch.stack([row, row])
+    runner._step._all_gather = lambda row: torch.stack([row, row])
     runner.start(join(REQUESTS, OWNERS))
     assert (runner.finished(), runner.is_ahead) == ([], True)
     runner.start(plan(1))

@@ -22,17 +22,14 @@ from vllm_cfg_plugin.engine.plan import (
     KEPT,
     PREVIEWED,
     Admission,
-    Assign,
     Decode,
     Embeds,
-    Encode,
-    Preview,
     SideReport,
     StepPlan,
 )
-from vllm_cfg_plugin.engine.planner import rank_loads
 from vllm_cfg_plugin.engine.request import ScheduledRequest, check_plannable
 from vllm_cfg_plugin.engine.step_result import StepResult
+from vllm_cfg_plugin.engine.stepping import Stepping
 from vllm_cfg_plugin.params import DiffusionRequest
 
 
@@ -93,7 +90,6 @@ class StepBatch:
         self._clock = clock
         self._ids = count()
         self._plans = count()
-        self._tick = 0  # denoising steps planned so far
         self._by_name: dict[str, ScheduledRequest] = {}
         self.waiting = WaitingLine()
         self._meet_ranks()
@@ -106,15 +102,9 @@ class StepBatch:
         # Long requests hold at most half of the places: their decodes may stand in line for minutes.
         max_long, max_us = max(1, self._max_requests // 2), self._max_step_us - self._cost.step_us
         self._room = Room(self._ranks, self._placement, self._max_tokens, max_us, max_long)
-        self._known: dict[int, ScheduledRequest] = {}  # what the ranks know: preparing, running and draining
-        self.preparing: dict[int, ScheduledRequest] = {}
-        self.running: dict[int, ScheduledRequest] = {}
-        self.beside: dict[int, ScheduledRequest] = {}  # long requests that take steps, at their own pace
+        self._known: dict[int, ScheduledRequest] = {}  # what the ranks know: stepping and draining
+        self.stepping = Stepping(self._placement, self._ranks)
         self.draining: dict[int, ScheduledRequest] = {}
-        self._watched: dict[int, ScheduledRequest] = {}  # known requests with previews to be made
-        self._lineup: tuple[ScheduledRequest, ...] | None = ()  # None: `running` or who holds what has changed
-        self._awaited: set[int] | None = None  # preparing requests that an idle batch starts together with
-        self._next_change = 0  # first tick at which a running request forwards other branches, or none
         self._may_admit = True  # something changed since nobody more could join
         self.retired: list[int] = []  # ids that the ranks must be told to forget
         self._embeds: list[Embeds] = []  # that the ranks must be sent
@@ -162,10 +152,8 @@ class StepBatch:
         del self._by_name[request.request_id]
         if self._known.pop(request.id, None) is None:
             self.waiting.remove(request)
-        if self.running.pop(request.id, None) is not None:
-            self._lineup = None
-        for stage in (self.preparing, self.beside, self.draining, self._watched):
-            stage.pop(request.id, None)
+        self.stepping.drop(request)
+        self.draining.pop(request.id, None)
         self._placement.forget(request)
         self._may_admit = True
 
@@ -207,12 +195,12 @@ class StepBatch:
         """
         admitted = self._admit() if admit and step else []
         encodes = [encode for request in admitted for encode in self._placement.first_encodes(request)]
-        assign = self._line_up(encodes) if step else []
-        running = self._lineup or () if step else ()
-        forwarding = self._start_long() if step else []
-        stepping = [request for request in self.beside.values() if not request.forwarding] if step else []
-        finished = (self._finished(running) if running else []) + self._step_long(stepping)
-        forwarding += [request for request in stepping if request.id in self.beside]
+        assign = self.stepping.line_up(encodes) if step else []
+        running = self.stepping.lineup if step else ()
+        forwarding = self.stepping.start_long() if step else []
+        long = self.stepping.forwarded() if step else []
+        finished = (self.stepping.take_step() if running else []) + self.stepping.take_long_steps(long)
+        forwarding += [request for request in long if request.id in self.stepping.beside]
         plan = StepPlan(
             step=next(self._plans),
             retire=self.retired,
@@ -220,15 +208,14 @@ class StepBatch:
             encodes=encodes,
             assign=assign,
             advance=bool(running),
-            decodes=self._decode(finished, running) if finished else [],
-            long_steps=[request.id for request in stepping],
+            decodes=self._decode(finished) if finished else [],
+            long_steps=[request.id for request in long],
             forwards=[self._placement.forward(request) for request in forwarding],
-            previews=self._preview(running, stepping) if self._watched else [],
+            previews=self.stepping.previews(long) if step else [],
             embeds=self._embeds,
         )
         self.retired, self._embeds = [], []
-        self._tick += plan.advance
-        return PlannedStep(plan, admitted, (*running, *stepping) if stepping else running, forwarding)
+        return PlannedStep(plan, admitted, (*running, *long) if long else running, forwarding)
 
     def note_result(self, planned: PlannedStep, result: StepResult) -> None:
         """Note what the reports of a plan say of its requests."""
@@ -257,8 +244,7 @@ class StepBatch:
             return request
         request.encode_ms = max(request.encode_ms, report.milliseconds)
         self._placement.note_encoded(report, request)
-        if request.id in self.running:
-            self._lineup = None
+        self.stepping.note_change(request)
         return request
 
     def share_embeds(self, report: SideReport, data: bytes) -> None:
@@ -273,8 +259,7 @@ class StepBatch:
         """Requests that join now."""
         if not self._may_admit or not self.waiting:
             return []
-        stepping = (self.preparing, self.running, self.beside)
-        self._room.look((request for stage in stepping for request in stage.values()), self.draining.values())
+        self._room.look(self.stepping, self.draining.values())
 
         def try_to_join(request: ScheduledRequest) -> bool:
             if len(self._known) >= self._max_requests or not self._may_share(request):
@@ -296,97 +281,11 @@ class StepBatch:
         request.admitted = self._clock()
         request.asked = [set() for _ in request.owners]
         request.holders = [set() for _ in request.owners]
-        self._known[request.id] = self.preparing[request.id] = request
-        if request.awaits_previews:
-            self._watched[request.id] = request
+        self._known[request.id] = request
+        self.stepping.prepare(request)
 
-    def _line_up(self, encodes: list[Encode]) -> list[Assign]:
-        """Let the requests whose texts are encoded join the steps, and level who forwards what if anything changed."""
-        started = self._who_starts()
-        for request in started:
-            request.first_tick = self._tick - request.kept_steps
-            self.running[request.id] = self.preparing.pop(request.id)
-        if not started and self._lineup is not None and self._tick < self._next_change:
-            return []
-        self._lineup = tuple(self.running.values())
-        self._next_change = min((request.next_change(self._tick) for request in self._lineup), default=0)
-        encodes += self._placement.level(self._lineup, self._tick, self.preparing.values())
-        return [assign for request in self._lineup if (assign := self._new_assignment(request))]
-
-    def _new_assignment(self, request: ScheduledRequest) -> Assign | None:
-        """Who forwards the request's branches from this tick on, if the ranks were told otherwise."""
-        owners = request.owners[: request.branches_at(self._tick)]
-        if owners == request.assigned:
-            return None
-        request.assigned = owners
-        return Assign(request.id, owners)
-
-    def _who_starts(self) -> list[ScheduledRequest]:
-        """The requests whose texts are encoded.
-
-        An idle batch waits for the texts that are being encoded when its first request is ready, and for no others:
-        the encodes have the ranks to themselves then, and all step in full packs from the start.
-        """
-        short = [request for request in self.preparing.values() if not request.is_long]
-        ready = [request for request in short if request.is_ready]
-        if not ready or self.running:
-            return ready
-        if self._awaited is None:
-            self._awaited = {request.id for request in short if not request.is_ready}
-        if any(id in self.preparing and not self.preparing[id].is_ready for id in self._awaited):
-            return []
-        self._awaited = None
-        return ready
-
-    def _start_long(self) -> list[ScheduledRequest]:
-        """Long requests whose texts are encoded, for their first step."""
-        ready = [request for request in self.preparing.values() if request.is_long and request.is_ready]
-        for request in ready:
-            self.beside[request.id] = self.preparing.pop(request.id)
-            request.forwarding = set(request.owners)
-        return ready
-
-    def _step_long(self, stepping: Sequence[ScheduledRequest]) -> list[ScheduledRequest]:
-        """Take a step of long requests; returns those whose last it is."""
-        for request in stepping:
-            request.long_steps += 1
-        finished = [request for request in stepping if request.long_steps == request.spec.steps]
-        for request in finished:
-            del self.beside[request.id]
-        return finished
-
-    def _finished(self, running: tuple[ScheduledRequest, ...]) -> list[ScheduledRequest]:
-        """Running requests whose last step this is; they run no more."""
-        if self._tick + 1 < self._next_change:
-            return []
-        finished = [request for request in running if request.last_tick == self._tick]
-        for request in finished:
-            del self.running[request.id]
-            self._lineup = None
-        return finished
-
-    def _preview(self, running: Sequence[ScheduledRequest], stepping: Sequence[ScheduledRequest]) -> list[Preview]:
-        """Previews of requests that take a step now: of running ones and of long ones."""
-        taken = {request.id: request.long_steps for request in stepping}
-        if running:
-            taken |= {id: self._tick + 1 - self.running[id].first_tick for id in self._watched.keys() & self.running}
-        due = [self._watched[id] for id, step in taken.items() if id in self._watched]
-        due = [request for request in due if request.preview_is_due(taken[request.id])]
-        previews = [self._placement.preview(request, self._loads_of(running)) for request in due]
-        for request in due:
-            if not request.awaits_previews:
-                del self._watched[request.id]
-        return previews
-
-    def _decode(self, finished: Sequence[ScheduledRequest], running: Sequence[ScheduledRequest]) -> list[Decode]:
-        loads = self._loads_of(running)
+    def _decode(self, finished: Sequence[ScheduledRequest]) -> list[Decode]:
+        loads = self.stepping.loads()
         self.draining.update((request.id, request) for request in finished)
         self._may_admit = True
         return [self._placement.decode(request, loads) for request in finished]
-
-    def _loads_of(self, running: Sequence[ScheduledRequest]) -> list[int]:
-        """Each rank's predicted microseconds of a step of these requests."""
-        loads = [0] * self._ranks
-        for request in running:
-            loads = rank_loads(request.costs, request.owners, self._ranks, loads)
-        return loads

@@ -133,8 +133,8 @@ class DiffusionWorker(WorkerBase):
 
     def reset_encoder_cache(self) -> None:
         """Forget text embeddings and all else that follows from weights, as vLLM asks after they were changed."""
-        self.runner.embeddings.clear()
-        self.runner.conditions.clear()
+        self.runner.beside.embeddings.clear()
+        self.runner.beside.conditions.clear()
         self.runner.pipeline.forget_derived()
 
     def shutdown(self) -> None:

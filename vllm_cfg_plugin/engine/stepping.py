@@ -1,0 +1,165 @@
+"""Who takes part in which denoising step: requests start when their texts are encoded and end after their last. Pure.
+
+Steps are known ahead, so while nothing changes the next one costs the same for any number of requests. Short requests
+take every step together; long ones, whose forwards run beside the steps, go at their own pace. Must not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from vllm_cfg_plugin.engine.placement import Placement
+from vllm_cfg_plugin.engine.plan import Assign, Encode, Preview
+from vllm_cfg_plugin.engine.planner import rank_loads
+from vllm_cfg_plugin.engine.request import ScheduledRequest
+
+Requests = dict[int, ScheduledRequest]
+
+
+class Stepping:
+    """The requests that take steps, or will when their texts are encoded.
+
+    Attributes:
+        preparing: their texts are being encoded.
+        running: they take every step.
+        beside: long ones, which take steps of their own.
+        lineup: `running` as it was lined up last; the same object as long as they are the same.
+    """
+
+    def __init__(self, placement: Placement, ranks: int) -> None:
+        self.preparing: Requests = {}
+        self.running: Requests = {}
+        self.beside: Requests = {}
+        self.lineup: tuple[ScheduledRequest, ...] = ()
+        self._placement = placement
+        self._ranks = ranks
+        self._watched: Requests = {}  # whose previews are to be made
+        self._tick = 0  # steps so far
+        self._has_changed = False  # `running`, or who holds what of theirs
+        self._awaited: set[int] | None = None  # preparing requests that an idle batch starts together with
+        self._next_change = 0  # first tick at which a running request forwards other branches, or none
+
+    def __iter__(self) -> Iterator[ScheduledRequest]:
+        return chain(self.preparing.values(), self.running.values(), self.beside.values())
+
+    def prepare(self, request: ScheduledRequest) -> None:
+        """Let a request join the steps when its texts are encoded."""
+        self.preparing[request.id] = request
+        if request.awaits_previews:
+            self._watched[request.id] = request
+
+    def drop(self, request: ScheduledRequest) -> None:
+        """Forget a request, wherever it is."""
+        self.note_change(request)
+        for stage in (self.preparing, self.running, self.beside, self._watched):
+            stage.pop(request.id, None)
+
+    def note_change(self, request: ScheduledRequest) -> None:
+        """The ranks that hold what a running request needs are others now, so it may be levelled anew."""
+        self._has_changed |= request.id in self.running
+
+    # ---- requests that take every step ----
+
+    def line_up(self, encodes: list[Encode]) -> list[Assign]:
+        """Let the requests whose texts are encoded join the steps, and level who forwards what if anything changed.
+
+        Args:
+            encodes: of the plan; those that levelling asks for are added.
+
+        Returns:
+            What the ranks must be told of who forwards what.
+        """
+        started = self._who_starts()
+        for request in started:
+            request.first_tick = self._tick - request.kept_steps
+            self.running[request.id] = self.preparing.pop(request.id)
+        if not started and not self._has_changed and self._tick < self._next_change:
+            return []
+        self._has_changed = False
+        self.lineup = tuple(self.running.values())
+        self._next_change = min((request.next_change(self._tick) for request in self.lineup), default=0)
+        encodes += self._placement.level(self.lineup, self._tick, self.preparing.values())
+        return [assign for request in self.lineup if (assign := self._new_assignment(request))]
+
+    def take_step(self) -> list[ScheduledRequest]:
+        """Take a step of the lineup; returns those whose last it is, and who run no more."""
+        self._tick += 1
+        if self._tick < self._next_change:
+            return []
+        finished = [request for request in self.lineup if request.last_tick < self._tick]
+        for request in finished:
+            del self.running[request.id]
+            self._has_changed = True
+        return finished
+
+    def loads(self) -> list[int]:
+        """Each rank's predicted microseconds of a step of the lineup."""
+        loads = [0] * self._ranks
+        for request in self.lineup:
+            loads = rank_loads(request.costs, request.owners, self._ranks, loads)
+        return loads
+
+    def _new_assignment(self, request: ScheduledRequest) -> Assign | None:
+        """Who forwards the request's branches from this tick on, if the ranks were told otherwise."""
+        owners = request.owners[: request.branches_at(self._tick)]
+        if owners == request.assigned:
+            return None
+        request.assigned = owners
+        return Assign(request.id, owners)
+
+    def _who_starts(self) -> list[ScheduledRequest]:
+        """The requests whose texts are encoded.
+
+        An idle batch waits for the texts that are being encoded when its first request is ready, and for no others:
+        the encodes have the ranks to themselves then, and all step in full packs from the start.
+        """
+        short = [request for request in self.preparing.values() if not request.is_long]
+        ready = [request for request in short if request.is_ready]
+        if not ready or self.running:
+            return ready
+        if self._awaited is None:
+            self._awaited = {request.id for request in short if not request.is_ready}
+        if any(id in self.preparing and not self.preparing[id].is_ready for id in self._awaited):
+            return []
+        self._awaited = None
+        return ready
+
+    # ---- long requests ----
+
+    def start_long(self) -> list[ScheduledRequest]:
+        """Long requests whose texts are encoded, for their first step."""
+        ready = [request for request in self.preparing.values() if request.is_long and request.is_ready]
+        for request in ready:
+            self.beside[request.id] = self.preparing.pop(request.id)
+            request.forwarding = set(request.owners)
+        return ready
+
+    def forwarded(self) -> list[ScheduledRequest]:
+        """Long requests whose forwards are done."""
+        return [request for request in self.beside.values() if not request.forwarding]
+
+    def take_long_steps(self, stepping: Sequence[ScheduledRequest]) -> list[ScheduledRequest]:
+        """Take a step of long requests; returns those whose last it is."""
+        for request in stepping:
+            request.long_steps += 1
+        finished = [request for request in stepping if request.long_steps == request.spec.steps]
+        for request in finished:
+            del self.beside[request.id]
+        return finished
+
+    # ---- previews ----
+
+    def previews(self, long: Sequence[ScheduledRequest]) -> list[Preview]:
+        """Previews that are due after the step that was just taken; `long`: the long requests that took one."""
+        due = [request for request in self._watched.values() if self._preview_is_due(request, long)]
+        previews = [self._placement.preview(request, self.loads()) for request in due]
+        for request in due:
+            if not request.awaits_previews:
+                del self._watched[request.id]
+        return previews
+
+    def _preview_is_due(self, request: ScheduledRequest, long: Sequence[ScheduledRequest]) -> bool:
+        if request.is_long:
+            return request in long and request.preview_is_due(request.long_steps)
+        return request.id in self.running and request.preview_is_due(self._tick - request.first_tick)
