@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_cfg_plugin.distributed import shared_memory
+from vllm_cfg_plugin.distributed import memory_slot, shared_memory
 from vllm_cfg_plugin.distributed.sequence_group import MemberFailedError
 from vllm_cfg_plugin.distributed.shared_memory import SharedMemoryGather, connect
 
@@ -106,13 +106,13 @@ def test_later_exchanges_do_not_change_earlier_results():
 def read_slowly(rank, ranks, share):
     """Rank 1 sees that rank 0's row is there, and copies it only after rank 0 has had time to write the next one."""
     if rank == 1:
-        copy = shared_memory._Slot.read_into
+        copy = memory_slot.Slot.read_into
 
         def slow_copy(*args):
             time.sleep(0.01)
             copy(*args)
 
-        shared_memory._Slot.read_into = slow_copy
+        memory_slot.Slot.read_into = slow_copy
     gather = connect(rank, ranks, share)
     return [gather(torch.full((3,), exchange))[0].tolist() for exchange in range(20)]
 

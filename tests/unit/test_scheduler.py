@@ -82,7 +82,7 @@ def test_steps_are_planned_before_reports_come_back():
 
 def test_progress_is_published_step_by_step_for_who_asked_for_it():
     scheduler, published = make_scheduler(), []
-    scheduler._progress = SimpleNamespace(publish=lambda *message: published.append(message))
+    scheduler._observers._progress = SimpleNamespace(publish=lambda *message: published.append(message))
     scheduler.add_request(vllm_request("a", msgspec.structs.replace(toy_request(steps=3), progress_key="bar")))
     scheduler.add_request(vllm_request("b", toy_request(steps=3)))
     encoded(scheduler)
@@ -96,7 +96,7 @@ def test_progress_is_published_step_by_step_for_who_asked_for_it():
 
 def test_who_waits_hears_once_a_second_how_many_came_before(monkeypatch):
     scheduler, published = make_scheduler(max_num_seqs=1), []
-    scheduler._progress = SimpleNamespace(publish=lambda *message: published.append(message))
+    scheduler._observers._progress = SimpleNamespace(publish=lambda *message: published.append(message))
     for name, key in (("a", ""), ("b", "second"), ("c", ""), ("d", "fourth")):
         scheduler.add_request(vllm_request(name, msgspec.structs.replace(toy_request(), progress_key=key)))
     for _ in range(3):
@@ -107,7 +107,7 @@ def test_who_waits_hears_once_a_second_how_many_came_before(monkeypatch):
 
 def test_a_preview_is_published_to_the_client_that_asked_for_it():
     scheduler, published = make_scheduler(), []
-    scheduler._progress = SimpleNamespace(publish=lambda *message: published.append(message))
+    scheduler._observers._progress = SimpleNamespace(publish=lambda *message: published.append(message))
     spec = msgspec.structs.replace(toy_request(steps=5), progress_key="bar", previews=1)
     scheduler.add_request(vllm_request("a", spec, client_index=1))
     encoded(scheduler)

@@ -19,10 +19,8 @@ has ended.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import select
-import threading
 import time
 from collections.abc import Callable
 from io import FileIO
@@ -32,22 +30,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_cfg_plugin.distributed.memory_slot import SMALLEST_BYTES, Slot
 from vllm_cfg_plugin.distributed.sequence_group import MemberFailedError
 
 # One small picklable object of every rank, in rank order; every rank must call it alike.
 Share = Callable[[Any], list[Any]]
 
-_HEADER_BYTES = 64  # two int64, exchange number and bytes of the row, in a cache line of their own
-_EXCHANGE, _ROW_BYTES = 0, 1
-_FAILED = -1  # in place of a number of bytes
-_SMALLEST_BYTES = 64 * 2**10
 _FILES = 3  # that a rank opens of another: two slots and a bell
 
 # A peer that comes soon is found sooner by looking than by being woken; other processes that want the core get it.
 _SPIN_SECONDS = 200e-6
 _PIPE_BYTES = 64 * 2**10
-
-_fence_lock = threading.Lock()
 
 
 class _Address(NamedTuple):
@@ -56,73 +49,6 @@ class _Address(NamedTuple):
     pid: int
     fd: int
     file: tuple[int, int]
-
-
-class _Slot:
-    """One rank's row of every second exchange: its own to write, or another's to read."""
-
-    def __init__(self, fd: int) -> None:
-        self._memory = mmap.mmap(fd, _HEADER_BYTES + _SMALLEST_BYTES)
-        self._look()
-
-    def _look(self) -> None:
-        self._bytes = memoryview(self._memory)
-        # Aligned native words are loaded and stored in one instruction.
-        self._words = self._bytes[:_HEADER_BYTES].cast("q")
-
-    def write(self, exchange: int, row: memoryview) -> None:
-        self._grow(row.nbytes)
-        self._bytes[_HEADER_BYTES : _HEADER_BYTES + row.nbytes] = row
-        self._say(exchange, row.nbytes)
-
-    def fail(self, exchange: int) -> None:
-        """Say in place of a row that there is none."""
-        self._say(exchange, _FAILED)
-
-    def _say(self, exchange: int, row_bytes: int) -> None:
-        self._words[_ROW_BYTES] = row_bytes
-        _memory_fence()
-        self._words[_EXCHANGE] = exchange
-
-    def holds(self, exchange: int) -> bool:
-        return self._words[_EXCHANGE] == exchange
-
-    def has_failed(self) -> bool:
-        """Whether there is no row; the slot holds the exchange that is wanted."""
-        _memory_fence()
-        return self._words[_ROW_BYTES] == _FAILED
-
-    def read_into(self, part: memoryview, first: int, row_bytes: int) -> None:
-        """Copy bytes of the row out, from byte `first` on; the slot holds the exchange that is wanted.
-
-        Raises:
-            RuntimeError: the other rank's row has another length.
-        """
-        _memory_fence()
-        sent = self._words[_ROW_BYTES]
-        if sent != row_bytes:
-            raise RuntimeError(
-                f"another rank sent a row of {sent} bytes where this one sent {row_bytes}: all ranks must call the "
-                "gather with rows of one width and dtype"
-            )
-        self._grow(sent)
-        start = _HEADER_BYTES + first
-        part[:] = self._bytes[start : start + part.nbytes]
-
-    def _grow(self, row_bytes: int) -> None:
-        """Make room for a row. The owner comes first and enlarges the file; a reader then sets the size that it has."""
-        if _HEADER_BYTES + row_bytes > len(self._memory):
-            self._hide()
-            self._memory.resize(_HEADER_BYTES + (1 << (row_bytes - 1).bit_length()))
-            self._look()
-
-    def _hide(self) -> None:
-        self._words.release()
-        self._bytes.release()
-
-    def close(self) -> None:
-        self._hide()
-        self._memory.close()
 
 
 class SharedMemoryGather:
@@ -135,7 +61,7 @@ class SharedMemoryGather:
             without it.
     """
 
-    def __init__(self, rank: int, slots: list[list[_Slot]], bell: FileIO, ringing_ends: list[FileIO]) -> None:
+    def __init__(self, rank: int, slots: list[list[Slot]], bell: FileIO, ringing_ends: list[FileIO]) -> None:
         self._rank = rank
         self._slots = slots
         self._bell = bell
@@ -178,7 +104,7 @@ class SharedMemoryGather:
             if rank != self._rank:
                 self._wait_for(slot)
 
-    def _next_slots(self) -> list[_Slot]:
+    def _next_slots(self) -> list[Slot]:
         self._exchange += 1
         return [pair[self._exchange % 2] for pair in self._slots]
 
@@ -211,7 +137,7 @@ class SharedMemoryGather:
                 with contextlib.suppress(BrokenPipeError):
                     bell.write(b"\0")
 
-    def _wait_for(self, slot: _Slot) -> None:
+    def _wait_for(self, slot: Slot) -> None:
         waiting_since = time.perf_counter()
         while not slot.holds(self._exchange):
             if time.perf_counter() - waiting_since < _SPIN_SECONDS:
@@ -246,7 +172,7 @@ def connect(rank: int, ranks: int, share: Share) -> SharedMemoryGather | None:
             return None
         ringing_ends = [FileIO(fds.pop(), "w") for fds in opened]
         # A mapping keeps its file by itself.
-        return SharedMemoryGather(rank, [[_Slot(fd) for fd in fds] for fds in opened], FileIO(bell[0]), ringing_ends)
+        return SharedMemoryGather(rank, [[Slot(fd) for fd in fds] for fds in opened], FileIO(bell[0]), ringing_ends)
 
 
 def _make_files() -> tuple[list[int], list[int]]:
@@ -255,7 +181,7 @@ def _make_files() -> tuple[list[int], list[int]]:
         return [], []
     slots = [os.memfd_create("cfg-gather") for _ in range(2)]
     for fd in slots:
-        os.ftruncate(fd, _HEADER_BYTES + _SMALLEST_BYTES)
+        os.ftruncate(fd, SMALLEST_BYTES)
     bell, ringing_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     return [bell], [*slots, ringing_end]
 
@@ -294,18 +220,6 @@ def _open_files(host: tuple[str, str], addresses: list[_Address]) -> list[int]:
     except OSError:
         pass  # the caller counts them
     return opened
-
-
-def _memory_fence() -> None:
-    """Keep what was read and written before this call before what is read and written after it, for all processes.
-
-    Processors other than x86 may reorder them. A lock's release holds back what comes before it and its acquisition
-    what comes after it, so it takes a release that is followed by an acquisition: the lock is taken twice.
-    """
-    with _fence_lock:
-        pass
-    with _fence_lock:
-        pass
 
 
 def _bytes_of(row: torch.Tensor) -> memoryview:

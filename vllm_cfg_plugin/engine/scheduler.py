@@ -19,13 +19,11 @@ from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.batching import PlannedStep, StepBatch
 from vllm_cfg_plugin.engine.calibration import calibration_of, max_side_us, max_step_us, token_budget
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
+from vllm_cfg_plugin.engine.observers import Observers
 from vllm_cfg_plugin.engine.plan import DECODED, KEPT, PREVIEWED, SideReport
-from vllm_cfg_plugin.engine.progress import Preview, Progress, ProgressPublisher, Queued
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
-from vllm_cfg_plugin.engine.stats import StatsCollector
 from vllm_cfg_plugin.engine.step_result import SideResult, StepResult
-from vllm_cfg_plugin.engine.trace import TraceFile, trace_path
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -33,9 +31,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = get_logger(__name__)
-
-_QUEUE_SECONDS = 1.0
-_MOST_QUEUED = 100
 
 ClientOutput = tuple[int, EngineCoreOutput]  # client_index, output
 
@@ -90,15 +85,12 @@ class StepScheduler(SchedulerInterface):
         )
         self._include_finished_set = include_finished_set
         self._log_stats = log_stats
-        self._progress = ProgressPublisher(settings.progress_address) if settings.progress_address else None
-        engine, ranks = vllm_config.parallel_config.data_parallel_index, settings.cfg_parallel_size
-        self._stats = StatsCollector(engine, ranks)
-        self._trace = TraceFile(trace_path(settings.cfg_trace, engine), engine, ranks) if settings.cfg_trace else None
+        engine = vllm_config.parallel_config.data_parallel_index
+        self._observers = Observers(engine, settings.cfg_parallel_size, settings.progress_address, settings.cfg_trace)
         self._pause = PauseState.UNPAUSED
         self._epoch = 0  # of the ranks that know our requests
         self._ready: list[ClientOutput] = []  # outputs that need no rank
         self._last_counts = (0, 0)
-        self._queue_told = 0.0  # when clients last heard of it
 
     # ---- requests come and go ----
 
@@ -139,8 +131,7 @@ class StepScheduler(SchedulerInterface):
         planned = self.batch.next_plan(
             admit=self._pause == PauseState.UNPAUSED, step=self._pause != PauseState.PAUSED_ALL
         )
-        self._stats.note_step(planned.running)
-        self._publish_queue()
+        self._observers.note_plan(planned, self.batch.waiting)
         if self._log_stats:
             for request in planned.admitted:
                 request.events.append(EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, request.admitted))
@@ -162,7 +153,7 @@ class StepScheduler(SchedulerInterface):
         outputs, self._ready = self._ready, []
         if isinstance(scheduler_output, StepSchedulerOutput) and isinstance(model_runner_output, StepResult):
             outputs += self._outcome(scheduler_output, model_runner_output)
-            self._publish_stats()
+            self._observers.tell(is_idle=not len(self.batch))
         return self._to_clients(outputs)
 
     def _outcome(self, output: StepSchedulerOutput, result: StepResult) -> list[ClientOutput]:
@@ -173,10 +164,7 @@ class StepScheduler(SchedulerInterface):
             return []
         outputs: list[ClientOutput] = []
         self.batch.note_result(output.planned, result)
-        self._stats.note_result(result)
-        if self._trace is not None:
-            self._trace.note_step(output.planned.plan.step, output.planned.running, result)
-        self._publish_progress(output.planned.running)
+        self._observers.note_result(output.planned, result)
         for id, message in result.failed.items():
             outputs += self._failed(self.batch.known(id), message)
         for side in result.side:
@@ -185,7 +173,7 @@ class StepScheduler(SchedulerInterface):
 
     def _start_over(self, result: StepResult) -> list[ClientOutput]:
         self._epoch = result.epoch
-        self._stats.note_restart()
+        self._observers.note_restart()
         outputs: list[ClientOutput] = []
         for request in self.batch.start_over(has_killed=result.was_lost):
             outputs += self._failed(
@@ -195,22 +183,12 @@ class StepScheduler(SchedulerInterface):
             )
         return outputs
 
-    def _publish_progress(self, running: Iterable[ScheduledRequest]) -> None:
-        if self._progress is not None:
-            for request in running:
-                if key := request.spec.progress_key:
-                    progress = Progress(key, request.done_steps, request.spec.steps)
-                    self._progress.publish(request.client_index, progress)
-
     def _side_work_done(self, side: SideResult) -> list[ClientOutput]:
         """The image or the failure that a side report may bring."""
         report, pixels = side
         request = self.batch.note_side_report(report)
-        self._stats.note_side_report(report)
-        if self._trace is not None:
-            self._trace.note_side_report(report, request)
+        self._observers.note_side_result(side, request)
         if report.branch == PREVIEWED:
-            self._publish_preview(request, report, pixels)
             return []
         if report.error:
             return self._failed(request, report.error, report.is_refused)
@@ -221,30 +199,6 @@ class StepScheduler(SchedulerInterface):
         elif report.branch == KEPT:
             (request.kept_steps,), request.kept = report.shape, bytes(pixels)
         return self._finished(request, report, pixels) if report.branch == DECODED else []
-
-    def _publish_queue(self) -> None:
-        """Where the first ones stand in line, once a second: a line may be long, and move with every step."""
-        now = time.monotonic()
-        if self._progress is None or not self.batch.waiting or now - self._queue_told < _QUEUE_SECONDS:
-            return
-        self._queue_told = now
-        for ahead, request in enumerate(self.batch.waiting.in_order()[:_MOST_QUEUED]):
-            if key := request.spec.progress_key:
-                self._progress.publish(request.client_index, Queued(key, ahead))
-
-    def _publish_stats(self) -> None:
-        """To one API server, whose /metrics are those of all."""
-        is_idle = not len(self.batch)
-        if self._progress is not None and (stats := self._stats.take(is_idle)) is not None:
-            self._progress.publish(0, stats)
-        if self._trace is not None and is_idle:
-            self._trace.flush()
-
-    def _publish_preview(self, request: ScheduledRequest | None, report: SideReport, pixels: memoryview | None) -> None:
-        """A preview that could not be made is none: its request goes on."""
-        if request is not None and pixels is not None and self._progress is not None:
-            preview = Preview(request.spec.progress_key, request.made_previews - 1, report.shape)
-            self._progress.publish(request.client_index, preview, pixels)
 
     def _finished(self, request: ScheduledRequest, report: SideReport, pixels: memoryview) -> list[ClientOutput]:
         self.batch.finish(request)
@@ -324,10 +278,7 @@ class StepScheduler(SchedulerInterface):
         """There are no draft tokens."""
 
     def shutdown(self) -> None:
-        if self._progress is not None:
-            self._progress.close()
-        if self._trace is not None:
-            self._trace.close()
+        self._observers.close()
 
 
 _EMPTY_OUTPUT = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -25,13 +25,23 @@ from vllm_cfg_plugin.compat.forks import release_inherited_wakeup
 from vllm_cfg_plugin.config import EngineSettings, additional_config
 from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration, slowest, step_timeout_s
-from vllm_cfg_plugin.engine.plan import StepPlan, StepReport
-from vllm_cfg_plugin.engine.step_result import SideResult, StepResult, merge_reports
+from vllm_cfg_plugin.engine.plan import StepPlan
+from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.errors import RankDiedError, RanksRestartedError
 from vllm_cfg_plugin.executor import channel
+from vllm_cfg_plugin.executor.answers import (
+    CALL_AGAIN,
+    CallAnswer,
+    PlanAnswer,
+    SideAnswer,
+    done,
+    merge_calls,
+    merge_plan_reports,
+    read_answer,
+)
 from vllm_cfg_plugin.executor.health import address_of, answer_health
 from vllm_cfg_plugin.executor.lifeline import die_with_parent
-from vllm_cfg_plugin.executor.rank_pool import Frames, PendingAnswer, RankPool
+from vllm_cfg_plugin.executor.rank_pool import RankPool
 from vllm_cfg_plugin.executor.rank_processes import OwnProcesses, StartRanks
 from vllm_cfg_plugin.executor.ranks import Ranks
 from vllm_cfg_plugin.executor.restarts import RestartLimit
@@ -40,8 +50,6 @@ from vllm_cfg_plugin.memory.placement import Card
 from vllm_cfg_plugin.memory.start import choose_text_encoder
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
 
-_SIDE_WAIT_SECONDS = 0.002
-_CALL_AGAIN = "the cfg ranks were started anew during the call: what it did is undone; call it again"
 _ASLEEP = {"weights", "kv_cache"}  # vLLM's names of what a sleeping engine has let go of
 
 
@@ -66,7 +74,7 @@ class CfgExecutor(Executor):
             RankPool,
             self._choose_start(settings),
             [settings.rank_name(process) for process in range(self.parallel_config.world_size)],
-            _read_answer,
+            read_answer,
             partial(step_timeout_s, self.vllm_config),
         )
         try:
@@ -128,21 +136,21 @@ class CfgExecutor(Executor):
         with ranks.lock:
             ranks.is_trial = getattr(output, "is_trial", False)
             if epoch != ranks.epoch:
-                return _done(StepResult(epoch=ranks.epoch))
+                return done(StepResult(epoch=ranks.epoch))
             if planned is not None and not planned.plan.is_empty():
                 return self._send(planned.plan)
         if getattr(output, "awaits_side_work", False):
             return SideAnswer(ranks)
-        return _done(StepResult(epoch=epoch))
+        return done(StepResult(epoch=epoch))
 
     def _send(self, plan: StepPlan) -> Future[Any]:
         ranks = self._ranks
-        merge = partial(_merge_reports, ranks.pool, ranks.epoch)
+        merge = partial(merge_plan_reports, ranks.pool, ranks.epoch)
         try:
             pending = ranks.pool.send_to_all(channel.PLAN, plan.step, wire.encode(plan), merge)
         except RankDiedError as error:
             ranks.restart(error)
-            return _done(StepResult(epoch=ranks.epoch, was_lost=True))
+            return done(StepResult(epoch=ranks.epoch, was_lost=True))
         return PlanAnswer(ranks, pending)
 
     def collective_rpc(
@@ -167,10 +175,10 @@ class CfgExecutor(Executor):
         ranks = self._ranks
         with ranks.lock:
             try:
-                pending = ranks.pool.send_to_all(channel.CALL, number, payload, partial(_merge_calls, ranks.pool.names))
+                pending = ranks.pool.send_to_all(channel.CALL, number, payload, partial(merge_calls, ranks.pool.names))
             except RankDiedError as error:
                 ranks.restart(error)
-                raise RanksRestartedError(_CALL_AGAIN) from error
+                raise RanksRestartedError(CALL_AGAIN) from error
             future = CallAnswer(ranks, pending)
         return future if non_block else future.result(timeout)
 
@@ -252,92 +260,3 @@ def _call_if_alive(method: weakref.WeakMethod[Callable[[Exception], None]], erro
     alive = method()
     if alive is not None:
         alive(error)
-
-
-class PlanAnswer(Future[StepResult]):
-    """The reports on a plan; if the ranks were started anew before they came, that alone."""
-
-    def __init__(self, ranks: Ranks, pending: PendingAnswer) -> None:
-        super().__init__()
-        self._ranks = ranks
-        self._pending = pending
-        self._epoch = ranks.epoch
-
-    def result(self, timeout: float | None = None) -> StepResult:
-        merged: StepResult | None = self._ranks.answer(self._pending, self._epoch, timeout)
-        return merged or StepResult(epoch=self._ranks.epoch, was_lost=True)
-
-
-class CallAnswer(PlanAnswer):
-    """The answers to a method call."""
-
-    def result(self, timeout: float | None = None) -> Any:
-        answers = self._ranks.answer(self._pending, self._epoch, timeout)
-        if answers is None:
-            raise RanksRestartedError(_CALL_AGAIN)
-        return answers
-
-
-class SideAnswer(Future[StepResult]):
-    """The next side reports; empty after a moment, because a new request must not wait for a long decode to end."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        super().__init__()
-        self._ranks = ranks
-        self._epoch = ranks.epoch
-
-    def result(self, timeout: float | None = None) -> StepResult:
-        ranks = self._ranks
-        with ranks.lock:
-            if self._epoch == ranks.epoch:
-                try:
-                    return StepResult(epoch=self._epoch, side=self._wait(ranks.pool))
-                except RankDiedError as error:
-                    ranks.restart(error)
-            return StepResult(epoch=ranks.epoch, was_lost=True)
-
-    def _wait(self, pool: RankPool) -> list[SideResult]:
-        # While an answer to a plan is due, the engine waits for that one, and side reports come with it.
-        if not pool.side_messages and not pool.has_pending:
-            try:
-                pool.pump(_SIDE_WAIT_SECONDS)
-            except TimeoutError:
-                pool.check_silence()
-        return take_side_results(pool)
-
-
-def _done(result: StepResult) -> Future[StepResult]:
-    future: Future[StepResult] = Future()
-    future.set_result(result)
-    return future
-
-
-def _merge_reports(pool: RankPool, epoch: int, reports: list[StepReport]) -> StepResult:
-    return merge_reports(reports, epoch, take_side_results(pool))
-
-
-def take_side_results(pool: RankPool) -> list[SideResult]:
-    """Take the side reports that have arrived; pixels stay in ZMQ's buffers."""
-    messages, pool.side_messages = pool.side_messages, []
-    return [
-        (wire.decode_side_report(payload), memoryview(pixels[0]) if pixels else None) for payload, *pixels in messages
-    ]
-
-
-def _read_answer(kind: bytes, frames: Frames) -> tuple[tuple[bytes, int], Any]:
-    """Which message a rank's frames answer, and with what."""
-    (payload,) = frames
-    if kind == channel.PONG:
-        return (channel.PING, 0), None
-    if kind == channel.REPORT:
-        report = wire.decode_report(payload)
-        return (channel.PLAN, report.step), report
-    number, ok, value = cloudpickle.loads(payload)
-    return (channel.CALL, number), (ok, value)
-
-
-def _merge_calls(names: Sequence[str], answers: list[tuple[bool, Any]]) -> list[Any]:
-    for name, (ok, value) in zip(names, answers, strict=True):
-        if not ok:
-            raise RuntimeError(f"the call failed on cfg rank {name}: {value}")
-    return [value for _, value in answers]
