@@ -5,7 +5,8 @@
 One `vllm serve` of the bundled model with two ranks. A closed loop of so many clients sends mixed requests (half of
 them guided, 64 to 256 px, 4 to 30 steps), each of a prompt of its own; beside them one client leaves before its image
 is there, again and again, and one sends nonsense. Printed are the requests, those that failed, their latencies, and
-each process's resident memory at the start and after each tenth of the time. Exit code 1 if any failed.
+each process's resident memory at the start and after each tenth of the time, with caches that are full after some
+seconds. Exit code 1 if any failed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from benchmarks.common import Job, machine, report, start
 from benchmarks.endurance import ROW, Record, Traffic, resident_megabytes, serving
 from examples.vllm_server import VllmServer
 
-FLAGS = ["--cfg-parallel-size", "2"]
+# Caches that are full soon: what grows on when they are is no cache.
+FLAGS = ["--cfg-parallel-size", "2", "--cfg-cache-bytes", str(2**20)]
 SAMPLES = 10
 BODIES = ({"prompt": "a", "size": "1x1"}, {"prompt": 1}, {"prompt": "a", "n": 10**9}, {"prompt": "a " * 10**5}, [])
 

@@ -35,6 +35,7 @@ _FLAGS = {
     "tokens; they must divide the model's attention heads. It pays for large images and videos.",
     "cfg_max_restarts": "How often in ten minutes ranks that died are started anew before the engine gives up.",
     "cfg_step_timeout": "Seconds after which ranks that owe an answer and send nothing count as dead.",
+    "cfg_cache_bytes": "Bytes of each of a rank's two caches: of encoded texts, and of encoded images of requests.",
     "max_image_pixels": "Largest image, in pixels, that a request may ask for.",
     "max_video_pixels": "Most pixels, of all frames together, of a video that a request may ask for.",
     "max_inference_steps": "Most denoising steps that a request may ask for.",

@@ -105,6 +105,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         cfg_shared_weights: one copy of the weights for all ranks of an engine; None: wherever that is possible.
         cfg_max_restarts: how often, within ten minutes, all ranks are started anew because one has died.
         cfg_step_timeout: seconds after which ranks that owe an answer and send nothing count as dead.
+        cfg_cache_bytes: of each of a rank's two caches, of what texts and what images of requests became.
         cfg_text_encoder: where the text encoders are, of `TEXT_ENCODERS`; None: found at start-up.
         quantization: of the transformers' weights, of `QUANTIZATIONS`; None: as they are in the checkpoint.
         max_image_pixels, ...: what an operator allows, as in `RequestLimits`.
@@ -122,6 +123,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     cfg_shared_weights: bool | None = None
     cfg_max_restarts: int = 3
     cfg_step_timeout: int = 120
+    cfg_cache_bytes: int = 256 * 2**20
     cfg_text_encoder: str | None = None
     quantization: str | None = None
     max_image_pixels: int = RequestLimits().max_image_pixels
@@ -157,7 +159,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         except msgspec.ValidationError as error:
             raise ConfigurationError(f"additional_config: {error}") from error
         sizes = ("cfg_parallel_size", "sequence_parallel_size")
-        numbers = (*sizes, "cfg_step_timeout", "cfg_max_restarts", "max_step_ms")
+        numbers = (*sizes, "cfg_step_timeout", "cfg_max_restarts", "cfg_cache_bytes", "max_step_ms")
         for name in (*numbers, *RequestLimits.__struct_fields__):
             value, least = getattr(settings, name), LEAST_VALUES.get(name, 1)
             if value is not None and value < least:

@@ -42,11 +42,19 @@ def count_weight_pages(worker) -> tuple[int, int]:
     return pages, exclusive
 
 
+def cache_sizes(worker) -> tuple[int, int]:
+    """Most bytes of this rank's caches."""
+    beside = worker.runner.beside
+    return beside.embeddings._capacity_bytes, beside.conditions._capacity_bytes
+
+
 def generate(model, **settings) -> tuple[np.ndarray, list[float]]:
     """The image, and the fraction of weight pages of each rank that are its own after having generated it."""
     with DiffusionLLM(str(model), **settings) as llm:
         outputs = [llm.generate("a house", PARAMS, use_tqdm=False)[0] for _ in range(2)]  # ranks take turns at decoding
         counts = llm._engine.collective_rpc(count_weight_pages)
+        sizes = llm._engine.collective_rpc(cache_sizes)
+    assert set(sizes) == {(settings.get("cfg_cache_bytes", 2**28),) * 2}
     images = [np.asarray(output.images[0]) for output in outputs]
     assert np.array_equal(*images)
     return images[0], [exclusive / pages for pages, exclusive in counts]
@@ -56,7 +64,7 @@ def test_ranks_map_the_same_weights_and_draw_the_same_image(heavy_model, monkeyp
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for functions as arguments of collective_rpc
     copied, own_copies = generate(heavy_model, cfg_parallel_size=2, cfg_shared_weights=False, cfg_text_encoder="one")
     assert all(fraction > 0.9 for fraction in own_copies)
-    shared, own_shared = generate(heavy_model, cfg_parallel_size=2, cfg_shared_weights=True)
+    shared, own_shared = generate(heavy_model, cfg_parallel_size=2, cfg_shared_weights=True, cfg_cache_bytes=1000)
     assert all(fraction < 0.05 for fraction in own_shared)
     assert np.array_equal(copied, shared)
     default, own_default = generate(heavy_model, cfg_parallel_size=3)

@@ -485,6 +485,16 @@ def test_plans_go_on_without_a_long_request_that_failed(pipeline):
     assert not runner.run(plan(4, advance=False, long_steps=[0], forwards=[Forward(0, (0, 0))])).failed
 
 
+@pytest.mark.parametrize(("cache_bytes", "encodes"), [(1, 5), (2**20, 2)])
+def test_texts_are_cached_as_far_as_there_are_bytes(cache_bytes, encodes):
+    pipeline, encoded = ToyPipeline(), []
+    pipeline.encode_branch = lambda request, branch: encoded.append(branch) or PromptEmbeds(torch.zeros(1, 3))
+    runner = StepRunner(pipeline, 0, 1, lambda row: row.unsqueeze(0), InlineSideWork(0), cache_bytes=cache_bytes)
+    texts = ["a", "a", "b", "a", "b", "a"]
+    runner.run(join([msgspec.structs.replace(toy_request(text), prompts=[text], text_tokens=[1]) for text in texts]))
+    assert len(encoded) == encodes
+
+
 def test_texts_are_encoded_one_at_a_time():
     """Tokenizers fail when two threads use them."""
     pipeline, inside, together = ToyPipeline(), [], []

@@ -25,9 +25,6 @@ from vllm_cfg_plugin.worker.out_of_memory import PackedForwards, decode
 from vllm_cfg_plugin.worker.pace import Pace
 from vllm_cfg_plugin.worker.state import RequestState
 
-EMBEDDING_CACHE_BYTES = 256 * 2**20
-CONDITION_CACHE_BYTES = 256 * 2**20
-
 
 class BesideSteps:
     """The work of one rank on single requests.
@@ -36,15 +33,23 @@ class BesideSteps:
         pace: of the steps.
         forwards: of long requests.
         group: the processes that share those.
+        cache_bytes: of each of its two caches.
 
     Attributes:
         embeddings: of texts that were encoded.
         conditions: what images of requests became.
     """
 
-    def __init__(self, pipeline: EnginePipeline, pace: Pace, forwards: PackedForwards, group: SequenceGroup) -> None:
-        self.embeddings: TensorCache[PromptEmbeds] = TensorCache(EMBEDDING_CACHE_BYTES)
-        self.conditions: TensorCache[list[torch.Tensor]] = TensorCache(CONDITION_CACHE_BYTES)
+    def __init__(
+        self,
+        pipeline: EnginePipeline,
+        pace: Pace,
+        forwards: PackedForwards,
+        group: SequenceGroup,
+        cache_bytes: int,
+    ) -> None:
+        self.embeddings: TensorCache[PromptEmbeds] = TensorCache(cache_bytes)
+        self.conditions: TensorCache[list[torch.Tensor]] = TensorCache(cache_bytes)
         self._pipeline = pipeline
         self._pace = pace
         self._forwards = forwards

@@ -38,6 +38,7 @@ class StepRunner:
         side: where encodes, decodes and long forwards run and are reported.
         pace: how far it runs ahead of its device.
         groups: the processes that are this cfg rank.
+        cache_bytes: of each of its two caches, of what texts and what images of requests became.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class StepRunner:
         side: SideWork,
         pace: Pace | None = None,
         groups: SequenceGroups = NO_GROUPS,
+        cache_bytes: int = 256 * 2**20,
     ) -> None:
         self.pipeline = pipeline
         self.rank = rank
@@ -58,7 +60,7 @@ class StepRunner:
         self._pace = pace or HostPace()
         self._groups = groups
         forwards = PackedForwards(pipeline, groups.steps)
-        self.beside = BesideSteps(pipeline, self._pace, forwards, groups.beside)
+        self.beside = BesideSteps(pipeline, self._pace, forwards, groups.beside, cache_bytes)
         self._step = DenoisingStep(
             pipeline, rank, all_gather, forwards, self._held, self.beside, side, self._pace, groups.steps
         )

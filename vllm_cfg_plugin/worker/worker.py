@@ -100,6 +100,7 @@ class DiffusionWorker(WorkerBase):
             SideWork(rank, self.device),
             pace_of(self.device),
             self._groups,
+            EngineSettings.from_vllm_config(self.vllm_config).cfg_cache_bytes,
         )
 
     def calibrate(self) -> Calibration:
