@@ -44,7 +44,10 @@ def _cell(model: ModelMemory, gigabytes: int, ranks: int) -> str:
     card = Card(gigabytes * GIB, SHARE)
     placement = place(model, card, ranks)
     needed = f"{placement.needed / GIB:.1f}"
-    return f"{placement.text_encoder}: {needed}" if fits(placement, card) else f"no: {needed}"
+    if not fits(placement, card):
+        return f"no: {needed}"
+    layers = f" + {placement.offloaded / GIB:.1f}" * bool(placement.offloaded)
+    return f"{placement.text_encoder}{layers}: {needed}"
 
 
 def table(models: dict[str, ModelMemory]) -> str:

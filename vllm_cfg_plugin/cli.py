@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
@@ -177,7 +177,7 @@ class _DiffusionParsing:
         vars(namespace).update({dest: self._parser.get_default(dest) for dest in watched if dest not in given})
         try:
             if _has_diffusion_model(namespace, given.get("model")):
-                _take_quantization(namespace)
+                _take_settings(namespace, self._parser.get_default)
                 check_options(vars(namespace), self._parser.get_default)
                 vars(namespace).update(with_our_defaults(given, self._on_cpu))
         except ConfigurationError as error:
@@ -189,15 +189,17 @@ class _DiffusionParsing:
 _NOT_GIVEN = object()
 
 
-def _take_quantization(namespace: argparse.Namespace) -> None:
-    """vLLM's own `--quantization`, which would look for its methods in the checkpoint, becomes a setting of ours.
+def _take_settings(namespace: argparse.Namespace, vllms_default: Callable[[str], Any]) -> None:
+    """Options of vLLM that its own loader would act on become settings of ours.
 
     Raises:
-        ConfigurationError: not one that we have.
+        ConfigurationError: not a value that we have.
     """
-    asked, namespace.quantization = namespace.quantization, None
-    if asked is not None:
-        namespace.additional_config = {**namespace.additional_config, "quantization": asked}
+    for name in ("quantization", "cpu_offload_gb"):
+        asked, default = getattr(namespace, name), vllms_default(name)
+        setattr(namespace, name, default)
+        if asked != default:
+            namespace.additional_config = {**namespace.additional_config, name: asked}
     EngineSettings.from_dict(namespace.additional_config)
 
 

@@ -65,7 +65,6 @@ UNUSABLE_OPTIONS: dict[str, str] = {
     "scheduling_policy": "the shortest request goes first, and none is overtaken often",
     "quantization_config": _WEIGHTS_AS_THEY_ARE,
     "load_format": _WEIGHTS_AS_THEY_ARE,
-    "cpu_offload_gb": "weights stay on the device that computes",
     "enable_lora": "adapters are not supported; merge them into the checkpoint",
     "hf_overrides": "the checkpoint's own files say what the model is",
     "tokenizer": "the checkpoint has its own",
@@ -108,6 +107,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         cfg_cache_bytes: of each of a rank's two caches, of what texts and what images of requests became.
         cfg_text_encoder: where the text encoders are, of `TEXT_ENCODERS`; None: found at start-up.
         quantization: of the transformers' weights, of `QUANTIZATIONS`; None: as they are in the checkpoint.
+        cpu_offload_gb: GiB of the transformers' weights that each rank keeps in host memory; 0: as many as it must.
         max_image_pixels, ...: what an operator allows, as in `RequestLimits`.
         max_step_ms: milliseconds that one rank's forwards may take in one step; None: found at start-up.
         cfg_page: whether the server has a page on which a person can try the model.
@@ -126,6 +126,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     cfg_cache_bytes: int = 256 * 2**20
     cfg_text_encoder: str | None = None
     quantization: str | None = None
+    cpu_offload_gb: float = 0
     max_image_pixels: int = RequestLimits().max_image_pixels
     max_video_pixels: int = RequestLimits().max_video_pixels
     max_inference_steps: int = RequestLimits().max_inference_steps
@@ -164,6 +165,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             value, least = getattr(settings, name), LEAST_VALUES.get(name, 1)
             if value is not None and value < least:
                 raise ConfigurationError(f"{name}={value} is not valid: it must be an integer from {least} up")
+        if not settings.cpu_offload_gb >= 0:
+            raise ConfigurationError(f"cpu_offload_gb={settings.cpu_offload_gb} is not valid: it must be 0 or more")
         for name, allowed in (("cfg_text_encoder", TEXT_ENCODERS), ("quantization", QUANTIZATIONS)):
             if (value := getattr(settings, name)) not in (None, *allowed):
                 raise ConfigurationError(f"{name}={value!r} is not valid: it must be one of {', '.join(allowed)}")

@@ -109,10 +109,10 @@ class FakeCuda(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: Any) -> None:
         if func in _COPIES and _crosses(func, args, kwargs):
             into = func is _aten.copy_.default
-            host, target = args[:2] if into else (args[0], kwargs["device"])
+            to_gpu = (args[0].device if into else kwargs["device"]).type == "cuda"
+            host = args[1] if into and to_gpu else args[0]
             # What is not pinned is copied to where it is first, and that may wait.
             is_async = (args[2:] == (True,) if into else kwargs.get("non_blocking")) and hasattr(host, "is_pinned_here")
-            to_gpu = not into and target.type == "cuda"
             counted = (self.counts.uploads if to_gpu else self.counts.downloads) if is_async else self.counts.syncs
             counted[_line_of_ours(func)] += 1
         elif func in _WAITED_FOR or _is_boolean_index(func, args):
@@ -202,10 +202,14 @@ class FakeStream:
     """It is empty."""
 
     def __init__(self, device: torch.device | None = None, priority: int = 0) -> None:
+        self.device = device
         self.priority = priority
 
     def wait_stream(self, stream: FakeStream) -> None:
         """Both are empty."""
+
+    def wait_event(self, event: FakeEvent) -> None:
+        """It is reached."""
 
 
 def to_fake(tensor: torch.Tensor) -> torch.Tensor:

@@ -141,6 +141,13 @@ def test_vllms_quantization_is_a_setting_of_ours(parse, model, capsys):
     )
 
 
+def test_vllms_offload_of_weights_is_a_setting_of_ours(parse, model):
+    args = parse(model, "--cpu-offload-gb", "1.5")
+    assert args.cpu_offload_gb == 0, "vLLM's own loader is not at work"
+    assert args.additional_config["cpu_offload_gb"] == 1.5
+    assert "cpu_offload_gb" not in parse(model).additional_config
+
+
 UNUSABLE = [
     ["--tensor-parallel-size", "2"],
     ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],

@@ -11,6 +11,7 @@ from tests.unit.fake_cuda import DEVICE, fake_cuda, move_to_gpu, to_fake
 from tests.unit.test_runner import join, plan
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.pipelines.base import PromptEmbeds
+from vllm_cfg_plugin.pipelines.offload import offload_layers, offloadable, weight_bytes
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
 from vllm_cfg_plugin.worker.pace import CudaPace
 from vllm_cfg_plugin.worker.runner import StepRunner
@@ -37,8 +38,23 @@ STEADY = {
 }
 
 
+# One family of each.
+OF_EVERY_TRANSFORMER = [
+    next(family for family in FAMILIES if family.label == label)
+    for label in (
+        "QwenImagePipeline",
+        "ZImagePipeline",
+        "WanPipeline (2.2 14B)",
+        "FluxPipeline",
+        "StableDiffusion3Pipeline",
+        "LongCatImagePipeline",
+    )
+]
+MODULATED_BY_TEXTS = {"FluxPipeline", "StableDiffusion3Pipeline"}
+
+
 @contextmanager
-def rank_on_gpu(family, folder):
+def rank_on_gpu(family, folder, move_transformer=lambda pipeline, transformer: move_to_gpu(transformer)):
     """(a rank that has taken the first step of the family's cases, its GPU)."""
     folder = family.build(folder)
     cls = pipeline_class(Checkpoint(str(folder)))
@@ -47,8 +63,10 @@ def rank_on_gpu(family, folder):
     with torch.inference_mode():
         texts = {(r.seed, b): pipeline.encode_branch(r, b) for r in requests for b in range(len(r.prompts))}
     with fake_cuda() as gpu, torch.inference_mode():
-        for component in pipeline.components.values():
-            if isinstance(component, torch.nn.Module):
+        for name, component in pipeline.components.items():
+            if name.startswith("transformer") and component is not None:
+                move_transformer(pipeline, component)
+            elif isinstance(component, torch.nn.Module):
                 move_to_gpu(component)
         texts = {key: PromptEmbeds(*map(to_fake, embeds.tensors)) for key, embeds in texts.items()}
         # Some text encoders look at what they are given, which is not there.
@@ -78,3 +96,22 @@ def test_a_steady_step_never_waits_for_the_gpu(family, tmp_path):
     assert counts.syncs == {}
     assert sum(counts.downloads.values()) == 1, "the flags of failures"
     assert (counts.launches.total(), counts.uploads.total()) == STEADY[family.label], counts.launches
+
+
+def offload_all_layers(pipeline, transformer):
+    layers = offloadable(transformer, pipeline.layer_lists)
+    offload_layers(transformer, DEVICE, sum(weight_bytes(layer) for layer, _ in layers), pipeline.layer_lists)
+
+
+@pytest.mark.parametrize("family", OF_EVERY_TRANSFORMER, ids=lambda family: family.label)
+def test_layers_in_host_memory_come_in_turn_and_nothing_waits_for_them(family, tmp_path):
+    with rank_on_gpu(family, tmp_path / "model", offload_all_layers) as (runner, gpu):
+        assert not runner.run(plan(1)).failed
+        counts = gpu.start_counting()
+        assert not runner.run(plan(2)).failed
+        transformer = runner.pipeline.transformer
+        layers = len(offloadable(transformer, runner.pipeline.layer_lists))
+    assert counts.syncs == {}
+    sent = sum(count for line, count in counts.uploads.items() if "offload.py" in line)
+    # Those of all layers; where the text is part of what modulates, that comes apart, in every step.
+    assert sent == layers * (2 if family.class_name in MODULATED_BY_TEXTS else 1), counts.uploads

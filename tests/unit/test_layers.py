@@ -31,7 +31,8 @@ PIPELINES = {
     "base": 2,
     "sample_request": 2,
     "components": 3,
-    "quantized": 4,
+    "offload": 4,
+    "quantized": 5,
     "weight_files": 4,
 }
 

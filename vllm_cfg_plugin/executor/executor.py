@@ -47,7 +47,7 @@ from vllm_cfg_plugin.executor.ranks import Ranks
 from vllm_cfg_plugin.executor.restarts import RestartLimit
 from vllm_cfg_plugin.executor.template import Template
 from vllm_cfg_plugin.memory.placement import Card
-from vllm_cfg_plugin.memory.start import choose_text_encoder
+from vllm_cfg_plugin.memory.start import choose_places
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
 
 _ASLEEP = {"weights", "kv_cache"}  # vLLM's names of what a sleeping engine has let go of
@@ -100,8 +100,8 @@ class CfgExecutor(Executor):
         if self.device_config.device_type != "cpu":
             card = Card(current_platform.get_device_total_memory(), config.cache_config.gpu_memory_utilization)
         checkpoint = Checkpoint(self.model_config.model, self.model_config.revision)
-        where = choose_text_encoder(checkpoint, settings, cast(torch.dtype, self.model_config.dtype), card)
-        config.additional_config = {**additional_config(config), "cfg_text_encoder": where}
+        places = choose_places(checkpoint, settings, cast(torch.dtype, self.model_config.dtype), card)
+        config.additional_config = {**additional_config(config), **places}
         return EngineSettings.from_vllm_config(config)
 
     def _calibrate(self) -> list[Calibration]:
@@ -114,9 +114,10 @@ class CfgExecutor(Executor):
     def _choose_start(self, settings: EngineSettings) -> StartRanks:
         """Fork on a CPU, which saves every rank the imports; elsewhere spawn, as accelerators do not survive forks."""
         if self.device_config.device_type != "cpu":
-            # Packs of all sizes leave holes of all sizes, which torch can't use unless its segments can grow.
+            # Packs of all sizes leave holes of all sizes, which torch can't use unless its segments can grow. Pinned
+            # memory of whole layers would grow to the next power of two.
             if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-                os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+                os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True,pinned_max_round_threshold_mb:64"
             return partial(OwnProcesses, self.vllm_config, multiprocessing.get_context("spawn"))
         pipeline_class(Checkpoint(self.model_config.model, self.model_config.revision))  # imported once for all
         if settings.shares_weights(self.device_config.device_type):

@@ -45,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--cfg-text-encoder", choices=TEXT_ENCODERS, help="default: the first of these that fits")
     parser.add_argument("--quantization", choices=QUANTIZATIONS)
+    parser.add_argument(
+        "--cpu-offload-gb", type=float, default=0, metavar="GB", help="as of `vllm serve`; default: as many as it must"
+    )
     args = parser.parse_args(arguments)
     try:
         checkpoint = Checkpoint(args.model, args.revision)
@@ -52,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigurationError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     card = Card(int(args.gpu * GIB), args.gpu_memory_utilization)
-    placement = place(model, card, args.ranks, args.cfg_text_encoder)
+    placement = place(model, card, args.ranks, args.cfg_text_encoder, int(args.cpu_offload_gb * GIB))
     print("\n".join(_lines(args.model, model, placement, card, args.ranks)))
     return 0 if fits(placement, card) else 1
 
@@ -84,6 +87,8 @@ def _row(what: str, weights: str, on_rank: str, place: str) -> str:
 def _place_of(component: str, placement: Placement) -> str:
     if component in placement.streamed:
         return "in host memory, streamed layer by layer"
+    if component.startswith("transformer") and placement.offloaded:
+        return "on every rank, some layers in host memory"
     if component.startswith("text_encoder") and placement.text_encoder == "one":
         return "on the first rank"
     return "on every rank"

@@ -22,6 +22,7 @@ from vllm_cfg_plugin.memory.placement import Component, ModelMemory
 from vllm_cfg_plugin.memory.tracking import peak_bytes
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, generator_of
+from vllm_cfg_plugin.pipelines.offload import offloadable
 from vllm_cfg_plugin.pipelines.quantized import layers_of
 from vllm_cfg_plugin.pipelines.registry import describe, pipeline_class
 from vllm_cfg_plugin.pipelines.sample_request import blank_embeds, sample_request
@@ -86,7 +87,10 @@ def component_sizes(
         if is_quantized and name.startswith("transformer"):  # the layers' weights take one byte each
             total -= total * sum(layers) * (item - 1) // (item * in_model)
         streamed = in_model - sum(layers) + sum(sorted(layers)[-2:])
-        sizes[name] = Component(total, -(-total * streamed // in_model))  # a quantized file's layers shrink alike
+        lists = family.layer_lists if name.startswith("transformer") else {}
+        in_turn = sum(parameter.nbytes for layer, _ in offloadable(model, lists) for parameter in layer.parameters())
+        # A quantized file's layers shrink alike.
+        sizes[name] = Component(total, -(-total * streamed // in_model), total * in_turn // in_model)
     return sizes
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,7 @@ from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import GUIDANCE_FIELDS, DiffusionRequest, ImageInput
-from vllm_cfg_plugin.pipelines.components import load_quantized, load_streamed
+from vllm_cfg_plugin.pipelines.components import load_streamed, load_transformer
 from vllm_cfg_plugin.pipelines.weight_files import component_names
 
 _LARGE_TILE = 128  # latent pixels of a side
@@ -89,12 +89,15 @@ class EnginePipeline(CFGParallelMixin, ABC):
             class with a `combine_branches` of its own says which.
         heads_field: of transformer/config.json, the number of attention heads, by which a sequence group shares packed
             forwards; "" where it can't.
+        layer_lists: names of the transformers' lists of layers that packed forwards take by `offload.in_turn`, so that
+            weights may be in host memory, and of each the names of a layer's children that give modulations.
     """
 
     decode_sees_images: ClassVar[bool] = False
     float32_components: ClassVar[tuple[str, ...]] = ()
     guidance_fields: ClassVar[frozenset[str]] = GUIDANCE_FIELDS
     heads_field: ClassVar[str] = ""
+    layer_lists: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -134,6 +137,7 @@ class EnginePipeline(CFGParallelMixin, ABC):
         variant: str | None = None,
         streamed: Sequence[str] = (),
         quantization: str | None = None,
+        offloaded_bytes: int = 0,
         **components: Any,
     ) -> Self:
         """Load a checkpoint for inference, each component straight to the device.
@@ -144,6 +148,7 @@ class EnginePipeline(CFGParallelMixin, ABC):
             variant: of the names of weight files, as in `model.fp16.safetensors`.
             streamed: components that stay in host memory, from where their layers come to the device one by one.
             quantization: of the transformers' layers, of `quantized.METHODS`.
+            offloaded_bytes: of the transformers' weights that are to stay in host memory, see `offload.py`.
             components: to be used in place of the checkpoint's own; None for those to do without.
 
         Raises:
@@ -161,9 +166,18 @@ class EnginePipeline(CFGParallelMixin, ABC):
             for name in streamed:
                 of_component = dtypes.get(name, dtype)
                 components[name] = load_streamed(checkpoint, cls, name, of_component, device, variant)
-            if quantization:
-                for name in _transformers_of(checkpoint, cls):
-                    components[name] = load_quantized(checkpoint, cls, name, dtype, device, variant, quantization)
+            transformers = _transformers_of(checkpoint, cls) if quantization or offloaded_bytes else []
+            for name in transformers:
+                components[name] = load_transformer(
+                    checkpoint,
+                    cls,
+                    name,
+                    dtype,
+                    device,
+                    variant,
+                    quantization=quantization,
+                    offloaded_bytes=offloaded_bytes // len(transformers),
+                )
             pipeline = diffusers_class.from_pretrained(
                 model, dtype=dtypes, revision=revision, variant=variant, use_safetensors=True, **placed, **components
             )

@@ -1,4 +1,4 @@
-"""Components that are loaded apart from their pipeline: streamed or quantized; must not import vLLM."""
+"""Components that are loaded apart from their pipeline: streamed, quantized, offloaded; must not import vLLM."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.offload import offload_layers
 from vllm_cfg_plugin.pipelines.quantized import quantize_layers
 from vllm_cfg_plugin.pipelines.weight_files import component_class, component_names, component_variants
 
@@ -29,32 +30,46 @@ def load_streamed(
     return model
 
 
-def load_quantized(
+def load_transformer(
     checkpoint: Checkpoint,
-    family: type,
+    family: Any,
     name: str,
     dtype: torch.dtype,
     device: torch.device,
     variant: str | None,
-    method: str,
+    *,
+    quantization: str | None = None,
+    offloaded_bytes: int = 0,
 ) -> Any:
-    """Load one model of a checkpoint and quantize its layers: the device holds no more than one of them unquantized.
+    """Load one model of a checkpoint that predicts noise, its layers quantized or partly in host memory, or both.
+
+    The device never holds more than one layer that is not yet quantized.
 
     Args:
         variant: as above.
-        method: of `quantized.METHODS`.
+        quantization: of `quantized.METHODS`.
+        offloaded_bytes: of layers' weights that are to stay in host memory, at least.
 
     Raises:
-        ConfigurationError: it is quantized already.
+        ConfigurationError: it is quantized already, or its layers must be on the device.
         OSError, ValueError: it can't be loaded.
     """
-    if "quantization_config" in checkpoint.component_config(name):
+    if quantization and "quantization_config" in checkpoint.component_config(name):
         raise ConfigurationError(
-            f"quantization={method!r} is not valid for model {checkpoint.model!r}: {name}/ is quantized already; leave "
-            "it out"
+            f"quantization={quantization!r} is not valid for model {checkpoint.model!r}: {name}/ is quantized already; "
+            "leave it out"
+        )
+    if offloaded_bytes and not family.layer_lists:
+        raise ConfigurationError(
+            f"cpu_offload_gb is not valid for model {checkpoint.model!r}: {family.__name__} forwards only layers that "
+            "are on the device; leave it out"
         )
     model = _load(checkpoint, family, name, dtype, variant)
-    quantize_layers(model, method, device)
+    if quantization:
+        quantize_layers(model, quantization, device)
+    if offloaded_bytes:
+        offload_layers(model, device, offloaded_bytes, family.layer_lists)
+        return model
     return model.to(device)
 
 

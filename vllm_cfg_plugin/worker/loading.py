@@ -46,9 +46,11 @@ def load_pipeline(vllm_config: VllmConfig, device: torch.device, has_text_encode
     options: dict[str, Any] = {"variant": settings.variant} if settings.variant else {}
     if settings.quantization:
         options["quantization"] = settings.quantization
+    if settings.cpu_offload_gb and device.type != "cpu":  # on a CPU that is where they are anyway
+        options["offloaded_bytes"] = int(settings.cpu_offload_gb * 2**30)
     if not has_text_encoder:
         options |= dict.fromkeys(encoders)
-    elif settings.cfg_text_encoder == "cpu" and device.type != "cpu":  # on a CPU that is where they are anyway
+    elif settings.cfg_text_encoder == "cpu" and device.type != "cpu":
         options["streamed"] = encoders
     dtype = cast(torch.dtype, model_config.dtype)  # vLLM resolved the name that it may have been
     started = time.perf_counter()

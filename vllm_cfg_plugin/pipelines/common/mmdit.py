@@ -7,8 +7,9 @@ sequence's result is bitwise independent of the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -31,6 +32,13 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache
 from vllm_cfg_plugin.pipelines.common.upload import upload
+from vllm_cfg_plugin.pipelines.offload import in_turn
+
+# Names of the layers' children that give modulations, see `EnginePipeline.layer_lists`.
+LAYER_LISTS: Mapping[str, Sequence[str]] = {
+    "transformer_blocks": ("norm1", "norm1_context"),
+    "single_transformer_blocks": ("norm",),
+}
 
 
 @dataclass(frozen=True)
@@ -113,14 +121,14 @@ def forward_blocks(
         image, text: windows of the embedded streams, [rows, dim]; they are changed.
     """
     spans = Spans.of(modulations, layout)
-    for number, block in enumerate(model.transformer_blocks):
+    for number, block in enumerate(in_turn(model.transformer_blocks)):
         forward_dual_block(_dual_block(block), image, text, spans, number, layout)
     single_blocks = getattr(model, "single_transformer_blocks", ())
     if len(single_blocks):
         whole = (stream.split(stream.gather(own)) for stream, own in ((layout.text, text), (layout.image, image)))
         joint = layout.joint.join(rows for pair in zip(*whole, strict=True) for rows in pair)
         stream = layout.joint.window(joint)
-        for number, block in enumerate(single_blocks, start=len(model.transformer_blocks)):
+        for number, block in enumerate(in_turn(single_blocks), start=len(model.transformer_blocks)):
             forward_single_block(block, stream, spans, number, layout)
         image = layout.image.window(layout.part(layout.joint.split(layout.joint.gather(stream)))[0])
     predicted = linear(model.proj_out, modulate_last(model.norm_out.norm, image, spans.image))
@@ -133,10 +141,12 @@ def block_modulations(model: Any, embedding: torch.Tensor, count: int) -> list[M
     Args:
         embedding: of the conditions, [rows, dim], padded.
     """
-    layers: list[tuple[Any, ...]] = [
-        (block.norm1.linear, block.norm1_context.linear) for block in model.transformer_blocks
-    ]
-    layers += [(block.norm.linear,) for block in getattr(model, "single_transformer_blocks", ())]
+    dual_blocks = in_turn(model.transformer_blocks, "modulation")
+    single_blocks = in_turn(getattr(model, "single_transformer_blocks", ()), "modulation")
+    layers = chain(
+        ((block.norm1.linear, block.norm1_context.linear) for block in dual_blocks),
+        ((block.norm.linear,) for block in single_blocks),
+    )
     return project_modulations(layers, model.norm_out.linear, F.silu(embedding), count)
 
 

@@ -9,7 +9,7 @@ modulation weight at all.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -124,7 +124,7 @@ def modulations_at(
 
 
 def project_modulations(
-    layers: Sequence[Sequence[Any]], last: Any, condition: torch.Tensor, count: int
+    layers: Iterable[Sequence[Any]], last: Any, condition: torch.Tensor, count: int
 ) -> list[Modulation]:
     """The modulations that a model's linear layers make of conditions.
 

@@ -27,6 +27,7 @@ from vllm_cfg_plugin.pipelines.common.flow_schedule import (
 from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.common.latent_tokens import PositionIdsPipeline
+from vllm_cfg_plugin.pipelines.common.mmdit import LAYER_LISTS
 from vllm_cfg_plugin.pipelines.flux.transformer import PackedFluxTransformer
 
 MAX_TEXT_TOKENS = 512
@@ -37,6 +38,7 @@ class FluxPipeline(PositionIdsPipeline, DiffusersFluxPipeline):
     """diffusers' FluxPipeline with CFG-Parallel, for the engine or to be called directly."""
 
     adopted: ClassVar[dict[str, Any]] = {"transformer": PackedFluxTransformer}
+    layer_lists = LAYER_LISTS
     output_class = FluxPipelineOutput
     call_options: ClassVar[dict[str, Any]] = {"cfg_normalize": False}
 

@@ -29,6 +29,7 @@ from vllm_cfg_plugin.pipelines.common.autoencoders import vae_scale_factor
 from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked
 from vllm_cfg_plugin.pipelines.common.latent_tokens import PositionIdsPipeline
+from vllm_cfg_plugin.pipelines.common.mmdit import LAYER_LISTS
 from vllm_cfg_plugin.pipelines.common.vision_processor import PLACEHOLDERS
 from vllm_cfg_plugin.pipelines.longcat_image.transformer import PackedLongCatImageTransformer
 
@@ -44,6 +45,7 @@ class LongCatImageBase(PositionIdsPipeline):
     """What text-to-image and editing have in common."""
 
     adopted: ClassVar[dict[str, Any]] = {"transformer": PackedLongCatImageTransformer}
+    layer_lists = LAYER_LISTS
     output_class = LongCatImagePipelineOutput
 
     def cfg_normalize_function(

@@ -47,6 +47,7 @@ class QwenImageBase(QwenImageCFGParallelMixin, LatentTokensPipeline):
     """
 
     adopted: ClassVar[dict[str, Any]] = {"transformer": PackedQwenImageTransformer, "vae": ImageQwenImageVAE}
+    layer_lists: ClassVar[dict[str, Any]] = {"transformer_blocks": ("img_mod", "txt_mod")}
     output_class = QwenImagePipelineOutput
     # `true_cfg_scale` is the name of today, `guidance_scale` an older one of the same.
     call_options: ClassVar[dict[str, Any]] = {

@@ -33,6 +33,7 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
 from vllm_cfg_plugin.pipelines.common.upload import upload
+from vllm_cfg_plugin.pipelines.offload import in_turn
 
 ImageShape = tuple[tuple[int, int, int], ...]  # (frames, height, width) in tokens of each image of one sequence
 
@@ -128,7 +129,7 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         """
         image = linear(self.img_in, layout.image.window(latents))
         text = linear(self.txt_in, rms_norm(self.txt_norm, layout.text.window(prompts)))
-        for number, block in enumerate(self.transformer_blocks):
+        for number, block in enumerate(in_turn(self.transformer_blocks)):
             is_last = number == len(self.transformer_blocks) - 1
             forward_dual_block(_parts(block, is_last), image, text, spans, number, layout)
         image = modulate_last(self.norm_out.norm, image, last)
@@ -141,8 +142,8 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         rows = pad_rows(values)
         condition = torch.zeros(rows.shape, dtype=torch.long, device=rows.device)  # read where the model has the layer
         time = F.silu(self.time_text_embed(rows, weight, condition))
-        blocks: Any = self.transformer_blocks
-        layers = [(block.img_mod[1], block.txt_mod[1]) for block in blocks]
+        blocks = in_turn(self.transformer_blocks, "modulation")
+        layers = ((block.img_mod[1], block.txt_mod[1]) for block in blocks)
         return project_modulations(layers, self.norm_out.linear, time, len(timesteps))
 
     def _make_layout(

@@ -24,6 +24,7 @@ from vllm_cfg_plugin.pipelines.common.autoencoders import decode_scaled, vae_sca
 from vllm_cfg_plugin.pipelines.common.flow_schedule import dynamic_shift
 from vllm_cfg_plugin.pipelines.common.generate import branch_texts, is_guided
 from vllm_cfg_plugin.pipelines.common.image_pipeline import Asked, ImagePipeline
+from vllm_cfg_plugin.pipelines.common.mmdit import LAYER_LISTS
 from vllm_cfg_plugin.pipelines.sd3.transformer import PackedSD3Transformer, patchify, unpatchify
 
 DEFAULT_T5_TOKENS, MAX_T5_TOKENS = 256, 512
@@ -35,6 +36,7 @@ class StableDiffusion3Pipeline(ImagePipeline, DiffusersStableDiffusion3Pipeline)
 
     channel_dim: ClassVar[int] = 1
     adopted: ClassVar[dict[str, Any]] = {"transformer": PackedSD3Transformer}
+    layer_lists = LAYER_LISTS
     output_class = StableDiffusion3PipelineOutput
     call_options: ClassVar[dict[str, Any]] = {"cfg_normalize": False}
 

@@ -44,6 +44,7 @@ class WanBase(FamilyPipeline):
         "transformer_2": PackedWanTransformer,
         "vae": ThreadSafeWanVAE,
     }
+    layer_lists: ClassVar[dict[str, Any]] = {"blocks": ()}
     output_class = WanPipelineOutput
     float32_components: ClassVar[tuple[str, ...]] = ("vae",)  # as the checkpoints' own examples load it
 

@@ -23,6 +23,7 @@ from vllm_cfg_plugin.pipelines.common.linear import feed_forward, gelu_linear, l
 from vllm_cfg_plugin.pipelines.common.modulation import Modulation, StreamSpans, add_gated, modulate, modulate_last
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
 from vllm_cfg_plugin.pipelines.common.upload import upload
+from vllm_cfg_plugin.pipelines.offload import in_turn
 from vllm_cfg_plugin.pipelines.wan.attention import WanLayout, attend_to_conditions, attend_to_video
 
 Grid = tuple[int, int, int]  # (frames, height, width) of a video in tokens
@@ -80,8 +81,7 @@ class PackedWanTransformer(WanTransformer3DModel):
         image = None
         if embedded_images is not None and layout.image is not None:
             image = layout.image.window(layout.image.join(embedded_images))
-        blocks: Any = self.blocks
-        for number, block in enumerate(blocks):
+        for number, block in enumerate(in_turn(self.blocks)):
             _forward_block(block, video, text, image, spans, number, layout)
         out = layout.video.gather(linear(self.proj_out, modulate_last(self.norm_out, video, spans)))
         videos = [self._unpatchify(*one).flatten(2) for one in zip(layout.video.split(out), grids, strict=True)]

@@ -36,6 +36,11 @@ class ZImagePipeline(ImagePipeline, DiffusersZImagePipeline):
     """diffusers' ZImagePipeline with CFG-Parallel, for the engine or to be called directly."""
 
     adopted: ClassVar[dict[str, Any]] = {"transformer": PackedZImageTransformer}
+    layer_lists: ClassVar[dict[str, Any]] = {
+        "noise_refiner": ("adaLN_modulation",),
+        "context_refiner": (),
+        "layers": ("adaLN_modulation",),
+    }
     output_class = ZImagePipelineOutput
     heads_field = "n_heads"
 

@@ -34,6 +34,7 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
 from vllm_cfg_plugin.pipelines.common.upload import upload
+from vllm_cfg_plugin.pipelines.offload import in_turn
 from vllm_cfg_plugin.pipelines.z_image.layout import Grid, PaddedStream, ZImageLayout, lay_out, make_layout
 
 # The patch that diffusers' pipeline asks for: of one frame, two latent pixels each way.
@@ -126,7 +127,7 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
         blocks: list[Any] = [*self.noise_refiner, *self.layers]
         values = upload(torch.tensor(timesteps, dtype=dtype), self.x_pad_token.device)
         time = self.t_embedder(pad_rows(values) * self.t_scale).to(self.x_pad_token.dtype)
-        projected = [linear(block.adaLN_modulation[0], time) for block in blocks]
+        projected = [linear(block.adaLN_modulation[0], time) for block in in_turn(blocks, "modulation")]
         projected.append(linear(final.adaLN_modulation[1], F.silu(time)))
         weights = torch.stack([weight for block in blocks for weight in _norm_weights(block)])
         modulations = []
@@ -151,15 +152,16 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
         image_spans, spans = (StreamSpans.of(modulations, stream.rows) for stream in (layout.image, layout.joint))
         image = linear(self.all_x_embedder[_PATCH_KEY], layout.image.rows.window(lay_out(patches, layout.image.rows)))
         image[layout.image_pads] = self.x_pad_token
-        for number, block in enumerate(self.noise_refiner):
+        for number, block in enumerate(in_turn(self.noise_refiner)):
             _add_attention(block, image, layout.image, image_spans.factors(number))
             _add_feed_forward(block, image, image_spans.factors(number))
         images = layout.image.rows.split(layout.image.rows.gather(image))
         pairs = zip(images, self._refine_texts(texts, layout), strict=True)
         stream = layout.joint.rows.window(layout.joint.rows.join(piece for pair in pairs for piece in pair))
-        for number, block in enumerate(self.layers, len(self.noise_refiner)):
+        depth = len(self.noise_refiner) + len(self.layers)
+        for number, block in enumerate(in_turn(self.layers), len(self.noise_refiner)):
             _add_attention(block, stream, layout.joint, spans.factors(number))
-            if block is self.layers[-1]:  # nothing reads the text any more
+            if number == depth - 1:  # nothing reads the text any more
                 stream, spans = layout.image_of(stream), image_spans
             _add_feed_forward(block, stream, spans.factors(number))
         final: Any = self.all_final_layer[_PATCH_KEY]
@@ -170,7 +172,7 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
         norm, projection = self.cap_embedder
         stream = linear(projection, rms_norm(norm, layout.text.rows.window(lay_out(texts, layout.text.rows))))
         stream[layout.text_pads] = self.cap_pad_token
-        for block in self.context_refiner:
+        for block in in_turn(self.context_refiner):
             factors = SpanFactors.of([slice(None)], [_norm_weights(block)])
             _add_attention(block, stream, layout.text, factors)
             _add_feed_forward(block, stream, factors)
