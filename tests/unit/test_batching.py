@@ -48,6 +48,8 @@ class PlayedRanks:
             self.late.append((self.delay, SideReport(encode.id, encode.branch, encode.rank, 1.0)))
         for assign in plan.assign:
             self.owners[assign.id] = assign.owners
+            if not assign.owners:  # it sits steps out
+                del self.owners[assign.id]
         if plan.advance:
             self._step()
         for id in plan.long_steps:
@@ -143,14 +145,16 @@ def quarters(start, stop):
 
 
 specs = st.builds(
-    lambda further, interval, tokens, steps, prompt: toy_request(
-        prompt=prompt, negative=[""] * further, steps=steps, image_tokens=tokens, interval=interval
+    lambda further, interval, tokens, steps, prompt, previews: msgspec.structs.replace(
+        toy_request(prompt=prompt, negative=[""] * further, steps=steps, image_tokens=tokens, interval=interval),
+        previews=previews,
     ),
     st.integers(0, 3),
     st.builds(quarters, st.integers(0, 4), st.integers(0, 4)),
     st.integers(1, 300),
     st.integers(1, 12),
     st.sampled_from(["a", "a cat", "a very long prompt that goes on"]),
+    st.sampled_from([0, 0, 3]),
 )
 traces = st.lists(st.tuples(st.integers(0, 20), specs), min_size=1, max_size=14)
 

@@ -65,6 +65,37 @@ def test_a_restart_of_ranks_repeats_no_preview_that_is_back():
     assert again.previewed == [(0, 4)]
 
 
+def steps_until(batch, ranks, request):
+    """Steps of the engine from a request's first to its last."""
+    taken = 0
+    while request.request_id in {other.request_id for other in batch.all_requests()}:
+        planned, decoded = run_plan(batch, ranks)
+        taken += bool(planned.running)
+        for done in decoded:
+            batch.finish(done)
+    return taken
+
+
+def test_who_streams_gives_the_time_of_its_previews_back():
+    cost = msgspec.structs.replace(UNCALIBRATED, decode_us=12, decode_token_us=0)
+    batch, ranks = StepBatch(2, 8, 10**6, cost), PlayedRanks(2)
+    neighbour = batch.add("neighbour", 0, toy_request(steps=40))
+    streaming = batch.add("streaming", 0, previewed(3, steps=20))
+    assert sum(streaming.costs) // 2 == 6, "what a step without it spares the other: half of what a preview takes"
+    assert steps_until(batch, ranks, streaming) == 20 + 3 * 2
+    assert [step for _, step in ranks.previewed] == [4, 8, 12]
+    assert ranks.steps[neighbour.id] >= 20 + 3 * 2, "it never rests"
+
+
+@pytest.mark.parametrize("others", [[], [previewed(1, steps=40)]], ids=["alone", "beside another one that streams"])
+def test_who_streams_rests_for_nobody(others):
+    cost = msgspec.structs.replace(UNCALIBRATED, decode_us=3000)
+    batch, ranks = StepBatch(2, 8, 10**6, cost), PlayedRanks(2)
+    for number, spec in enumerate(others):
+        batch.add(f"other-{number}", 0, spec)
+    assert steps_until(batch, ranks, batch.add("streaming", 0, previewed(3, steps=20))) == 20
+
+
 def run_to_the_end(request, previews=(), pipeline=None):
     """(reports, images, final latents) of a request that one rank runs, with a preview after each of these steps."""
     runner = StepRunner(pipeline or ToyPipeline(), 0, 1, lambda row: row.unsqueeze(0), InlineSideWork(0))
@@ -82,6 +113,20 @@ def test_a_preview_changes_no_bit_of_the_image():
     reports, _, latents = run_to_the_end(request, previews=(1, 3))
     assert [report.branch for report in reports] == [0, 1, PREVIEWED, PREVIEWED, DECODED]
     assert torch.equal(latents, run_to_the_end(request)[2])
+
+
+def test_a_step_that_is_sat_out_changes_no_bit_of_the_image():
+    runner = StepRunner(ToyPipeline(), 0, 1, lambda row: row.unsqueeze(0), InlineSideWork(0))
+    request, other = toy_request(steps=4), toy_request("another", None, steps=9)
+    admissions = [Admission(0, request), Admission(1, other)]
+    encodes = [Encode(0, 0, 0), Encode(0, 1, 0), Encode(1, 0, 0)]
+    runner.run(StepPlan(0, [], admissions, encodes, [Assign(0, (0, 0)), Assign(1, (0,))], True, []))
+    runner.run(StepPlan(1, [], [], [], [Assign(0, ())], True, []))
+    runner.run(StepPlan(2, [], [], [], [], True, []))
+    for step in range(3, 6):
+        runner.run(StepPlan(step, [], [], [], [Assign(0, (0, 0))] if step == 3 else [], True, []))
+    assert (runner.states[0].index, runner.states[1].index) == (4, 6)
+    assert torch.equal(runner.states[0].latents, run_to_the_end(request)[2])
 
 
 def test_a_preview_that_fails_is_no_failure_of_its_request():

@@ -56,7 +56,7 @@ class Embeds(msgspec.Struct, array_like=True, frozen=True):
 class Assign(msgspec.Struct, array_like=True, frozen=True):
     """From this plan on cfg rank `owners[b]` forwards branch b, and further branches are not forwarded.
 
-    A request runs from its first assignment on.
+    A request runs from its first assignment on. Without owners it takes no step until it is assigned again.
     """
 
     id: int

@@ -43,6 +43,7 @@ class ScheduledRequest:
         forwarding: ranks that have not yet reported their forwards of a long request's next step.
         done_steps: its steps that all ranks have reported.
         planned_previews, made_previews: previews that ranks were told to make, and those that are back.
+        owed_us: predicted microseconds of them that those who do not stream have still to get back.
         kept_steps, kept: where it goes on when ranks start anew: after how many steps, and with what.
     """
 
@@ -72,6 +73,7 @@ class ScheduledRequest:
     done_steps: int = 0
     planned_previews: int = 0
     made_previews: int = 0
+    owed_us: int = 0
     kept_steps: int = 0
     kept: bytes = b""
 
@@ -88,7 +90,7 @@ class ScheduledRequest:
         self.owners = self.assigned = ()
         self.is_prepared = False
         self.asked, self.holders = [], []
-        self.first_tick = 0
+        self.first_tick = self.owed_us = 0
         self.long_steps = self.done_steps = self.kept_steps
         self.forwarding = set()
         self.planned_previews = self.made_previews  # those that are back would be the same again

@@ -6,12 +6,13 @@ take every step together; long ones, whose forwards run beside the steps, go at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
 from vllm_cfg_plugin.engine.placement import Placement
 from vllm_cfg_plugin.engine.plan import Assign, Encode, Preview
 from vllm_cfg_plugin.engine.planner import rank_loads
+from vllm_cfg_plugin.engine.preview_debts import note_preview, sit_out
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 
 Requests = dict[int, ScheduledRequest]
@@ -22,9 +23,9 @@ class Stepping:
 
     Attributes:
         preparing: their texts are being encoded.
-        running: they take every step.
+        running: they take every step, or sit some out (`preview_debts`).
         beside: long ones, which take steps of their own.
-        lineup: `running` as it was lined up last; the same object as long as they are the same.
+        lineup: who of `running` takes the step; the same object as long as they are the same.
     """
 
     def __init__(self, placement: Placement, ranks: int) -> None:
@@ -77,10 +78,14 @@ class Stepping:
         if not started and not self._has_changed and self._tick < self._next_change:
             return []
         self._has_changed = False
-        self.lineup = tuple(self.running.values())
-        self._next_change = min((request.next_change(self._tick) for request in self.lineup), default=0)
-        encodes += self._placement.level(self.lineup, self._tick, self.preparing.values())
-        return [assign for request in self.lineup if (assign := self._new_assignment(request))]
+        running = tuple(self.running.values())
+        resting = sit_out(running, self._tick, self._ranks)
+        self.lineup = tuple(request for request in running if request not in resting)
+        changes = (request.next_change(self._tick) for request in self.lineup)
+        self._next_change = self._tick + 1 if resting else min(changes, default=0)
+        encodes += self._placement.level(self.lineup, self._tick, (*self.preparing.values(), *resting))
+        owners = {request: request.owners[: request.branches_at(self._tick)] for request in self.lineup}
+        return _new_assignments(owners | dict.fromkeys(resting, ()))
 
     def take_step(self) -> list[ScheduledRequest]:
         """Take a step of the lineup; returns those whose last it is, and who run no more."""
@@ -99,14 +104,6 @@ class Stepping:
         for request in self.lineup:
             loads = rank_loads(request.costs, request.owners, self._ranks, loads)
         return loads
-
-    def _new_assignment(self, request: ScheduledRequest) -> Assign | None:
-        """Who forwards the request's branches from this tick on, if the ranks were told otherwise."""
-        owners = request.owners[: request.branches_at(self._tick)]
-        if owners == request.assigned:
-            return None
-        request.assigned = owners
-        return Assign(request.id, owners)
 
     def _who_starts(self) -> list[ScheduledRequest]:
         """The requests whose texts are encoded.
@@ -155,6 +152,9 @@ class Stepping:
         due = [request for request in self._watched.values() if self._preview_is_due(request, long)]
         previews = [self._placement.preview(request, self.loads()) for request in due]
         for request in due:
+            if not request.is_long:
+                note_preview(request)
+                self._has_changed = True
             if not request.awaits_previews:
                 del self._watched[request.id]
         return previews
@@ -162,4 +162,13 @@ class Stepping:
     def _preview_is_due(self, request: ScheduledRequest, long: Sequence[ScheduledRequest]) -> bool:
         if request.is_long:
             return request in long and request.preview_is_due(request.long_steps)
-        return request.id in self.running and request.preview_is_due(self._tick - request.first_tick)
+        steps = request.id in self.running and request.assigned  # and does not sit this one out
+        return bool(steps) and request.preview_is_due(self._tick - request.first_tick)
+
+
+def _new_assignments(owners: Mapping[ScheduledRequest, tuple[int, ...]]) -> list[Assign]:
+    """What the ranks must be told of who forwards what from now on: what they were not told last."""
+    changed = {request: ranks for request, ranks in owners.items() if ranks != request.assigned}
+    for request, ranks in changed.items():
+        request.assigned = ranks
+    return [Assign(request.id, ranks) for request, ranks in changed.items()]

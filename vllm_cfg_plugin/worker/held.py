@@ -33,8 +33,11 @@ class HeldRequests:
         return bool(self._running)
 
     def run(self, state: RequestState, owners: tuple[int, ...]) -> None:
-        """Let a request take part in every step, its branches forwarded by these ranks."""
+        """Let a request take part in every step, its branches forwarded by these ranks; without any it sits them out."""
         state.owners = owners
+        if not owners:
+            self.leave(state.id)
+            return
         self._running[state.id] = state
         self._lineup = None
 
