@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.compat.engine_deaths import serve_and_say_why_the_engine_ended
-from vllm_cfg_plugin.compat.quiet_logs import quiet_logs
+from vllm_cfg_plugin.compat.quiet_logs import quiet_logs, quiet_logs_of_children
 from vllm_cfg_plugin.config import (
     LEAST_VALUES,
     TEXT_ENCODERS,
@@ -221,6 +221,7 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
     is_diffusion = checkpoint.is_diffusers()
     if is_diffusion:
         quiet_logs()
+        quiet_logs_of_children()
     if is_diffusion or ours:
         check_servable(checkpoint, asked.variant, asked.sequence_parallel_size)
     if is_diffusion:

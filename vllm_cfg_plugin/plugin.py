@@ -19,17 +19,20 @@ def platform() -> str:
 
 def register() -> None:
     """`vllm.general_plugins`: the diffusers config format and the model class of every pipeline we serve."""
+    from vllm_cfg_plugin.compat.quiet_logs import quiet_logs_of_child
     from vllm_cfg_plugin.model import register_models
 
+    quiet_logs_of_child()
     register_models()
 
 
 def endpoint() -> DiffusionEndpointPlugin:
     """`vllm.endpoint_plugins`: the OpenAI images and videos routes."""
-    from vllm_cfg_plugin.compat.api_server import explain_unauthorized
+    from vllm_cfg_plugin.compat.api_server import explain_unauthorized, know_own_port
     from vllm_cfg_plugin.compat.quiet_logs import quiet_logs
     from vllm_cfg_plugin.entrypoints.endpoint import DiffusionEndpointPlugin
 
     quiet_logs()
     explain_unauthorized()
+    know_own_port()
     return DiffusionEndpointPlugin()

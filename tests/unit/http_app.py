@@ -31,6 +31,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.requests: dict[str, DiffusionRequest] = {}
         self.cancelled: list[str] = []
+        self.traces: list[dict[str, str] | None] = []  # that the requests are parts of
         self.behave = None
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_queued_reqs=None, max_num_seqs=32),
@@ -58,12 +59,13 @@ class FakeEngine:
         if len(self.requests) + n > self.queue_room:
             raise QueueOverflowError
 
-    async def encode(self, prompt, pooling_params, request_id):
+    async def encode(self, prompt, pooling_params, request_id, trace_headers=None):
         assert prompt == {"type": "token", "prompt_token_ids": [0]}
         assert pooling_params.task == "plugin"
         request = msgspec.convert(pooling_params.extra_kwargs, DiffusionRequest)
         self.check_admission(1, request_id)
         self.requests[request_id] = request
+        self.traces.append(trace_headers)
         try:
             await asyncio.sleep(0)
             tensor = await self.behave(request) if self.behave else answer(request)

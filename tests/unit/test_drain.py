@@ -9,6 +9,7 @@ import pytest
 
 from tests.toy_pipeline import toy_request
 from tests.unit.http_app import FakeEngine
+from vllm_cfg_plugin.compat import engine_deaths
 from vllm_cfg_plugin.compat.engines import drain_before_shutdown
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.errors import RequestAbortedError
@@ -46,8 +47,9 @@ def test_it_waits_no_longer_than_it_may():
     assert time.monotonic() - began >= 0.3
 
 
-def test_only_servers_that_end_no_engines_drain_themselves():
+def test_only_servers_that_end_no_engines_drain_themselves(monkeypatch):
     """Only servers that do not end their engines drain by themselves."""
+    monkeypatch.setattr(engine_deaths, "_has_let_go", False)
     for manager, happened in ((None, ["drain 4.0", "shutdown 5"]), (object(), ["shutdown 5"])):
         order = []
         client = SimpleNamespace(
@@ -57,3 +59,4 @@ def test_only_servers_that_end_no_engines_drain_themselves():
         drain_before_shutdown(client, lambda seconds, order=order: order.append(f"drain {seconds}"))
         client.shutdown(timeout=5)
         assert order == happened
+    assert engine_deaths.was_stopped(), "so the end of its connection is no fault"

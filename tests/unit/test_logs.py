@@ -1,10 +1,16 @@
 """What a server writes: what matters when it starts, one line for each result, and nothing that looks like a fault."""
 
 import logging
+import os
 
+import psutil
 import pytest
+from vllm.entrypoints.launchers import launcher
 
 from tests.unit.http_app import GENERATIONS, FakeEngine, make_app, send
+from vllm_cfg_plugin import plugin
+from vllm_cfg_plugin.compat import quiet_logs
+from vllm_cfg_plugin.compat.api_server import know_own_port
 from vllm_cfg_plugin.compat.quiet_logs import QuietFilter
 
 
@@ -63,3 +69,48 @@ def test_untrue_records_are_dropped(message, stays):
     """Records that are untrue of a diffusion pipeline are dropped."""
     record = logging.LogRecord("vllm.x", logging.WARNING, "", 0, message, (1,), None)
     assert QuietFilter().filter(record) is stays
+
+
+@pytest.mark.parametrize("of_diffusion", [False, True])
+def test_processes_that_a_server_spawns_are_quiet_too(monkeypatch, of_diffusion):
+    """And those of an ordinary model are as ever."""
+    quietened = []
+    monkeypatch.setattr(quiet_logs, "quiet_logs", lambda: quietened.append(True))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("CFG_PLUGIN_QUIET_LOGS", None)
+    if of_diffusion:
+        quiet_logs.quiet_logs_of_children()
+    plugin.register()  # what vLLM calls early in each of its processes
+    assert quietened == [True] * of_diffusion
+
+
+class Neighbour:
+    """A process with this server's port."""
+
+    def __init__(self, parent, command=None):
+        self.ppid = lambda: parent
+        self.command = command
+
+    def cmdline(self):
+        if self.command is None:
+            raise psutil.ZombieProcess(1)
+        return self.command
+
+
+@pytest.mark.parametrize(
+    ("process", "is_named"),
+    [
+        (None, False),
+        (Neighbour(os.getppid(), ["VLLM::APIServer_1"]), False),
+        (Neighbour(os.getppid()), False),
+        (Neighbour(1), False),
+        (Neighbour(1, ["nc", "-l"]), True),
+    ],
+    ids=["nobody", "another API server", "one that has ended", "a stranger that has ended", "a stranger"],
+)
+def test_only_a_stranger_on_the_port_is_named(monkeypatch, process, is_named):
+    monkeypatch.setattr(launcher, "find_process_using_port", lambda port: process)
+    know_own_port()
+    found = launcher.find_process_using_port(8000)
+    assert (found is not None) == is_named
+    assert not is_named or " ".join(found.cmdline()) == "nc -l"

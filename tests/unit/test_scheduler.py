@@ -16,10 +16,13 @@ from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import StepResult
 
 
-def vllm_request(name, spec, client_index=0):
+def vllm_request(name, spec, client_index=0, trace_headers=None):
     extra = msgspec.to_builtins(spec) if not isinstance(spec, dict) else spec
     return SimpleNamespace(
-        request_id=name, client_index=client_index, pooling_params=SimpleNamespace(extra_kwargs=extra)
+        request_id=name,
+        client_index=client_index,
+        pooling_params=SimpleNamespace(extra_kwargs=extra),
+        trace_headers=trace_headers,
     )
 
 
@@ -53,6 +56,19 @@ def encoded(scheduler):
 
 def running_ids(output):
     return [request.id for request in output.planned.running]
+
+
+def test_a_request_that_ends_names_the_trace_that_it_is_part_of():
+    scheduler, trace = make_scheduler(), {"traceparent": "00-1-2-01"}
+    scheduler.add_request(vllm_request("a", toy_request(steps=1), trace_headers=trace))
+    scheduler.add_request(vllm_request("b", toy_request(steps=1)))
+    scheduler.add_request(vllm_request("c", toy_request(steps=9), trace_headers=trace))
+    ended = []
+    while len(ended) < 2:
+        ended += finish(scheduler, scheduler.schedule())
+    scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    ended += finish(scheduler, scheduler.schedule())
+    assert {output.request_id: output.trace_headers for output in ended} == {"a": trace, "b": None, "c": trace}
 
 
 def test_steps_are_planned_before_reports_come_back():

@@ -18,6 +18,7 @@ _CAUSE_MS = 2000  # the engine's process has ended by then, so what it sent is h
 _ENDS = {"EngineCore failed to start.": "could not start", "EngineCore encountered a fatal error.": "died"}
 _engine_managers: list[Any] = []
 _deaths: list[str] = []
+_has_let_go = False
 
 
 def wake_on_engine_death(client: Any) -> None:
@@ -44,8 +45,14 @@ def wake_on_engine_death(client: Any) -> None:
 
 
 def was_stopped() -> bool:
-    """Whether an engine of this API server was stopped by it."""
-    return any(manager.manager_stopped.is_set() for manager in _engine_managers)
+    """Whether this API server stopped its engine, or let go of those of another process."""
+    return _has_let_go or any(manager.manager_stopped.is_set() for manager in _engine_managers)
+
+
+def note_letting_go() -> None:
+    """This API server is about to close its connection to engines of another process."""
+    global _has_let_go
+    _has_let_go = True
 
 
 def note_engine_client(client: Any) -> None:

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from vllm_cfg_plugin.compat.engine_deaths import note_letting_go
+
 _ANSWER_S = 1.0  # that a server needs to say 503 before it is killed
 _OUTPUT_THREAD_END_S = 10  # it has nothing left to do; should it hang, closing must not
 
@@ -57,6 +59,7 @@ def drain_before_shutdown(client: Any, drain: Callable[[float], None]) -> None:
 
     def drain_and_shut_down(timeout: float | None = None) -> None:
         drain(max(0.0, (timeout or 0.0) - _ANSWER_S))
+        note_letting_go()
         shutdown(timeout)
 
     client.shutdown = drain_and_shut_down

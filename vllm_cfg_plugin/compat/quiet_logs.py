@@ -67,6 +67,21 @@ def quiet_logs() -> None:
         atexit.register(_end_quietly)
 
 
+def quiet_logs_of_children() -> None:
+    """Have `quiet_logs_of_child` act in the processes that this one spawns: further API servers, engines of replicas.
+
+    Not a name of vLLM's, which warns of those that begin like its own and that it doesn't know.
+    """
+    os.environ[_QUIET] = "1"
+
+
+def quiet_logs_of_child() -> None:
+    """`quiet_logs`, in a process that one of a diffusion pipeline spawned; vLLM loads plugins early in each."""
+    if os.environ.get(_QUIET):
+        quiet_logs()
+
+
+_QUIET = "CFG_PLUGIN_QUIET_LOGS"
 _registered: list[Callable[[], None]] = []
 
 

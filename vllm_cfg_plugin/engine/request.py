@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ class ScheduledRequest:
         request_id, client_index: vLLM's names for the request and for who asked.
         id: our integer name for it, used in plans.
         costs: predicted microseconds of each branch's forward.
+        trace_headers: of the client's trace, which the span that vLLM makes of this request continues.
         arrived, admitted, began, denoised: seconds of the engine's clock.
         encode_ms: milliseconds of the text that took longest.
         overtaken: requests that came later and were admitted earlier.
@@ -54,6 +56,7 @@ class ScheduledRequest:
     cost: CostModel
     arrived: float
     events: list[EngineCoreEvent] = field(default_factory=list)
+    trace_headers: Mapping[str, str] | None = None
     admitted: float = 0.0
     began: float = 0.0
     denoised: float = 0.0

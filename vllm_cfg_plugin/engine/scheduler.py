@@ -104,6 +104,7 @@ class StepScheduler(SchedulerInterface):
             header = ResultHeader(metrics=RequestMetrics(), error=f"not a diffusion request: {error}")
             self._ready.append((request.client_index, _output(request.request_id, FinishReason.ERROR, header)))
             return
+        scheduled.trace_headers = request.trace_headers
         if self._log_stats:
             scheduled.events.append(EngineCoreEvent.new_event(EngineCoreEventType.QUEUED))
 
@@ -115,7 +116,7 @@ class StepScheduler(SchedulerInterface):
         """
         if request_ids is None:
             gone: list[ScheduledRequest | None] = list(self.batch.all_requests())
-            self._ready += [(r.client_index, _output(r.request_id, FinishReason.ABORT)) for r in gone if r is not None]
+            self._ready += [(r.client_index, _end_of(r, FinishReason.ABORT)) for r in gone if r is not None]
         else:
             names = [request_ids] if isinstance(request_ids, str) else request_ids
             gone = [self.batch.named(name) for name in names]
@@ -204,8 +205,7 @@ class StepScheduler(SchedulerInterface):
         self.batch.finish(request)
         metrics = request.metrics(time.monotonic(), report.milliseconds)
         header = ResultHeader(metrics=metrics, shape=report.shape)
-        output = _output(request.request_id, FinishReason.STOP, header, pixels, request.events)
-        return [(request.client_index, output)]
+        return [(request.client_index, _end_of(request, FinishReason.STOP, header, pixels))]
 
     def _failed(self, request: ScheduledRequest | None, message: str, is_refused: bool = False) -> list[ClientOutput]:
         """Retire a failed request on every rank; the plan already queued may still name it, and the ranks skip it."""
@@ -214,8 +214,7 @@ class StepScheduler(SchedulerInterface):
         self.batch.take_out(request)
         logger.warning("Request %s failed and left the batch: %s", request.request_id, message)
         header = ResultHeader(metrics=request.metrics(time.monotonic()), error=message, is_refused=is_refused)
-        output = _output(request.request_id, FinishReason.ERROR, header, events=request.events)
-        return [(request.client_index, output)]
+        return [(request.client_index, _end_of(request, FinishReason.ERROR, header))]
 
     def _to_clients(self, outputs: list[ClientOutput]) -> dict[int, EngineCoreOutputs]:
         by_client: dict[int, EngineCoreOutputs] = {}
@@ -286,13 +285,21 @@ _EMPTY_OUTPUT = {
 }
 
 
-def _output(
-    request_id: str,
+def _end_of(
+    request: ScheduledRequest,
     reason: FinishReason,
     header: ResultHeader | None = None,
     pixels: bytes | memoryview = b"",
-    events: list[EngineCoreEvent] | None = None,
 ) -> EngineCoreOutput:
-    """The final output of a request; without a header its tensor is empty: the request was aborted."""
+    """The final output of a request that was planned; without a header it was aborted."""
+    output = _output(request.request_id, reason, header, pixels)
+    output.events, output.trace_headers = request.events or None, request.trace_headers
+    return output
+
+
+def _output(
+    request_id: str, reason: FinishReason, header: ResultHeader | None = None, pixels: bytes | memoryview = b""
+) -> EngineCoreOutput:
+    """A final output; without a header its tensor is empty: the request was aborted."""
     tensor = torch.empty(0) if header is None else pack_result(header, pixels)
-    return EngineCoreOutput(request_id, [], pooling_output=tensor, finish_reason=reason, events=events or None)
+    return EngineCoreOutput(request_id, [], pooling_output=tensor, finish_reason=reason)

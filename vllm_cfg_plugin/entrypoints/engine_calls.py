@@ -21,6 +21,7 @@ from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.progress import Preview, Progress, Queued, Update
 from vllm_cfg_plugin.entrypoints import metrics
 from vllm_cfg_plugin.entrypoints.front_end import GeneratedImage, pooling_params, read_output
+from vllm_cfg_plugin.entrypoints.tracing import trace_headers
 from vllm_cfg_plugin.entrypoints.updates import EngineUpdates
 from vllm_cfg_plugin.errors import InvalidRequestError, RequestAbortedError, ServerBusyError
 from vllm_cfg_plugin.logs import get_logger
@@ -184,9 +185,11 @@ class EngineCalls:
         return image
 
     async def _finished(self, request: DiffusionRequest, request_id: str, started: float) -> GeneratedImage:
-        answer = None
+        answer, params = None, pooling_params(request)
         try:
-            async for output in self._engine.encode(PLACEHOLDER_PROMPT, pooling_params(request), request_id):
+            async for output in self._engine.encode(
+                PLACEHOLDER_PROMPT, params, request_id, trace_headers=trace_headers()
+            ):
                 answer = output
         except QueueOverflowError as error:
             raise _queue_is_full() from error

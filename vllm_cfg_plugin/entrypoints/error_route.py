@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 
-from vllm_cfg_plugin.entrypoints import metrics
+from vllm_cfg_plugin.entrypoints import metrics, tracing
 from vllm_cfg_plugin.entrypoints.fields import schema_error
 from vllm_cfg_plugin.entrypoints.forms import MOST_TEXT_BYTES, limit_body
 from vllm_cfg_plugin.entrypoints.input_budget import InputHold
@@ -55,6 +55,7 @@ class OpenAIErrorRoute(APIRoute):
 
         async def handle_with_errors(request: Request) -> Response:
             state = request.app.state
+            tracing.take_over(request.headers)
             request.state.hold = InputHold(state.input_budget)
             with request.state.hold as hold:
                 limited = request
