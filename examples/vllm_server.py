@@ -34,7 +34,7 @@ class VllmServer:
     def __init__(
         self, model: str | Path, options: list[str], log_path: Path, env: Mapping[str, str] | None = None
     ) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://{HOST}:{self.port}"
         self._log_path = log_path
         vllm = Path(sys.executable).with_name("vllm")
@@ -101,7 +101,7 @@ class VllmServer:
         self.stop()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
