@@ -33,7 +33,7 @@ class HeldRequests:
         return bool(self._running)
 
     def run(self, state: RequestState, owners: tuple[int, ...]) -> None:
-        """Let a request take part in every step, its branches forwarded by these ranks; without any it sits them out."""
+        """Let a request take part in every step, its branches forwarded by these ranks; without any it sits out."""
         state.owners = owners
         if not owners:
             self.leave(state.id)
