@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 _DEATHS_OF_A_SUSPECT = 2
+# Not two: a rank that something kills and kills again at once dies at the same step both times.
+_DEATHS_AT_ONE_STEP = 3
 _MOST_DEATHS_ALONE = 5
 
 
@@ -117,10 +119,8 @@ class ScheduledRequest:
     @property
     def kills_ranks(self) -> bool:
         """Whether it surely does: what it dies of lies at one step, and what comes from outside hits it anywhere."""
-        *earlier, last = self.lone_deaths or [0]
-        is_repeated = any(abs(last - steps) <= 1 for steps in earlier)
-        is_sure = is_repeated and self.deaths + len(self.lone_deaths) > _DEATHS_OF_A_SUSPECT
-        return is_sure or len(self.lone_deaths) >= _MOST_DEATHS_ALONE
+        at_one_step = sum(abs(steps - self.lone_deaths[-1]) <= 1 for steps in self.lone_deaths)
+        return at_one_step >= _DEATHS_AT_ONE_STEP or len(self.lone_deaths) >= _MOST_DEATHS_ALONE
 
     @cached_property
     def branch_tokens(self) -> tuple[int, ...]:
