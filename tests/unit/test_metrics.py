@@ -111,12 +111,10 @@ def test_the_dashboards_queries_are_of_metrics_that_there_are():
     assert named - ours - vllms == set()
 
 
-def test_every_metric_is_in_the_dashboard_and_in_the_docs():
-    docs = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+def test_every_metric_is_in_the_dashboard():
     for family in REGISTRY.collect():
         if family.name.startswith(metrics.PREFIX):
             assert family.name in json.dumps(DASHBOARD), family.name
-            assert family.name in docs, family.name
 
 
 def test_a_trace_has_a_lane_for_each_rank(tmp_path):
