@@ -1,20 +1,31 @@
-"""Two API servers of one engine: what a start and an end write, and the spans that a collector gets of both."""
+"""Two API servers of one engine and the bundled model: what a start and an end write, the spans that a collector gets,
+what popular applications send, and requests of every kind that the description of the API allows or forbids.
+"""
 
+import base64
+import io
 import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
+import schemathesis
+from PIL import Image
+from schemathesis import GenerationMode
 
 from examples.vllm_server import VllmServer
 from tests.e2e.conftest import START_TIMEOUT_S
 from tests.e2e.otlp_collector import Collector
 from tests.e2e.server import Footprint, gauge
+from tests.openapi_checks import check_answers
+from tests.unit.test_client_payloads import GENERATED
 
 pytestmark = pytest.mark.e2e
 
+EMOJI = Path(__file__).parents[2] / "examples/models/emoji"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SCREEN = 35  # lines of a terminal's window
 FAULT = re.compile(r"WARNING|ERROR|Traceback|Exception")
@@ -27,11 +38,11 @@ def collector():
 
 
 @pytest.fixture(scope="module")
-def server(model, collector, tmp_path_factory):
-    options = ["--cfg-parallel-size", "2", "--served-model-name", "tiny", "--api-server-count", "2"]
+def server(collector, tmp_path_factory):
+    options = ["--cfg-parallel-size", "2", "--served-model-name", "emoji", "alias", "--api-server-count", "2"]
     options += ["--otlp-traces-endpoint", collector.endpoint]
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with VllmServer(model, options, log, collector.env) as server:
+    with VllmServer(EMOJI, options, log, collector.env) as server:
         server.wait_ready(START_TIMEOUT_S)  # the first one that is
         deadline = time.monotonic() + START_TIMEOUT_S
         while server.log_tail(10**6).count("Application startup complete.") < 2:
@@ -73,6 +84,20 @@ def test_results_of_both_servers_are_counted(server):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: ask(server), range(12)))
     assert gauge(server, done) == before + 12
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_what_applications_send_is_served(server, name):
+    url = f"{server.url}/v1/images/generations?api-version=2025-04-01-preview"
+    answer = requests.post(url, json=GENERATED[name], timeout=60)
+    assert answer.status_code == 200, answer.text
+    image = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
+    assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_answers_are_as_described(server, mode):
+    check_answers(schemathesis.openapi.from_url(f"{server.url}/openapi.json"), mode, examples=4)
 
 
 def test_the_end_shows_no_fault_and_leaves_nothing(server):
