@@ -98,6 +98,7 @@ def test_what_applications_send_is_served(server, name):
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_answers_are_as_described(server, mode):
     check_answers(schemathesis.openapi.from_url(f"{server.url}/openapi.json"), mode, examples=4)
+    assert "UserWarning" not in server.log_tail(10**6), "of two routes of one name"
 
 
 def test_the_end_shows_no_fault_and_leaves_nothing(server):

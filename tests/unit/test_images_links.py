@@ -39,7 +39,9 @@ def test_a_link_leads_to_the_image(app):
 def test_other_links_lead_nowhere(app, name):
     answer = get(app, f"http://test/images/{name}")
     assert answer.status_code == 404
-    assert answer.json()["error"]["code"] == 404
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("NotFoundError", 404)
+    assert "expired" in error["message"]
 
 
 def test_servers_of_one_name_share_files_and_leave_none(folder):

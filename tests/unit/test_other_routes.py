@@ -2,9 +2,12 @@
 
 import openai
 import pytest
+from fastapi import FastAPI
 
 from tests.unit.http_app import GENERATIONS, FakeEngine, ask, get, make_app
 from vllm_cfg_plugin.compat.api_server import explain_unauthorized
+from vllm_cfg_plugin.entrypoints import health
+from vllm_cfg_plugin.entrypoints.endpoint import replace_routes
 
 
 @pytest.fixture
@@ -39,6 +42,19 @@ def test_what_is_no_route_is_answered_with_an_error_object(app, method, path, st
     assert set(error) == {"message", "type", "param", "code"}
     assert path in error["message"]
     assert status != 405 or answer.headers["allow"] == "POST"
+
+
+def test_a_route_in_place_of_vllms_is_the_only_one():
+    """Else the description of the API has both, or vLLM's, and the log a warning."""
+    app = FastAPI()
+    app.get("/health")(lambda: "vLLM's")
+    app.get("/version")(lambda: "vLLM's")
+    replace_routes(app, health.router)
+    routes = [route for route in app.router.routes if route.path in ("/health", "/version")]
+    assert [(route.path, route.endpoint.__module__) for route in routes] == [
+        ("/health", health.__name__),
+        ("/version", __name__),
+    ]
 
 
 def test_a_wrong_key_is_answered_with_an_error_object(app):

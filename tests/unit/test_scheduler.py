@@ -58,6 +58,19 @@ def running_ids(output):
     return [request.id for request in output.planned.running]
 
 
+def test_an_image_that_overtakes_the_report_of_its_last_step_has_taken_all_steps():
+    """Ranks report a step each, and the one that decodes may be done before another has said so."""
+    scheduler = make_scheduler()
+    scheduler.add_request(vllm_request("a", toy_request(steps=2)))
+    encoded(scheduler)
+    first, last = scheduler.schedule(), scheduler.schedule()
+    decode = last.planned.plan.decodes[0]
+    image = (SideReport(decode.id, DECODED, decode.rank, 1.0, "", (1, 2, 2, 3)), memoryview(bytes(12)))
+    by_client = scheduler.update_from_output(first, StepResult(began=1.0, denoised=2.0, side=[image]))
+    (output,) = by_client[0].outputs
+    assert unpack_result(output.pooling_output)[0].metrics.steps == 2
+
+
 def test_a_request_that_ends_names_the_trace_that_it_is_part_of():
     scheduler, trace = make_scheduler(), {"traceparent": "00-1-2-01"}
     scheduler.add_request(vllm_request("a", toy_request(steps=1), trace_headers=trace))

@@ -203,7 +203,10 @@ class StepScheduler(SchedulerInterface):
 
     def _finished(self, request: ScheduledRequest, report: SideReport, pixels: memoryview) -> list[ClientOutput]:
         self.batch.finish(request)
-        metrics = request.metrics(time.monotonic(), report.milliseconds)
+        now = time.monotonic()
+        if request.done_steps < request.spec.steps:  # another rank's report of the last one is still on its way
+            request.done_steps, request.denoised = request.spec.steps, now - report.milliseconds / 1e3
+        metrics = request.metrics(now, report.milliseconds)
         header = ResultHeader(metrics=metrics, shape=report.shape)
         return [(request.client_index, _end_of(request, FinishReason.STOP, header, pixels))]
 

@@ -94,8 +94,10 @@ def wants_page(args: Namespace) -> bool:
 
 
 def replace_routes(app: FastAPI, router: APIRouter) -> None:
-    """Have ours called in place of vLLM's: the first route of a path is."""
-    app.router.routes[:0] = router.routes
+    """Have ours in place of vLLM's: called, and described in /docs."""
+    ours = {getattr(route, "path", "") for route in router.routes}
+    others = [route for route in app.router.routes if getattr(route, "path", "") not in ours]
+    app.router.routes[:] = [*router.routes, *others]
 
 
 def _is_stopping(state: State) -> bool:

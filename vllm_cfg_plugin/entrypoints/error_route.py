@@ -142,13 +142,15 @@ def error_body(error: Exception) -> dict[str, Any]:
 
 
 async def answer_unknown_route(request: Request, error: Exception) -> JSONResponse:
-    """What Starlette's router raises, which nobody else answers with an error object."""
+    """What Starlette's router raises, and routes of ours with a reason: nobody else answers with an error object."""
     assert isinstance(error, HTTPException)
     status = HTTPStatus(error.status_code)
     reason = {
         HTTPStatus.NOT_FOUND: "there is no such route; GET /openapi.json lists those that there are",
         HTTPStatus.METHOD_NOT_ALLOWED: f"this route takes {(error.headers or {}).get('Allow', 'another method')}",
     }.get(status, error.detail)
+    if error.detail != status.phrase:
+        reason = error.detail
     content = {
         "message": f"{request.method} {request.url.path}: {reason}",
         "type": status.phrase.title().replace(" ", "") + "Error",
