@@ -8,6 +8,7 @@ from tests.unit.test_runner import make_runner, plan
 from vllm_cfg_plugin.engine.batching import StepBatch
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.plan import Admission, Embeds, Encode, SideReport
+from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.pipelines.base import PromptEmbeds
 from vllm_cfg_plugin.worker.embeds import pack_embeds, unpack_embeds
 
@@ -74,3 +75,21 @@ def test_of_a_rank_of_several_processes_the_last_one_shares():
         batch.note_side_report(SideReport(0, 1, 0, 1.0))
         batch.share_embeds(SideReport(0, 1, 0, 1.0), b"data")
     assert batch.next_plan().plan.embeds == [Embeds(0, 1, (1,), b"data")]
+
+
+def test_a_request_waits_until_its_owners_hold_what_another_rank_encoded():
+    """Else the encoding rank would forward the others' branches for a step or two, whatever room it has."""
+    spec = toy_request("a cat", "ugly")
+    tokens = spec.sequence_tokens(0)
+    batch = StepBatch(2, 8, tokens, UNCALIBRATED, encoder_rank=0)
+    batch.add("a", 0, spec)
+    planned = batch.next_plan()
+    batch.note_result(planned, StepResult())
+    for branch in (0, 1):
+        batch.note_side_report(SideReport(0, branch, 0, 1.0))
+    batch.share_embeds(SideReport(0, 1, 0, 1.0), b"data")
+    planned = batch.next_plan()
+    assert (planned.plan.embeds, planned.running) == ([Embeds(0, 1, (1,), b"data")], ())
+    batch.note_side_report(SideReport(0, 1, 1, 1.0))
+    (running,) = batch.next_plan().running
+    assert running.owners == (0, 1)

@@ -159,15 +159,13 @@ class ScheduledRequest:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it may step: every rank has its noise, and some rank, or all that must, holds each branch's text.
+        """Whether it may step: every rank has its noise, and each branch's owner, or all that must, holds the text.
 
-        A long request's branches stay where they are, so it must be their owners.
+        Another rank that holds it may have no room for the branch beside its own.
         """
-        if self.is_long and not all(owner in held for owner, held in zip(self.owners, self.holders, strict=True)):
-            return False
         if self.spec.on_all_ranks and self.holders[0] != self.asked[0]:
             return False
-        return self.is_prepared and all(self.holders)
+        return self.is_prepared and all(owner in held for owner, held in zip(self.owners, self.holders, strict=True))
 
     def metrics(self, now: float, decode_ms: float = 0.0) -> RequestMetrics:
         return RequestMetrics(
