@@ -65,6 +65,16 @@ def test_a_component_goes_to_its_device_without_a_copy_of_all_on_the_host(heavy_
     assert memory.peak < megabytes / 2
 
 
+def test_what_is_quantized_is_read_from_its_file_layer_by_layer(heavy_model):
+    """Without a copy of it on the host, in the type that the file has."""
+    transformer = QwenImagePipeline.load(heavy_model, dtype=torch.float32, device=CPU).transformer
+    megabytes = sum(p.nbytes for p in transformer.parameters()) / 2**20
+    del transformer
+    with PeakOfAnonymousMemory() as memory:
+        QwenImagePipeline.load(heavy_model, dtype=torch.float32, device=META, quantization="int8")
+    assert memory.peak < megabytes / 2
+
+
 def test_streamed_text_encoders_give_the_same_bits(qwen_image_folders, monkeypatch):
     folder = qwen_image_folders["tiny"]
     onloaded = []

@@ -6,6 +6,8 @@ import torch
 from tests.contract import make_request
 from tests.families import FAMILIES, load
 from tests.toy_pipeline import ToyPipeline, toy_request
+from tests.unit.test_runner import join, make_runner
+from vllm_cfg_plugin.engine.plan import Decode, Preview, StepPlan
 from vllm_cfg_plugin.pipelines.base import BranchInput, PromptEmbeds, generator_of
 from vllm_cfg_plugin.worker.out_of_memory import PackedForwards, decode
 
@@ -110,6 +112,37 @@ def test_tiles_are_smaller_than_the_image_and_change_little(qwen_image_folders):
     difference = (whole.float() - tiled.float()).abs()
     assert difference.max() > 0, "else there was one tile"
     assert difference.mean() < 4
+
+
+def test_what_is_known_to_have_no_room_is_tiled_at_once(qwen_image_folders, monkeypatch):
+    ours = load(qwen_image_folders["tiny"])
+    request = make_request(qwen_image_folders["tiny"], "a cat", seed=1, height=512, width=512)
+    with torch.inference_mode():
+        latents = ours.draw_noise(request, generator_of(request))
+        tiled = ours.tiled().decode(latents, request)
+        vae_decode = type(ours.vae).decode
+
+        def only_tiled(self, *args, **kwargs):
+            assert self.use_tiling
+            return vae_decode(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(ours.vae), "decode", only_tiled)
+        assert torch.equal(decode(ours, latents, request, (), is_tiled=True), tiled)
+
+
+@pytest.mark.parametrize("is_tiled", [True, False])
+def test_plans_say_what_is_decoded_in_tiles(is_tiled):
+    pipeline, asked = ToyPipeline(), []
+    pipeline.tiled = lambda: asked.append(1)  # it has no such VAE
+    runner = make_runner(pipeline, 0, 1)
+    steps = toy_request().num_inference_steps
+    runner.run(join([toy_request()], [(0,)]))
+    for step in range(1, steps):
+        previews = [Preview(0, 0, is_tiled=is_tiled)] if step == 1 else []
+        decodes = [Decode(0, 0, is_tiled=is_tiled)] if step == steps - 1 else []
+        runner.run(StepPlan(step, [], [], [], [], True, decodes, previews=previews))
+    assert len(runner.side.take()) > 1
+    assert len(asked) == 2 * is_tiled
 
 
 def test_without_a_vae_of_tiles_a_decode_fails_as_it_did(monkeypatch):

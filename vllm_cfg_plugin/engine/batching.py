@@ -61,6 +61,7 @@ class StepBatch:
         max_step_us: most predicted microseconds of one rank's forwards in one step.
         max_side_us: an encode or decode that is predicted to take longer is one that no short ones wait for.
         processes: that a rank is.
+        max_decode_tokens: of an image that is decoded as a whole, larger ones in tiles.
         encoder_rank: the one rank that has the text encoders; None where all have them.
     """
 
@@ -77,9 +78,11 @@ class StepBatch:
         max_step_us: float = math.inf,
         max_side_us: float = math.inf,
         processes: int = 1,
+        max_decode_tokens: float = math.inf,
         encoder_rank: int | None = None,
     ) -> None:
         self._ranks = ranks
+        self._max_decode_tokens = max_decode_tokens
         self._processes = processes
         self._encoder_rank = encoder_rank
         self._max_requests = max_requests
@@ -97,7 +100,12 @@ class StepBatch:
     def _meet_ranks(self) -> None:
         """Begin with ranks that know nothing."""
         self._placement = self.placement_class(
-            self._ranks, self._max_side_us, self._processes, self._max_tokens, encoder_rank=self._encoder_rank
+            self._ranks,
+            self._max_side_us,
+            self._processes,
+            self._max_tokens,
+            max_decode_tokens=self._max_decode_tokens,
+            encoder_rank=self._encoder_rank,
         )
         # Long requests hold at most half of the places: their decodes may stand in line for minutes.
         max_long, max_us = max(1, self._max_requests // 2), self._max_step_us - self._cost.step_us

@@ -32,11 +32,13 @@ class MemoryCost(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         step_bytes, token_bytes: of a packed forward, and of each of its tokens.
         decode_bytes: of a decode of the model's own size.
+        decode_token_bytes: what one more token of the image adds to that.
     """
 
     step_bytes: int
     token_bytes: int
     decode_bytes: int
+    decode_token_bytes: int
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +67,18 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
             return math.inf
         beside = self.memory.decode_bytes + self.memory.step_bytes
         return max(self.default_tokens, (self.room - beside) // self.memory.token_bytes)
+
+    @property
+    def decode_tokens_with_room(self) -> float:
+        """Most tokens of an image that is decoded as a whole beside a packed forward of the model's own size.
+
+        Never less than those of the model's own size; infinite where memory does not count.
+        """
+        if self.memory is None or self.room is None or not self.memory.decode_token_bytes:
+            return math.inf
+        beside = self.memory.step_bytes + self.memory.token_bytes * self.default_tokens
+        left = self.room - beside - self.memory.decode_bytes
+        return self.default_tokens + max(0, left // self.memory.decode_token_bytes)
 
 
 def slowest(calibrations: Sequence[Calibration]) -> Calibration:

@@ -26,6 +26,7 @@ class Placement:
         max_side_us: an encode or decode that is predicted to take longer is long.
         processes: that a rank is: all of them encode and forward what it does, and report it; one of them decodes.
         max_tokens: of one rank's forwards in one step.
+        max_decode_tokens: of an image that is decoded as a whole.
         encoder_rank: the one rank that has the text encoders; None where all have them.
     """
 
@@ -36,12 +37,14 @@ class Placement:
         processes: int = 1,
         max_tokens: float = math.inf,
         *,
+        max_decode_tokens: float = math.inf,
         encoder_rank: int | None = None,
     ) -> None:
         self._ranks = ranks
         self._max_side_us = max_side_us
         self._processes = processes
         self._max_tokens = max_tokens
+        self._max_decode_tokens = max_decode_tokens
         self._encoder_rank = encoder_rank
         self._everywhere = frozenset(range(ranks))
         self._encoded_on: OrderedDict[tuple[str | int, ...], set[int]] = OrderedDict()
@@ -132,13 +135,16 @@ class Placement:
         """The decode of a request, on the rank where it is done first; it ends a preview that is not back yet."""
         self._take_back_all(request.id, PREVIEWED)
         rank, is_long = self._give_decode(request, DECODED, loads)
-        return Decode(request.id, rank, is_long)
+        return Decode(request.id, rank, is_long, self._is_tiled(request))
 
     def preview(self, request: ScheduledRequest, loads: Sequence[int]) -> Preview:
         """A preview of a request, which is a decode too."""
         request.planned_previews += 1
         rank, is_long = self._give_decode(request, PREVIEWED, loads)
-        return Preview(request.id, rank, is_long)
+        return Preview(request.id, rank, is_long, self._is_tiled(request))
+
+    def _is_tiled(self, request: ScheduledRequest) -> bool:
+        return request.spec.image_tokens > self._max_decode_tokens
 
     def _give_decode(self, request: ScheduledRequest, kind: int, loads: Sequence[int]) -> tuple[int, bool]:
         """Give a rank something to decode: the rank, and whether it is long."""

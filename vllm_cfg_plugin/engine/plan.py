@@ -68,11 +68,13 @@ class Decode(msgspec.Struct, array_like=True, frozen=True):
 
     Attributes:
         is_long: as an encode's.
+        is_tiled: as a whole it is predicted to have no room.
     """
 
     id: int
     rank: int
     is_long: bool = False
+    is_tiled: bool = False
 
 
 class Preview(msgspec.Struct, array_like=True, frozen=True):
@@ -80,11 +82,13 @@ class Preview(msgspec.Struct, array_like=True, frozen=True):
 
     Attributes:
         is_long: as an encode's.
+        is_tiled: as a whole it is predicted to have no room.
     """
 
     id: int
     rank: int
     is_long: bool = False
+    is_tiled: bool = False
 
 
 class Forward(msgspec.Struct, array_like=True, frozen=True):

@@ -72,15 +72,16 @@ class StepScheduler(SchedulerInterface):
     ) -> None:
         settings = EngineSettings.from_vllm_config(vllm_config)
         limits = vllm_config.scheduler_config
-        cost = calibration_of(vllm_config).cost
+        calibration = calibration_of(vllm_config)
         self.batch = StepBatch(
             settings.cfg_parallel_size,
             limits.max_num_seqs,
             token_budget(vllm_config),
-            cost,
+            calibration.cost,
             max_step_us=max_step_us(vllm_config),
             max_side_us=max_side_us(vllm_config),
             processes=settings.sequence_parallel_size,
+            max_decode_tokens=calibration.decode_tokens_with_room,
             encoder_rank=settings.encoder_rank,
         )
         self._include_finished_set = include_finished_set

@@ -90,24 +90,30 @@ class BesideSteps:
                 self.hand_over([prediction])
                 state.predictions[branch] = prediction
 
-    def decode_final(self, state: RequestState) -> torch.Tensor:
+    def decode_final(self, state: RequestState, is_tiled: bool) -> torch.Tensor:
         """Decode a request that has taken all its steps."""
         if state.last_flags is not None and state.last_flags.failed(state.id):
             raise RuntimeError("another rank could not take its last step")
-        return self.decode(state.request, state.latents)
+        return self._decode(state.request, state.latents, is_tiled)
 
     def decode_estimate(
-        self, request: DiffusionRequest, noise_scheduler: Any, noise: torch.Tensor, index: int, latents: torch.Tensor
+        self,
+        request: DiffusionRequest,
+        noise_scheduler: Any,
+        noise: torch.Tensor,
+        index: int,
+        latents: torch.Tensor,
+        is_tiled: bool,
     ) -> torch.Tensor:
         """Decode what a request is heading for at one of its steps."""
-        return self.decode(request, estimated_final_latents(noise_scheduler, noise, index, latents))
+        return self._decode(request, estimated_final_latents(noise_scheduler, noise, index, latents), is_tiled)
 
-    def decode(self, request: DiffusionRequest, latents: torch.Tensor) -> torch.Tensor:
+    def _decode(self, request: DiffusionRequest, latents: torch.Tensor, is_tiled: bool) -> torch.Tensor:
         """The pixels of latents: uint8 [number, height, width, channels] on the CPU."""
         if not torch.isfinite(latents).all():
             raise ArithmeticError("its latents are not finite (NaN or infinity)")
         condition = self._condition(request) if self._pipeline.decode_sees_images else []
-        return decode(self._pipeline, latents, request, condition).contiguous()
+        return decode(self._pipeline, latents, request, condition, is_tiled).contiguous()
 
     def hand_over(self, tensors: Iterable[torch.Tensor]) -> None:
         """What was made beside the steps is read in them."""

@@ -131,7 +131,10 @@ def _memory_cost(forwards: Sequence[Run], decodes: Sequence[Run], default: Diffu
     step, token = fit_line([(run.tokens, max(run.nbytes, 1)) for run in forwards])
     decode, decode_token = fit_line([(run.tokens, max(run.nbytes, 1)) for run in decodes])
     return MemoryCost(
-        step_bytes=ceil(step), token_bytes=ceil(token), decode_bytes=ceil(decode + decode_token * default.image_tokens)
+        step_bytes=ceil(step),
+        token_bytes=ceil(token),
+        decode_bytes=ceil(decode + decode_token * default.image_tokens),
+        decode_token_bytes=ceil(decode_token),
     )
 
 

@@ -84,23 +84,31 @@ class PackedForwards:
 
 
 def decode(
-    pipeline: EnginePipeline, latents: torch.Tensor, request: DiffusionRequest, condition: Sequence[torch.Tensor]
+    pipeline: EnginePipeline,
+    latents: torch.Tensor,
+    request: DiffusionRequest,
+    condition: Sequence[torch.Tensor],
+    is_tiled: bool = False,
 ) -> torch.Tensor:
     """`pipeline.decode`; where there is no memory for it, in tiles, which shows in some pixels of their seams.
+
+    Args:
+        is_tiled: it is known beforehand that there is none.
 
     Raises:
         torch.OutOfMemoryError: the VAE knows no tiles, or these are too large as well.
     """
-    try:
-        return pipeline.decode(latents, request, condition)
-    except torch.OutOfMemoryError as error:
-        tiled = pipeline.tiled()
-        if tiled is None:
-            raise
-        logger.warning(
-            "Decoding %dx%d pixels ran out of memory and is repeated in tiles: %s", request.width, request.height, error
-        )
-    _free_cached(latents)
+    tiled = pipeline.tiled() if is_tiled else None
+    if tiled is None:
+        try:
+            return pipeline.decode(latents, request, condition)
+        except torch.OutOfMemoryError:
+            if (tiled := pipeline.tiled()) is None:
+                raise
+        _free_cached(latents)
+    logger.warning(
+        "%dx%d pixels are decoded in tiles: there is no memory for them as a whole", request.width, request.height
+    )
     return tiled.decode(latents, request, condition)
 
 

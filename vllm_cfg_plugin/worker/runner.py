@@ -178,4 +178,4 @@ class StepRunner:
     def _decode(self, asked: Decode) -> None:
         state = self._forget(asked.id)
         if self._step.is_mine(asked.id, asked.rank) and state is not None and not state.error:
-            self.side.decode(asked.id, partial(self.beside.decode_final, state), asked.is_long)
+            self.side.decode(asked.id, partial(self.beside.decode_final, state, asked.is_tiled), asked.is_long)

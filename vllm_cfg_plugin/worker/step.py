@@ -169,17 +169,17 @@ class DenoisingStep:
         for move in moves:
             preview = previews.get(move.state.id)
             if preview is not None:
-                self._preview(move, preview.is_long)
+                self._preview(move, preview)
         step_all(self._pipeline, moves)
         for move in moves:
             if move.error is not None:
                 self._held.note_failure(move.state, "stepping its latents", move.error)
 
-    def _preview(self, move: Move, is_long: bool) -> None:
+    def _preview(self, move: Move, asked: Preview) -> None:
         state = move.state
         if move.noise is not None:
-            now = state.noise_scheduler, move.noise, state.index, state.latents
-            self._side.preview(state.id, partial(self._beside.decode_estimate, state.request, *now), is_long)
+            now = state.noise_scheduler, move.noise, state.index, state.latents, asked.is_tiled
+            self._side.preview(state.id, partial(self._beside.decode_estimate, state.request, *now), asked.is_long)
 
     def _count(self, state: RequestState) -> None:
         """The request has taken a step."""
