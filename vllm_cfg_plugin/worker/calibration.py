@@ -97,9 +97,9 @@ def calibrate(pipeline: EnginePipeline, info: PipelineInfo, has_text_encoder: bo
         encodes, texts[_PROMPTS[0]] = [], blank_embeds(pipeline, _TEMPLATE_CHARACTERS)
     decodes = stopwatch.climb(_decode_runs(pipeline, sample_requests(info, _DECODE_SCALES)))
     text = texts[_PROMPTS[0]]
-    branches = [_branch(pipeline, request, text) for request in sample_requests(info, _FORWARD_SCALES)]
+    branches = [sample_branch(pipeline, request, text) for request in sample_requests(info, _FORWARD_SCALES)]
     forwards = stopwatch.climb(_forward_run(pipeline, [branch]) for branch in branches)
-    default_tokens = _branch(pipeline, sample_request(info), text).tokens
+    default_tokens = sample_branch(pipeline, sample_request(info), text).tokens
     single = max(index for index, run in enumerate(forwards) if index == 0 or run.tokens <= default_tokens)
     packs = stopwatch.climb(_pack_runs(pipeline, branches[single]), [forwards[single]], _has_found_budget)
     stopwatch.repeat_all()
@@ -181,7 +181,8 @@ def _has_found_budget(packs: Sequence[Run]) -> bool:
     return find_token_budget([run.sample for run in packs]) < packs[-1].tokens
 
 
-def _branch(pipeline: EnginePipeline, request: DiffusionRequest, embeds: PromptEmbeds) -> BranchInput:
+def sample_branch(pipeline: EnginePipeline, request: DiffusionRequest, embeds: PromptEmbeds) -> BranchInput:
+    """A branch of a request in its first step."""
     timesteps = pipeline.make_noise_scheduler(request).timesteps
     return BranchInput(
         request=request,

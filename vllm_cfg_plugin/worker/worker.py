@@ -31,6 +31,7 @@ from vllm_cfg_plugin.worker.noise_scheduler_check import check_noise_scheduler
 from vllm_cfg_plugin.worker.pace import pace_of
 from vllm_cfg_plugin.worker.runner import StepRunner
 from vllm_cfg_plugin.worker.side_work import SideWork
+from vllm_cfg_plugin.worker.warm_up import warm_up
 
 logger = get_logger(__name__)
 
@@ -111,6 +112,9 @@ class DiffusionWorker(WorkerBase):
     def _calibration(self) -> Calibration:
         folder = Path(envs.VLLM_CACHE_ROOT) / PLUGIN_NAME
         ranks = self.parallel_config.world_size
+        info = describe(self._checkpoint)
+        if fused.is_enabled(self.device) and info.call_arguments is None:
+            warm_up(self.runner.pipeline, info, self._groups.steps)
         found = calibrate_rank(
             self.runner.pipeline, self._checkpoint, folder, ranks, self._groups.steps, text_encoder=self._text_encoder
         )
