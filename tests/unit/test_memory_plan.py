@@ -84,6 +84,13 @@ def test_weights_are_counted_in_the_dtype_they_are_loaded_in(qwen_image_folders)
     assert all(float32[name].nbytes == 2 * bfloat16[name].nbytes for name in float32)
 
 
+def test_of_processes_that_share_a_forward_each_has_its_part_of_the_step(qwen_image_folders):
+    checkpoint = Checkpoint(str(qwen_image_folders["tiny"]))
+    alone, shared = (model_memory(checkpoint, torch.float32, sequence_parallel_size=size) for size in (1, 2))
+    assert shared.step(2) < 0.75 * alone.step(2)
+    assert (shared.components, shared.decode) == (alone.components, alone.decode)
+
+
 @pytest.fixture(scope="module")
 def well_known():
     return {f"{name}{suffix}": memory_of(name, of) for name in MODELS for suffix, of in QUANTIZATIONS.items()}
@@ -236,11 +243,14 @@ def test_the_command_prints_what_goes_where(qwen_image_folders, capsys):
     assert "Fits with text encoders on the first rank" in printed
     assert main([model, "--gpu", "0.1"]) == 1
     assert "does not fit: with text encoders in host memory" in capsys.readouterr().out
-    assert main([model, "--gpu", "24", "--cpu-offload-gb", "9"]) == 0
+    assert main([model, "--gpu", "24", "--cpu-offload-gb", "9", "--sequence-parallel-size", "2"]) == 0
     assert "on every rank, some layers in host memory" in capsys.readouterr().out
 
 
-def test_the_command_says_in_one_line_what_is_wrong(tmp_path, capsys):
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path, capsys, qwen_image_folders):
+    with pytest.raises(SystemExit):
+        main([str(qwen_image_folders["tiny"]), "--gpu", "24", "--sequence-parallel-size", "3"])
+    assert "must divide" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--gpu", "24"])
     assert "is not a diffusers checkpoint" in capsys.readouterr().err

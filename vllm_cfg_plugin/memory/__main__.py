@@ -1,6 +1,6 @@
 """What a model takes of GPUs, and what goes where on them.
 
-    python -m vllm_cfg_plugin.memory MODEL --gpu 80 [--ranks 2] [--dtype bfloat16] [--variant fp16]
+    python -m vllm_cfg_plugin.memory MODEL --gpu 80 [--ranks 2] [--sequence-parallel-size 2] [--quantization fp8] ...
 
 Nothing is loaded and no GPU is needed: configurations and the headers of weight files are enough, also of a hub id.
 Exit code 1: the model does not fit.
@@ -36,7 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m vllm_cfg_plugin.memory", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", metavar="MODEL", help="a diffusers folder or a hub id")
     parser.add_argument("--gpu", type=float, required=True, metavar="GB", help="memory of each GPU")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="GPUs, one rank each (--cfg-parallel-size)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="cfg ranks (--cfg-parallel-size)")
+    parser.add_argument(
+        "--sequence-parallel-size", type=int, default=1, metavar="N", help="GPUs of each rank, which share its forwards"
+    )
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     parser.add_argument("--revision")
     parser.add_argument("--variant", default="", metavar="NAME", help="as in model.fp16.safetensors")
@@ -51,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         checkpoint = Checkpoint(args.model, args.revision)
-        model = model_memory(checkpoint, _DTYPES[args.dtype], args.variant, args.quantization)
+        model = model_memory(
+            checkpoint, _DTYPES[args.dtype], args.variant, args.quantization, args.sequence_parallel_size
+        )
     except ConfigurationError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     card = Card(int(args.gpu * GIB), args.gpu_memory_utilization)

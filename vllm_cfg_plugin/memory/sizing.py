@@ -18,6 +18,7 @@ from msgspec import UNSET
 from safetensors import safe_open
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
+from vllm_cfg_plugin.distributed.sequence_group import together
 from vllm_cfg_plugin.memory.placement import Component, ModelMemory
 from vllm_cfg_plugin.memory.tracking import peak_bytes
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -34,13 +35,18 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16
 
 
 def model_memory(
-    checkpoint: Checkpoint, dtype: torch.dtype, variant: str = "", quantization: str | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    variant: str = "",
+    quantization: str | None = None,
+    sequence_parallel_size: int = 1,
 ) -> ModelMemory:
     """What a checkpoint takes where it is loaded in this dtype.
 
     Args:
         variant: of the names of weight files.
         quantization: of the transformers' layers.
+        sequence_parallel_size: processes that share a forward; what it takes is that of one of them.
 
     Raises:
         ConfigurationError: the checkpoint can't be served.
@@ -52,7 +58,8 @@ def model_memory(
     with torch.inference_mode():
         request = sample_request(info)
         branch = _branch(pipeline, info, request)
-        one, two = (_forward_bytes(pipeline, [branch] * count) for count in (1, 2))
+        with together(_MetaGroup(sequence_parallel_size)):
+            one, two = (_forward_bytes(pipeline, [branch] * count) for count in (1, 2))
         decode = _decode_bytes(pipeline, branch)
     tokens = request.image_tokens + request.condition_tokens + branch.embeds.tokens.shape[0]
     per_token = -(-(two - one) // tokens)
@@ -64,6 +71,27 @@ def model_memory(
         step_token_bytes=per_token,
         decode_token_bytes=-(-decode // request.image_tokens),
     )
+
+
+class _MetaGroup:
+    """The first of some processes that share a forward on the meta device, where there is nothing to trade."""
+
+    rank, is_stoppable, trades = 0, False, 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(parts)
+
+    def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.size == 1 else rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        return list(flags)
+
+    def fail(self) -> None:
+        """The others are not there."""
 
 
 def component_sizes(

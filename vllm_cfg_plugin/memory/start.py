@@ -35,7 +35,9 @@ def choose_places(
     if card is None:
         return asked
     try:
-        model = model_memory(checkpoint, dtype, settings.variant, settings.quantization)
+        model = model_memory(
+            checkpoint, dtype, settings.variant, settings.quantization, settings.sequence_parallel_size
+        )
     except ConfigurationError:
         raise
     except Exception as error:  # of another package's pipeline: it may not run on the meta device
