@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.adapter_checks import assert_independent, assert_like_merged
+
 GRIDS = [(1, 1), (2, 3), (4, 4), (8, 8), (5, 7), (12, 12), (16, 19)]  # image tokens: 1 to 304, so both CPU kernels
 TEXT_LENGTHS = [1, 1, 3, 5, 16, 17, 40]
 
@@ -111,6 +113,14 @@ class PackedChecks:
             assert not torch.equal(self.forward(packed, sequences)[0], before[0]), path
             hook.remove()
         assert torch.equal(self.forward(packed, sequences)[0], before[0])
+
+    @torch.inference_mode()
+    @pytest.mark.parametrize("modulating", [False, True])
+    def test_adapters(self, models, modulating):
+        reference, packed = models
+        sequences = self.draw(6, seed=11)
+        assert_like_merged(reference, packed, sequences, self.forward, lambda model, s: model(**s)[0], modulating)
+        assert_independent(packed, sequences, self.forward, modulating)
 
     @torch.inference_mode()
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

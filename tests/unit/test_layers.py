@@ -31,6 +31,7 @@ PIPELINES = {
     "base": 2,
     "sample_request": 2,
     "components": 3,
+    "adapters": 3,
     "offload": 4,
     "quantized": 5,
     "weight_files": 4,

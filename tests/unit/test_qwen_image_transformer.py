@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.model_builders.qwen_image import SIZES, transformer
+from tests.unit.adapter_checks import assert_independent, assert_like_merged
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.qwen_image.transformer import PackedQwenImageTransformer
 
@@ -122,6 +123,15 @@ def test_bits_do_not_depend_on_the_neighbours_timesteps(models):
     together = forward_packed(packed, sequences)
     for sequence, prediction in zip(sequences, together, strict=True):
         assert torch.equal(prediction, forward_packed(packed, [sequence])[0])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("modulating", [False, True])
+def test_adapters(models, modulating):
+    reference, packed = models
+    sequences = draw_sequences(6, seed=11)
+    assert_like_merged(reference, packed, sequences, forward_packed, forward_alone, modulating)
+    assert_independent(packed, sequences, forward_packed, modulating)
 
 
 @torch.inference_mode()

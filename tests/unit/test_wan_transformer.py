@@ -2,13 +2,14 @@
 
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import pytest
 import torch
 
 from tests.model_builders.wan import IMAGE_WIDTH, LATENT_CHANNELS, SIZES, TEXT_WIDTH, wan_transformer
+from tests.unit.adapter_checks import assert_independent, assert_like_merged
 from vllm_cfg_plugin.pipelines.wan.transformer import PackedWanTransformer
 
 # Latents' (frames, height, width): 1 to 330 tokens, so both CPU kernels of attention.
@@ -103,6 +104,21 @@ def test_like_diffusers(models):
         expected = models.forward_reference(video)
         assert expected.std() > 0.1
         torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("modulating", [False, True])
+def test_adapters(models, modulating):
+    videos = models.draw(6, seed=11)
+
+    def forward_packed(model, videos):
+        return replace(models, packed=model).forward_packed(videos)
+
+    def forward_one(model, video):
+        return replace(models, reference=model).forward_reference(video)
+
+    assert_like_merged(models.reference, models.packed, videos, forward_packed, forward_one, modulating)
+    assert_independent(models.packed, videos, forward_packed, modulating)
 
 
 @torch.inference_mode()

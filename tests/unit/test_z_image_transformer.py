@@ -11,6 +11,7 @@ from diffusers import ZImageTransformer2DModel
 
 from tests.model_builders.qwen_image import SIZES
 from tests.model_builders.z_image import LATENT_CHANNELS, transformer
+from tests.unit.adapter_checks import assert_independent, assert_like_merged
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.z_image.transformer import FRAMES_PATCH, PATCH, PackedZImageTransformer
 
@@ -80,6 +81,15 @@ def test_like_diffusers(models):
         expected = forward_reference(reference, sequence)
         assert expected.std() > 0.1
         torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("modulating", [False, True])
+def test_adapters(models, modulating):
+    reference, packed = models
+    sequences = draw_sequences(6, seed=11)
+    assert_like_merged(reference, packed, sequences, forward, forward_reference, modulating)
+    assert_independent(packed, sequences, forward, modulating)
 
 
 @torch.inference_mode()

@@ -86,12 +86,12 @@ def joint_attention(
     """
     heads, group = _heads(attn), layout.joint.group
     streams = (
-        rms_norm(attn.norm_added_q, linear(attn.add_q_proj, text).unflatten(-1, heads)),
-        rms_norm(attn.norm_q, linear(attn.to_q, image).unflatten(-1, heads)),
-        rms_norm(attn.norm_added_k, linear(attn.add_k_proj, text).unflatten(-1, heads)),
-        rms_norm(attn.norm_k, linear(attn.to_k, image).unflatten(-1, heads)),
-        linear(attn.add_v_proj, text).unflatten(-1, heads),
-        linear(attn.to_v, image).unflatten(-1, heads),
+        rms_norm(attn.norm_added_q, linear(attn.add_q_proj, text, layout.text).unflatten(-1, heads)),
+        rms_norm(attn.norm_q, linear(attn.to_q, image, layout.image).unflatten(-1, heads)),
+        rms_norm(attn.norm_added_k, linear(attn.add_k_proj, text, layout.text).unflatten(-1, heads)),
+        rms_norm(attn.norm_k, linear(attn.to_k, image, layout.image).unflatten(-1, heads)),
+        linear(attn.add_v_proj, text, layout.text).unflatten(-1, heads),
+        linear(attn.to_v, image, layout.image).unflatten(-1, heads),
     )
     query_key_value = interleave(layout.text, layout.image, all_rows_of_own_heads(group, streams))
     query, key = rotate(query_key_value[:2], layout.rotation)
@@ -108,9 +108,9 @@ def self_attention(attn: Any, stream: torch.Tensor, rows: PackedRows, rotation: 
         rotation: of the whole stream's rows, see `JointLayout`.
     """
     heads = _heads(attn)
-    query = rms_norm(attn.norm_q, linear(attn.to_q, stream).unflatten(-1, heads))
-    key = rms_norm(attn.norm_k, linear(attn.to_k, stream).unflatten(-1, heads))
-    value = linear(attn.to_v, stream).unflatten(-1, heads)
+    query = rms_norm(attn.norm_q, linear(attn.to_q, stream, rows).unflatten(-1, heads))
+    key = rms_norm(attn.norm_k, linear(attn.to_k, stream, rows).unflatten(-1, heads))
+    value = linear(attn.to_v, stream, rows).unflatten(-1, heads)
     query, key, value = all_rows_of_own_heads(rows.group, (query, key, value))
     query, key = rotate(query, rotation), rotate(key, rotation)
     (own,) = own_rows_of_all_heads(rows.group, [rows.join(attend_sequences(query, key, value, rows, attn.processor))])

@@ -1,7 +1,7 @@
 """Linear layers of diffusers' models on packed rows; must not import vLLM.
 
 On a CPU in float32 the kernel is the one that `cpu_kernels.py` names. Each of them gives a row the same bits for every
-number of rows from 16 up.
+number of rows from 16 up. What sequences carry of adapters is added here, see `low_rank.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from diffusers.models.activations import GELU
 from torch import nn
 
 from vllm_cfg_plugin.pipelines.common.cpu_kernels import cpu_kernels
+from vllm_cfg_plugin.pipelines.common.low_rank import AdaptedSpans, adapted_spans
+from vllm_cfg_plugin.pipelines.common.packing import PackedRows
 
 # Twice GELU's tanh argument, sqrt(2 / pi) * (x + 0.044715 * x**3).
 _GELU_LINEAR = 2 * sqrt(2 / pi)
@@ -33,26 +35,64 @@ def onednn_linear(
     return output
 
 
-def linear(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """`module(x)` for a linear layer and rows x, [rows, channels]."""
+def linear(module: Any, x: torch.Tensor, rows: PackedRows | None = None) -> torch.Tensor:
+    """`module(x)` for a linear layer and rows x, [rows, channels], and what their sequences' adapters add.
+
+    Args:
+        rows: the stream whose window x is; None where all rows belong to one sequence, or to sequences that carry the
+            same adapters.
+    """
+    output = _product(module, x)
+    if adapted := adapted_spans(module, x, rows):
+        adapted.add(x, output)
+    return output
+
+
+def feed_forward(module: Any, x: torch.Tensor, rows: PackedRows | None = None) -> torch.Tensor:
+    """`module(x)` for diffusers' FeedForward; its dropout does nothing in inference. Arguments as of `linear`.
+
+    Raises:
+        ValueError: its activation is none that adapters of its first layer could come before.
+    """
+    first, _, last = module.net
+    if type(first) is GELU and first.approximate == "tanh":
+        return linear(last, gelu_linear(first.proj, x, rows), rows)
+    if any(adapted_spans(layer, x, rows) for layer in (first.proj, last)):
+        raise ValueError(f"adapters of a {type(first).__name__} are not supported")
+    return module(x)
+
+
+def gelu_linear(module: Any, x: torch.Tensor, rows: PackedRows | None = None) -> torch.Tensor:
+    """The tanh approximation of GELU of `module(x)` for a linear layer; arguments as of `linear`."""
+    adapted = adapted_spans(module, x, rows)
+    return _gelu_adapted(module, x, adapted) if adapted else _gelu_of_product(module, x)
+
+
+def _product(module: Any, x: torch.Tensor) -> torch.Tensor:
     if cpu_kernels().linear and _is_plain(module, x):
         return onednn_linear(x, module.weight, module.bias)
     return module(x)
 
 
-def feed_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """`module(x)` for diffusers' FeedForward and rows x, [rows, channels]; its dropout does nothing in inference."""
-    first, _, last = module.net
-    if not (type(first) is GELU and first.approximate == "tanh" and _is_plain(first.proj, x)):
-        return module(x)
-    return linear(last, gelu_linear(first.proj, x))
-
-
-def gelu_linear(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """The tanh approximation of GELU of `module(x)` for a linear layer and rows x, [rows, channels]."""
+def _gelu_of_product(module: Any, x: torch.Tensor) -> torch.Tensor:
     if cpu_kernels().linear and _is_plain(module, x):
         return onednn_linear(x, module.weight, module.bias, "gelu", "tanh")
     return _gelu(module(x))
+
+
+def _gelu_adapted(module: Any, x: torch.Tensor, adapted: AdaptedSpans) -> torch.Tensor:
+    """GELU comes after what adapters add. Other rows must have the bits that they have without such neighbours."""
+    pieces = []
+    for part, own in adapted.parts(x):
+        window = x[part.window]
+        if own is None:
+            activated = _gelu_of_product(module, window)
+        else:
+            product = _product(module, window)
+            own.add(window, product)
+            activated = _gelu(product)
+        pieces.append(activated[part.inner])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:

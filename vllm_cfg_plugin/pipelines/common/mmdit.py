@@ -87,17 +87,17 @@ def forward_dual_block(
         layout,
     )
     own_in = None if block.image_attn is None else modulate(image_norm, image, of_image, 6)
-    add_gated(image, linear(block.attn.to_out[0], image_out), of_image, 2)
+    add_gated(image, linear(block.attn.to_out[0], image_out, layout.image), of_image, 2)
     if block.image_attn is not None and own_in is not None:
         own_out = self_attention(block.image_attn, own_in, layout.image, None)
-        add_gated(image, linear(block.image_attn.to_out[0], own_out), of_image, 8)
+        add_gated(image, linear(block.image_attn.to_out[0], own_out, layout.image), of_image, 8)
     image_in = modulate(block.image_norms[1], image, of_image, 3)
-    add_gated(image, feed_forward(block.image_mlp, image_in), of_image, 5)
+    add_gated(image, feed_forward(block.image_mlp, image_in, layout.image), of_image, 5)
     if block.text_mlp is None:
         return
-    add_gated(text, linear(block.attn.to_add_out, text_out), of_text, first + 2)
+    add_gated(text, linear(block.attn.to_add_out, text_out, layout.text), of_text, first + 2)
     text_in = modulate(block.text_norms[1], text, of_text, first + 3)
-    add_gated(text, feed_forward(block.text_mlp, text_in), of_text, first + 5)
+    add_gated(text, feed_forward(block.text_mlp, text_in, layout.text), of_text, first + 5)
     _keep_finite(image)
     _keep_finite(text)
 
@@ -107,8 +107,9 @@ def forward_single_block(block: Any, stream: torch.Tensor, spans: Spans, number:
     factors = spans.joint.factors(number)
     normed = modulate(block.norm.norm, stream, factors, 0)
     attended = self_attention(block.attn, normed, layout.joint, layout.rotation)
-    hidden = gelu_linear(block.proj_mlp, normed)
-    add_gated(stream, linear(block.proj_out, torch.cat([attended, hidden], dim=1)), factors, 2)
+    hidden = gelu_linear(block.proj_mlp, normed, layout.joint)
+    change = linear(block.proj_out, torch.cat([attended, hidden], dim=1), layout.joint)
+    add_gated(stream, change, factors, 2)
     _keep_finite(stream)
 
 
@@ -131,7 +132,7 @@ def forward_blocks(
         for number, block in enumerate(in_turn(single_blocks), start=len(model.transformer_blocks)):
             forward_single_block(block, stream, spans, number, layout)
         image = layout.image.window(layout.part(layout.joint.split(layout.joint.gather(stream)))[0])
-    predicted = linear(model.proj_out, modulate_last(model.norm_out.norm, image, spans.image))
+    predicted = linear(model.proj_out, modulate_last(model.norm_out.norm, image, spans.image), layout.image)
     return layout.image.gather(predicted)[: layout.image.total]
 
 

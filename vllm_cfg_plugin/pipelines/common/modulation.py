@@ -3,22 +3,23 @@
 Where a model is modulated by the timestep alone, as Qwen-Image is, a third of its weights do nothing else: the result
 is the same for every sequence at that timestep, so it is computed ahead and remembered. A matrix product is padded to
 `ROW_MULTIPLE` rows anyway: a request's following timesteps take the padding's place, and its next steps read no
-modulation weight at all.
+modulation weight at all. What adapters change of it is computed and remembered apart.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from threading import Lock
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 
+from vllm_cfg_plugin.pipelines.adapters import carrying, current_pack, name_of_modulating
 from vllm_cfg_plugin.pipelines.common import fused
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.packing import ROW_MULTIPLE, PackedRows
@@ -30,6 +31,7 @@ _CACHE_BYTES = 32 * 2**20
 _MIN_TIMESTEPS = 64
 
 Factors = tuple[torch.Tensor, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,29 +67,29 @@ class ModulationCache:
     """
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[tuple[float, torch.dtype], Modulation] = OrderedDict()
+        self._entries: OrderedDict[tuple[float, torch.dtype, Hashable], Modulation] = OrderedDict()
         self._lock = Lock()
 
     def get(
         self, model: TimestepModulated, timesteps: Sequence[float], ahead: torch.Tensor, dtype: torch.dtype
     ) -> list[Modulation]:
         """The modulation of each timestep; where one is missing, `ahead` fills the rows that would be padding."""
-        distinct = dict.fromkeys(timesteps)
+        distinct, rest = dict.fromkeys(timesteps), (dtype, name_of_modulating())
         with self._lock:
-            found = {t: entry for t in distinct if (entry := self._entries.get((t, dtype))) is not None}
+            found = {t: entry for t in distinct if (entry := self._entries.get((t, *rest))) is not None}
             missing = [t for t in distinct if t not in found]
-            later = (t for t in dict.fromkeys(ahead.tolist()) if (t, dtype) not in self._entries and t not in missing)
+            later = (t for t in dict.fromkeys(ahead.tolist()) if (t, *rest) not in self._entries and t not in missing)
             rows = [*missing, *islice(later, -len(missing) % ROW_MULTIPLE)]
         # Outside the lock, so that no thread waits for one of lower priority.
         computed = dict(zip(rows, model.compute_modulations(rows, dtype), strict=True)) if rows else {}
         found |= {t: computed[t] for t in missing}
         with self._lock:
             for t in rows[len(missing) :]:
-                self._entries[t, dtype] = computed[t]
+                self._entries[t, *rest] = computed[t]
             # Those needed now go in last, so that they stay.
             for t in distinct:
-                self._entries[t, dtype] = found[t]
-                self._entries.move_to_end((t, dtype))
+                self._entries[t, *rest] = found[t]
+                self._entries.move_to_end((t, *rest))
             self._evict()
         return [found[t] for t in timesteps]
 
@@ -116,11 +118,38 @@ def modulations_at(
             change between calls: then nothing is remembered.
     """
     timesteps = timestep.to(dtype).tolist()
-    if timesteps_ahead is not None:
-        return model.modulations.get(model, timesteps, timesteps_ahead.to(dtype), dtype)
-    distinct = list(dict.fromkeys(timesteps))
-    of_timestep = dict(zip(distinct, model.compute_modulations(distinct, dtype), strict=True))
-    return [of_timestep[t] for t in timesteps]
+
+    def at(numbers: Sequence[int]) -> list[Modulation]:
+        own = [timesteps[number] for number in numbers]
+        if timesteps_ahead is not None:
+            return model.modulations.get(model, own, timesteps_ahead.to(dtype), dtype)
+        distinct = list(dict.fromkeys(own))
+        of_timestep = dict(zip(distinct, model.compute_modulations(distinct, dtype), strict=True))
+        return [of_timestep[t] for t in own]
+
+    return by_modulation(len(timesteps), at)
+
+
+def by_modulation(count: int, compute: Callable[[Sequence[int]], Sequence[T]]) -> list[T]:
+    """What is computed of `count` conditions, those of all sequences once or several times over.
+
+    Args:
+        compute: called with the numbers of conditions, of sequences with the same modulating adapters; it returns one
+            result for each.
+    """
+    pack = current_pack()
+    if pack is None or not pack.modulates:
+        return [*compute(range(count))]
+    results: dict[int, T] = {}
+    for carried, numbers in pack.by_modulation(count):
+        with carrying([carried]):
+            results |= zip(numbers, compute(numbers), strict=True)
+    return [results[number] for number in range(count)]
+
+
+def some_rows(tensor: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+    """The rows of these numbers; without an index tensor, whose copy to a GPU would be waited for."""
+    return tensor if len(numbers) == tensor.shape[0] else torch.stack([tensor[number] for number in numbers])
 
 
 def project_modulations(

@@ -6,7 +6,7 @@ Same network as diffusers' `transformer_flux.py`; see `mmdit.py` for its blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -16,7 +16,7 @@ from diffusers.utils import apply_lora_scale
 from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, layout_of_ids, rows_of
-from vllm_cfg_plugin.pipelines.common.modulation import Modulation
+from vllm_cfg_plugin.pipelines.common.modulation import Modulation, by_modulation, some_rows
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
 from vllm_cfg_plugin.pipelines.common.upload import upload
 
@@ -25,6 +25,15 @@ class PackedFluxTransformer(FluxTransformer2DModel):
     """diffusers' FluxTransformer2DModel with a packed forward; for inference only."""
 
     _layouts: LayoutCache
+
+    # Of adapters: the layers that make modulations, and the parts whose layers diffusers' own code calls.
+    modulation_layers: ClassVar[tuple[str, ...]] = (
+        "norm1.linear",
+        "norm1_context.linear",
+        "norm.linear",
+        "norm_out.linear",
+    )
+    closed_parts: ClassVar[tuple[str, ...]] = ("time_text_embed",)
 
     @classmethod
     def adopt(cls, transformer: FluxTransformer2DModel) -> Self:
@@ -66,8 +75,8 @@ class PackedFluxTransformer(FluxTransformer2DModel):
         layout = layout_of_ids(self._layouts, self.pos_embed, img_ids, txt_ids, timestep.shape[0], hidden_states.device)
         latents = rows_of("hidden_states", hidden_states, layout.image.lengths)
         prompts = rows_of("encoder_hidden_states", encoder_hidden_states, layout.text.lengths)
-        image = linear(self.x_embedder, layout.image.window(latents))
-        text = linear(self.context_embedder, layout.text.window(prompts))
+        image = linear(self.x_embedder, layout.image.window(latents), layout.image)
+        text = linear(self.context_embedder, layout.text.window(prompts), layout.text)
         modulations = self._modulations(timestep, guidance, pooled_projections, hidden_states.dtype)
         sample = forward_blocks(self, image, text, modulations, layout).view(*hidden_states.shape[:2], -1)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -83,5 +92,12 @@ class PackedFluxTransformer(FluxTransformer2DModel):
                 f"{self.config['guidance_embeds']}: {remedy}"
             )
         scalars = [timestep] if guidance is None else [timestep, guidance]
-        padded = [pad_rows(upload(values.to(dtype), pooled.device)) * 1000 for values in scalars]
-        return block_modulations(self, self.time_text_embed(*padded, pad_rows(pooled)), timestep.shape[0])
+
+        def of(numbers: Sequence[int]) -> list[Modulation]:
+            own = [upload(some_rows(values, numbers).to(dtype), pooled.device) for values in scalars]
+            embedded = self.time_text_embed(
+                *(pad_rows(values) * 1000 for values in own), pad_rows(some_rows(pooled, numbers))
+            )
+            return block_modulations(self, embedded, len(numbers))
+
+        return by_modulation(timestep.shape[0], of)

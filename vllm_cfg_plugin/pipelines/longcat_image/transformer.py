@@ -6,7 +6,7 @@ Same network as diffusers' `transformer_longcat_image.py`; see `mmdit.py` for it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -25,6 +25,15 @@ class PackedLongCatImageTransformer(LongCatImageTransformer2DModel):
 
     _layouts: LayoutCache
     modulations: ModulationCache
+
+    # Of adapters: the layers that make modulations, and the parts whose layers diffusers' own code calls.
+    modulation_layers: ClassVar[tuple[str, ...]] = (
+        "norm1.linear",
+        "norm1_context.linear",
+        "norm.linear",
+        "norm_out.linear",
+    )
+    closed_parts: ClassVar[tuple[str, ...]] = ("time_embed",)
 
     @classmethod
     def adopt(cls, transformer: LongCatImageTransformer2DModel) -> Self:
@@ -62,8 +71,8 @@ class PackedLongCatImageTransformer(LongCatImageTransformer2DModel):
         layout = layout_of_ids(self._layouts, self.pos_embed, img_ids, txt_ids, timestep.shape[0], hidden_states.device)
         latents = rows_of("hidden_states", hidden_states, layout.image.lengths)
         prompts = rows_of("encoder_hidden_states", encoder_hidden_states, layout.text.lengths)
-        image = linear(self.x_embedder, layout.image.window(latents))
-        text = linear(self.context_embedder, layout.text.window(prompts))
+        image = linear(self.x_embedder, layout.image.window(latents), layout.image)
+        text = linear(self.context_embedder, layout.text.window(prompts), layout.text)
         modulations = modulations_at(self, timestep, timesteps_ahead, hidden_states.dtype)
         sample = forward_blocks(self, image, text, modulations, layout).view(*hidden_states.shape[:2], -1)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,10 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
 
     _layouts: LayoutCache
     modulations: ModulationCache
+
+    # Of adapters: the layers that make modulations, and the parts whose layers diffusers' own code calls.
+    modulation_layers: ClassVar[tuple[str, ...]] = ("img_mod.1", "txt_mod.1", "norm_out.linear")
+    closed_parts: ClassVar[tuple[str, ...]] = ("time_text_embed",)
 
     @classmethod
     def adopt(cls, transformer: QwenImageTransformer2DModel) -> Self:
@@ -107,8 +111,8 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
             lambda: self._make_layout(shapes, image_lengths, text_lengths, hidden_states.device),
         )
         text = _text_rows(encoder_hidden_states, text_lengths)
-        # The last modulation is that of clean images.
-        times = torch.cat([timestep, timestep.new_zeros(1)]) if self.zero_cond_t else timestep
+        # The second half of the modulations is that of clean images.
+        times = torch.cat([timestep, torch.zeros_like(timestep)]) if self.zero_cond_t else timestep
         modulations = modulations_at(self, times, timesteps_ahead, hidden_states.dtype)
         spans = Spans.of(modulations[: len(shapes)], layout)
         if self.zero_cond_t:
@@ -127,13 +131,13 @@ class PackedQwenImageTransformer(QwenImageTransformer2DModel):
         Args:
             last: spans of the image after the last block.
         """
-        image = linear(self.img_in, layout.image.window(latents))
-        text = linear(self.txt_in, rms_norm(self.txt_norm, layout.text.window(prompts)))
+        image = linear(self.img_in, layout.image.window(latents), layout.image)
+        text = linear(self.txt_in, rms_norm(self.txt_norm, layout.text.window(prompts)), layout.text)
         for number, block in enumerate(in_turn(self.transformer_blocks)):
             is_last = number == len(self.transformer_blocks) - 1
             forward_dual_block(_parts(block, is_last), image, text, spans, number, layout)
         image = modulate_last(self.norm_out.norm, image, last)
-        return layout.image.gather(linear(self.proj_out, image))[: layout.image.total]
+        return layout.image.gather(linear(self.proj_out, image, layout.image))[: layout.image.total]
 
     def compute_modulations(self, timesteps: Sequence[float], dtype: torch.dtype) -> list[Modulation]:
         """The modulation of each timestep (in 0..1), bitwise independent of the others."""
@@ -174,15 +178,20 @@ def _parts(block: Any, is_last: bool) -> DualBlock:
 def _spans_of_images(
     shapes: tuple[ImageShape, ...], modulations: Sequence[Modulation], device: torch.device
 ) -> StreamSpans:
-    """The image stream's spans where each sequence's first image has its own modulation, all others the last one."""
+    """The image stream's spans where each sequence's first image has one modulation and all others another.
+
+    Args:
+        modulations: of the first images of all sequences, then of their other ones.
+    """
     lengths: list[int] = []
     of_parts: list[Modulation] = []
-    for (denoised, *conditions), modulation in zip(shapes, modulations[:-1], strict=True):
+    firsts, others = modulations[: len(shapes)], modulations[len(shapes) :]
+    for (denoised, *conditions), modulation, other in zip(shapes, firsts, others, strict=True):
         lengths.append(prod(denoised))
         of_parts.append(modulation)
         if conditions:
             lengths.append(sum(prod(image) for image in conditions))
-            of_parts.append(modulations[-1])
+            of_parts.append(other)
     return StreamSpans.of(of_parts, PackedRows(tuple(lengths), device))
 
 

@@ -6,7 +6,7 @@ Same network as diffusers' `transformer_sd3.py`; see `mmdit.py` for its blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -18,6 +18,7 @@ from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.attention import JointLayout, make_joint_layout
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, rows_of
+from vllm_cfg_plugin.pipelines.common.modulation import Modulation, by_modulation, some_rows
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
 from vllm_cfg_plugin.pipelines.common.upload import upload
 
@@ -28,6 +29,10 @@ class PackedSD3Transformer(SD3Transformer2DModel):
     """diffusers' SD3Transformer2DModel with a packed forward; for inference only."""
 
     _layouts: LayoutCache
+
+    # Of adapters: the layers that make modulations, and the parts whose layers diffusers' own code calls.
+    modulation_layers: ClassVar[tuple[str, ...]] = ("norm1.linear", "norm1_context.linear", "norm_out.linear")
+    closed_parts: ClassVar[tuple[str, ...]] = ("time_text_embed",)
 
     @classmethod
     def adopt(cls, transformer: SD3Transformer2DModel) -> Self:
@@ -85,14 +90,22 @@ class PackedSD3Transformer(SD3Transformer2DModel):
         latents = rows_of("hidden_states", hidden_states, layout.image.lengths)
         prompts = rows_of("encoder_hidden_states", encoder_hidden_states, text_lengths)
         image = self._embed_patches(layout.image.window(latents), positions)
-        text = linear(self.context_embedder, layout.text.window(prompts))
-        embedding = self.time_text_embed(pad_rows(upload(timestep, image.device)), pad_rows(pooled_projections))
-        sample = forward_blocks(self, image, text, block_modulations(self, embedding, count), layout)
+        text = linear(self.context_embedder, layout.text.window(prompts), layout.text)
+        sample = forward_blocks(self, image, text, self._modulations(timestep, pooled_projections), layout)
         # The output layer gives [patch, patch, channels] where the input has [channels, patch, patch].
         sample = (
             sample.unflatten(1, (patch, patch, -1)).permute(0, 3, 1, 2).flatten(1).view(*hidden_states.shape[:2], -1)
         )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _modulations(self, timestep: torch.Tensor, pooled: torch.Tensor) -> list[Modulation]:
+        """The modulation of each sequence, bitwise independent of the others."""
+
+        def of(numbers: Sequence[int]) -> list[Modulation]:
+            own = pad_rows(upload(some_rows(timestep, numbers), pooled.device)), pad_rows(some_rows(pooled, numbers))
+            return block_modulations(self, self.time_text_embed(*own), len(numbers))
+
+        return by_modulation(timestep.shape[0], of)
 
     def _embed_patches(self, latents: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[rows, dim] from patches [rows, channels * patch * patch]: one image each to the convolution."""

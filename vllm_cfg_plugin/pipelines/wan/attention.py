@@ -35,34 +35,34 @@ class WanLayout:
 
 def attend_to_video(attn: Any, video: torch.Tensor, layout: WanLayout) -> torch.Tensor:
     """What each video gets from itself, after the output projection; windows of [rows, dim]."""
-    query = _heads(attn, rms_norm(attn.norm_q, linear(attn.to_q, video)))
-    key = _heads(attn, rms_norm(attn.norm_k, linear(attn.to_k, video)))
-    value = _heads(attn, linear(attn.to_v, video))
+    query = _heads(attn, rms_norm(attn.norm_q, linear(attn.to_q, video, layout.video)))
+    key = _heads(attn, rms_norm(attn.norm_k, linear(attn.to_k, video, layout.video)))
+    value = _heads(attn, linear(attn.to_v, video, layout.video))
     query, key, value = all_rows_of_own_heads(layout.video.group, (query, key, value))
     query, key = rotate(query, layout.rotation), rotate(key, layout.rotation)
     attended = layout.video.join(attend_sequences(query, key, value, layout.video, attn.processor))
     (own,) = own_rows_of_all_heads(layout.video.group, [attended])
-    return linear(attn.to_out[0], own)
+    return linear(attn.to_out[0], own, layout.video)
 
 
 def attend_to_conditions(
     attn: Any, video: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None, layout: WanLayout
 ) -> torch.Tensor:
     """What each video gets from its own text and image, after the output projection; windows of [rows, dim]."""
-    query = _heads(attn, rms_norm(attn.norm_q, linear(attn.to_q, video)))
-    key = _heads(attn, rms_norm(attn.norm_k, linear(attn.to_k, text)))
-    value = _heads(attn, linear(attn.to_v, text))
+    query = _heads(attn, rms_norm(attn.norm_q, linear(attn.to_q, video, layout.video)))
+    key = _heads(attn, rms_norm(attn.norm_k, linear(attn.to_k, text, layout.text)))
+    value = _heads(attn, linear(attn.to_v, text, layout.text))
     of_image: list[torch.Tensor] = []
     if image is not None:
-        image_key = _heads(attn, rms_norm(attn.norm_added_k, linear(attn.add_k_proj, image)))
-        of_image = [image_key, _heads(attn, linear(attn.add_v_proj, image))]
+        image_key = _heads(attn, rms_norm(attn.norm_added_k, linear(attn.add_k_proj, image, layout.image)))
+        of_image = [image_key, _heads(attn, linear(attn.add_v_proj, image, layout.image))]
     query, key, value, *of_image = all_rows_of_own_heads(layout.video.group, (query, key, value, *of_image))
     attended = layout.video.join(attend_sequences(query, key, value, layout.video, attn.processor, layout.text))
     if of_image:
         key, value = of_image
         attended += layout.video.join(attend_sequences(query, key, value, layout.video, attn.processor, layout.image))
     (own,) = own_rows_of_all_heads(layout.video.group, [attended])
-    return linear(attn.to_out[0], own)
+    return linear(attn.to_out[0], own, layout.video)
 
 
 def _heads(attn: Any, x: torch.Tensor) -> torch.Tensor:

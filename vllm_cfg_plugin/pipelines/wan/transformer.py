@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from math import prod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,14 @@ from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.linear import feed_forward, gelu_linear, linear
-from vllm_cfg_plugin.pipelines.common.modulation import Modulation, StreamSpans, add_gated, modulate, modulate_last
+from vllm_cfg_plugin.pipelines.common.modulation import (
+    Modulation,
+    StreamSpans,
+    add_gated,
+    by_modulation,
+    modulate,
+    modulate_last,
+)
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
 from vllm_cfg_plugin.pipelines.common.upload import upload
 from vllm_cfg_plugin.pipelines.offload import in_turn
@@ -35,6 +42,10 @@ class PackedWanTransformer(WanTransformer3DModel):
     """diffusers' WanTransformer3DModel with a packed forward; for inference only."""
 
     _layouts: LayoutCache
+
+    # Of adapters: the layers that make modulations, and the parts whose layers diffusers' own code calls.
+    modulation_layers: ClassVar[tuple[str, ...]] = ("condition_embedder.time_proj",)
+    closed_parts: ClassVar[tuple[str, ...]] = ("condition_embedder.time_embedder", "condition_embedder.image_embedder")
 
     @classmethod
     def adopt(cls, transformer: WanTransformer3DModel) -> Self:
@@ -77,13 +88,13 @@ class PackedWanTransformer(WanTransformer3DModel):
         layout = self._layout_of(grids, latents, texts, embedded_images)
         spans = self._spans(timestep, layout.video, latents[0].dtype)
         video = layout.video.window(layout.video.join(self._embed_patches(one) for one in latents))
-        text = self._embed_text(layout.text.window(layout.text.join(texts)))
+        text = self._embed_text(layout.text.window(layout.text.join(texts)), layout.text)
         image = None
         if embedded_images is not None and layout.image is not None:
             image = layout.image.window(layout.image.join(embedded_images))
         for number, block in enumerate(in_turn(self.blocks)):
             _forward_block(block, video, text, image, spans, number, layout)
-        out = layout.video.gather(linear(self.proj_out, modulate_last(self.norm_out, video, spans)))
+        out = layout.video.gather(linear(self.proj_out, modulate_last(self.norm_out, video, spans), layout.video))
         videos = [self._unpatchify(*one).flatten(2) for one in zip(layout.video.split(out), grids, strict=True)]
         sample = torch.cat(videos, dim=2)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -116,9 +127,9 @@ class PackedWanTransformer(WanTransformer3DModel):
         patches: torch.Tensor = self.patch_embedding(latents)
         return patches[0].flatten(1).t()
 
-    def _embed_text(self, text: torch.Tensor) -> torch.Tensor:
+    def _embed_text(self, text: torch.Tensor, rows: PackedRows) -> torch.Tensor:
         embedder = self.condition_embedder.text_embedder
-        return linear(embedder.linear_2, gelu_linear(embedder.linear_1, text))
+        return linear(embedder.linear_2, gelu_linear(embedder.linear_1, text, rows), rows)
 
     def _embed_image(self, image: torch.Tensor) -> torch.Tensor:
         """[rows, dim] of one video's image embeddings; alone like `_embed_patches`."""
@@ -128,13 +139,19 @@ class PackedWanTransformer(WanTransformer3DModel):
 
     def _spans(self, timesteps: Sequence[torch.Tensor], rows: PackedRows, dtype: torch.dtype) -> StreamSpans:
         """This rank's window of the stream in maximal spans of one timestep; the last ends with the padding."""
-        parts = [part for one in zip(timesteps, rows.lengths, strict=True) for part in _parts(*one)]
-        distinct = list(dict.fromkeys(t for t, _ in parts))
-        of_timestep = dict(zip(distinct, self._modulations(distinct, dtype), strict=True))
+        parts = [_parts(*one) for one in zip(timesteps, rows.lengths, strict=True)]
+
+        def of(numbers: Sequence[int]) -> list[dict[float, Modulation]]:
+            distinct = list(dict.fromkeys(t for number in numbers for t, _ in parts[number]))
+            return [dict(zip(distinct, self._modulations(distinct, dtype), strict=True))] * len(numbers)
+
+        at = by_modulation(len(parts), of)
+        modulated = [(own[t], tokens) for own, of_video in zip(at, parts, strict=True) for t, tokens in of_video]
         spans, start = StreamSpans([], []), 0
-        for t, neighbours in groupby(parts, lambda part: part[0]):
-            end = start + sum(count for _, count in neighbours)
-            spans.modulations.append(of_timestep[t])
+        for _, group in groupby(modulated, lambda part: id(part[0])):
+            neighbours = [*group]
+            end = start + sum(tokens for _, tokens in neighbours)
+            spans.modulations.append(neighbours[0][0])
             spans.rows.append(slice(start, None if end == rows.total else end))
             start = end
         return spans.window(rows)
@@ -217,4 +234,4 @@ def _forward_block(
     attended = attend_to_video(block.attn1, modulate(block.norm1, video, factors, 0), layout)
     add_gated(video, attended, factors, 2)
     video += attend_to_conditions(block.attn2, block.norm2(video), text, image, layout)
-    add_gated(video, feed_forward(block.ffn, modulate(block.norm3, video, factors, 3)), factors, 5)
+    add_gated(video, feed_forward(block.ffn, modulate(block.norm3, video, factors, 3), layout.video), factors, 5)

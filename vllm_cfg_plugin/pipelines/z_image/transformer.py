@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
     modulate_last,
     modulations_at,
 )
-from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
+from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
 from vllm_cfg_plugin.pipelines.common.upload import upload
 from vllm_cfg_plugin.pipelines.offload import in_turn
 from vllm_cfg_plugin.pipelines.z_image.layout import Grid, PaddedStream, ZImageLayout, lay_out, make_layout
@@ -49,6 +49,10 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
 
     _layouts: LayoutCache
     modulations: ModulationCache
+
+    # Of adapters: the layers that make modulations, and the parts whose layers diffusers' own code calls.
+    modulation_layers: ClassVar[tuple[str, ...]] = ("adaLN_modulation.0", "adaLN_modulation.1")
+    closed_parts: ClassVar[tuple[str, ...]] = ("t_embedder",)
 
     @classmethod
     def adopt(cls, transformer: ZImageTransformer2DModel) -> Self:
@@ -150,46 +154,56 @@ class PackedZImageTransformer(ZImageTransformer2DModel):
     ) -> torch.Tensor:
         """[image rows, patch] of all sequences from patches and prompt embeddings, each [tokens, ...]."""
         image_spans, spans = (StreamSpans.of(modulations, stream.rows) for stream in (layout.image, layout.joint))
-        image = linear(self.all_x_embedder[_PATCH_KEY], layout.image.rows.window(lay_out(patches, layout.image.rows)))
+        image = linear(
+            self.all_x_embedder[_PATCH_KEY],
+            layout.image.rows.window(lay_out(patches, layout.image.rows)),
+            layout.image.rows,
+        )
         image[layout.image_pads] = self.x_pad_token
         for number, block in enumerate(in_turn(self.noise_refiner)):
             _add_attention(block, image, layout.image, image_spans.factors(number))
-            _add_feed_forward(block, image, image_spans.factors(number))
+            _add_feed_forward(block, image, layout.image.rows, image_spans.factors(number))
         images = layout.image.rows.split(layout.image.rows.gather(image))
         pairs = zip(images, self._refine_texts(texts, layout), strict=True)
         stream = layout.joint.rows.window(layout.joint.rows.join(piece for pair in pairs for piece in pair))
         depth = len(self.noise_refiner) + len(self.layers)
         for number, block in enumerate(in_turn(self.layers), len(self.noise_refiner)):
             _add_attention(block, stream, layout.joint, spans.factors(number))
+            rows = layout.joint.rows
             if number == depth - 1:  # nothing reads the text any more
-                stream, spans = layout.image_of(stream), image_spans
-            _add_feed_forward(block, stream, spans.factors(number))
+                stream, spans, rows = layout.image_of(stream), image_spans, layout.image.rows
+            _add_feed_forward(block, stream, rows, spans.factors(number))
         final: Any = self.all_final_layer[_PATCH_KEY]
-        return layout.image.rows.gather(linear(final.linear, modulate_last(final.norm_final, stream, spans)))
+        return layout.image.rows.gather(
+            linear(final.linear, modulate_last(final.norm_final, stream, spans), layout.image.rows)
+        )
 
     def _refine_texts(self, texts: Sequence[torch.Tensor], layout: ZImageLayout) -> list[torch.Tensor]:
         """What of each text joins its image, [text rows, dim]; the timestep does not matter to it."""
         norm, projection = self.cap_embedder
-        stream = linear(projection, rms_norm(norm, layout.text.rows.window(lay_out(texts, layout.text.rows))))
+        stream = linear(
+            projection, rms_norm(norm, layout.text.rows.window(lay_out(texts, layout.text.rows))), layout.text.rows
+        )
         stream[layout.text_pads] = self.cap_pad_token
         for block in in_turn(self.context_refiner):
             factors = SpanFactors.of([slice(None)], [_norm_weights(block)])
             _add_attention(block, stream, layout.text, factors)
-            _add_feed_forward(block, stream, factors)
+            _add_feed_forward(block, stream, layout.text.rows, factors)
         return layout.text.rows.split(layout.text.rows.gather(stream))
 
 
 def _add_attention(block: Any, stream: torch.Tensor, layout: PaddedStream, factors: SpanFactors) -> None:
     """Add a block's attention to the stream [rows, dim], in place."""
     normed = _scale_norm(block.attention_norm1, stream, factors, 0)
-    change = linear(block.attention.to_out[0], self_attention(block.attention, normed, layout.rows, layout.rotation))
+    attended = self_attention(block.attention, normed, layout.rows, layout.rotation)
+    change = linear(block.attention.to_out[0], attended, layout.rows)
     add_gated(stream, scaled_rms_norm(change, None, block.attention_norm2.eps), factors, 1)
 
 
-def _add_feed_forward(block: Any, stream: torch.Tensor, factors: SpanFactors) -> None:
+def _add_feed_forward(block: Any, stream: torch.Tensor, rows: PackedRows, factors: SpanFactors) -> None:
     """Add a block's gated MLP to the stream [rows, dim], in place."""
     normed, mlp = _scale_norm(block.ffn_norm1, stream, factors, 2), block.feed_forward
-    change = linear(mlp.w2, F.silu(linear(mlp.w1, normed)).mul_(linear(mlp.w3, normed)))
+    change = linear(mlp.w2, F.silu(linear(mlp.w1, normed, rows)).mul_(linear(mlp.w3, normed, rows)), rows)
     add_gated(stream, scaled_rms_norm(change, None, block.ffn_norm2.eps), factors, 3)
 
 
