@@ -26,6 +26,7 @@ from vllm_cfg_plugin.config import (
     with_our_defaults,
 )
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.adapter_files import check_adapters
 from vllm_cfg_plugin.pipelines.registry import check_servable
 from vllm_cfg_plugin.vllm_options import check_options
 
@@ -69,6 +70,7 @@ _SWITCHES = {
     "cfg_page": "A page at / of the server, on which a person can try the model. Default: on.",
     "cfg_shared_weights": "One copy of the weights for all ranks of an engine. Default: on, where ranks run on a CPU.",
 }
+_LORA_OPTIONS = ("enable_lora", "lora_modules", "max_loras", "max_lora_rank", "max_cpu_loras")  # of vLLM
 # Naming this plugin in VLLM_PLUGINS would opt in to downloads that stock vLLM does not do on its own.
 _OPT_IN_ONLY = {"lora_hf_hub_resolver"}
 
@@ -168,7 +170,7 @@ class _DiffusionParsing:
         namespace = argparse.Namespace() if namespace is None else namespace
         # argparse fills in a default only where there is nothing yet, so what is still `_NOT_GIVEN` at the end was not
         # given, and what was given is told from its default even where the two are equal.
-        watched = ("model", *with_our_defaults({}, self._on_cpu))
+        watched = ("model", *_LORA_OPTIONS, *with_our_defaults({}, self._on_cpu))
         for dest in watched:
             if not hasattr(namespace, dest):
                 setattr(namespace, dest, _NOT_GIVEN)
@@ -178,6 +180,7 @@ class _DiffusionParsing:
         try:
             if _has_diffusion_model(namespace, given.get("model")):
                 _take_settings(namespace, self._parser.get_default)
+                _take_lora(namespace, given, self._parser.get_default)
                 check_options(vars(namespace), self._parser.get_default)
                 vars(namespace).update(with_our_defaults(given, self._on_cpu))
         except ConfigurationError as error:
@@ -201,6 +204,38 @@ def _take_settings(namespace: argparse.Namespace, vllms_default: Callable[[str],
         if asked != default:
             namespace.additional_config = {**namespace.additional_config, name: asked}
     EngineSettings.from_dict(namespace.additional_config)
+
+
+def _take_lora(namespace: argparse.Namespace, given: dict[str, Any], default_of: Callable[[str], Any]) -> None:
+    """vLLM's own options of adapters, which are for its language models, become settings of ours.
+
+    Raises:
+        ConfigurationError: one is not valid, or an adapter can't be read.
+    """
+    asked = {name: value for name in _LORA_OPTIONS if (value := given.pop(name, None)) not in (None, False)}
+    vars(namespace).update({name: default_of(name) for name in _LORA_OPTIONS})
+    if "lora_modules" in asked:
+        asked["lora_modules"] = _paths_of_adapters(asked["lora_modules"])
+    namespace.additional_config = {**namespace.additional_config, **asked}
+    settings = EngineSettings.from_dict(namespace.additional_config)
+    if settings.enable_lora:
+        model = getattr(namespace, "model_tag", None) or given["model"]
+        check_adapters(Checkpoint(model, getattr(namespace, "revision", None)), settings.lora_modules)
+
+
+def _paths_of_adapters(modules: Sequence[Any]) -> dict[str, str]:
+    """{name: path} of vLLM's `--lora-modules`."""
+    paths: dict[str, str] = {}
+    for module in modules:
+        if module.name in paths:
+            raise ConfigurationError(f"lora_modules: there are two adapters named {module.name!r}")
+        if module.base_model_name:
+            raise ConfigurationError(
+                f"lora_modules: base_model_name={module.base_model_name!r} of {module.name!r} is not valid: leave it "
+                "out, there is one model"
+            )
+        paths[module.name] = module.path
+    return paths
 
 
 def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bool:

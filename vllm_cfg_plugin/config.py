@@ -65,7 +65,6 @@ UNUSABLE_OPTIONS: dict[str, str] = {
     "scheduling_policy": "the shortest request goes first, and none is overtaken often",
     "quantization_config": _WEIGHTS_AS_THEY_ARE,
     "load_format": _WEIGHTS_AS_THEY_ARE,
-    "enable_lora": "adapters are not supported; merge them into the checkpoint",
     "hf_overrides": "the checkpoint's own files say what the model is",
     "tokenizer": "the checkpoint has its own",
     "seed": "every request has a seed of its own",
@@ -89,6 +88,8 @@ _AUTO_OPTIONS = ("dtype", "config_format")
 LEAST_VALUES = {"cfg_max_restarts": 0}
 
 
+_LORA_NUMBERS = ("max_loras", "max_lora_rank", "max_cpu_loras")
+
 # On every rank, on the first one alone (which sends the others what it encoded), or in host memory, from where their
 # layers come to the device one by one.
 TEXT_ENCODERS = ("all", "one", "cpu")
@@ -106,6 +107,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         cfg_step_timeout: seconds after which ranks that owe an answer and send nothing count as dead.
         cfg_cache_bytes: of each of a rank's two caches, of what texts and what images of requests became.
         cfg_text_encoder: where the text encoders are, of `TEXT_ENCODERS`; None: found at start-up.
+        enable_lora: whether requests may carry adapters.
+        lora_modules: those that there are from the start, {name: path}.
+        max_loras: different ones that requests at work may carry at a time; a request that needs more waits.
+        max_lora_rank: of any adapter.
+        max_cpu_loras: that each rank keeps in host memory; None: as many as `max_loras`.
         quantization: of the transformers' weights, of `QUANTIZATIONS`; None: as they are in the checkpoint.
         cpu_offload_gb: GiB of the transformers' weights that each rank keeps in host memory; 0: as many as it must.
         max_image_pixels, ...: what an operator allows, as in `RequestLimits`.
@@ -125,6 +131,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     cfg_step_timeout: int = 120
     cfg_cache_bytes: int = 256 * 2**20
     cfg_text_encoder: str | None = None
+    enable_lora: bool = False
+    lora_modules: dict[str, str] = {}
+    max_loras: int = 16
+    max_lora_rank: int = 128
+    max_cpu_loras: int | None = None
     quantization: str | None = None
     cpu_offload_gb: float = 0
     max_image_pixels: int = RequestLimits().max_image_pixels
@@ -160,7 +171,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         except msgspec.ValidationError as error:
             raise ConfigurationError(f"additional_config: {error}") from error
         sizes = ("cfg_parallel_size", "sequence_parallel_size")
-        numbers = (*sizes, "cfg_step_timeout", "cfg_max_restarts", "cfg_cache_bytes", "max_step_ms")
+        numbers = (*sizes, "cfg_step_timeout", "cfg_max_restarts", "cfg_cache_bytes", "max_step_ms", *_LORA_NUMBERS)
         for name in (*numbers, *RequestLimits.__struct_fields__):
             value, least = getattr(settings, name), LEAST_VALUES.get(name, 1)
             if value is not None and value < least:
@@ -170,7 +181,21 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name, allowed in (("cfg_text_encoder", TEXT_ENCODERS), ("quantization", QUANTIZATIONS)):
             if (value := getattr(settings, name)) not in (None, *allowed):
                 raise ConfigurationError(f"{name}={value!r} is not valid: it must be one of {', '.join(allowed)}")
+        settings._check_lora(ours)
         return settings
+
+    def _check_lora(self, given: Mapping[str, Any]) -> None:
+        if not self.enable_lora and (unused := sorted(given.keys() & {"lora_modules", *_LORA_NUMBERS})):
+            raise ConfigurationError(f"{unused[0]}={given[unused[0]]!r} is not valid without enable_lora")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ConfigurationError(
+                f"max_cpu_loras={self.max_cpu_loras} is not valid: it must be at least max_loras={self.max_loras}"
+            )
+
+    @property
+    def max_loras_of_requests(self) -> int:
+        """Adapters that a request may carry."""
+        return self.max_loras if self.enable_lora else 0
 
     @property
     def encoder_rank(self) -> int | None:

@@ -48,6 +48,7 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         cfg_normalize: whether the guided prediction is brought back to the positive one's norm.
         guidance_rescale: 0 to 1, share of the guided prediction that is rescaled to the positive one's deviation.
         combine_rule: "cfg", "cfg_zero_star" or "apg".
+        lora: adapters that the request carries: a name, {"name": ..., "scale": ...} or a list of these.
         seed: 64-bit integer; unset or None draws one, which the outputs report.
         n: results, with seeds seed, seed + 1, ...
         extra: further parameters of the `__call__` of diffusers' own pipeline, for a model that runs as such.
@@ -67,6 +68,7 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     cfg_normalize: bool | UnsetType = UNSET
     guidance_rescale: float | UnsetType = UNSET
     combine_rule: str | UnsetType = UNSET
+    lora: Any = UNSET
     seed: int | UnsetType | None = UNSET
     n: int = 1
     extra: dict[str, Any] = {}
@@ -86,6 +88,22 @@ class ImageInput(msgspec.Struct, frozen=True, array_like=True):
     width: int
     height: int
     pixels: bytes
+
+
+class LoRA(msgspec.Struct, frozen=True, array_like=True):
+    """A low-rank adapter that a request carries.
+
+    Attributes:
+        name: what users call it.
+        path: of its file, which every rank reads when it needs it.
+        key: names the content of the file.
+        scale: weighs what the adapter adds.
+    """
+
+    name: str
+    path: str
+    key: str
+    scale: float = 1.0
 
 
 class Guidance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -132,6 +150,7 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         guidance_off: why a request that asked for guidance runs without it; empty otherwise.
         progress_key: the caller's name of this request on the channel of updates; "" for one that asks for none.
         previews: how many previews are asked for.
+        lora: the adapters that its forwards carry.
     """
 
     prompts: list[str]
@@ -154,6 +173,7 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     guidance_off: str = ""
     progress_key: str = ""
     previews: int = 0
+    lora: list[LoRA] = []
 
     @property
     def preview_steps(self) -> tuple[int, ...]:
@@ -178,6 +198,11 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     @property
     def guided(self) -> bool:
         return len(self.prompts) > 1
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Names the content of each adapter."""
+        return frozenset(lora.key for lora in self.lora)
 
     @property
     def condition_key(self) -> tuple[str, ...]:

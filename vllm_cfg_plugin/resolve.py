@@ -26,12 +26,14 @@ from vllm_cfg_plugin.field_checks import (
     checked_size,
     checked_text_limit,
 )
+from vllm_cfg_plugin.lora_field import checked_lora
 from vllm_cfg_plugin.params import (
     MAX_IMAGES_PER_REQUEST,
     DiffusionParams,
     DiffusionRequest,
     Guidance,
     ImageInput,
+    LoRA,
     RequestLimits,
 )
 
@@ -43,12 +45,15 @@ def resolve_requests(
     limits: RequestLimits,
     count_tokens: Callable[[str], int],
     images: Sequence[ImageInput] = (),
+    adapters: Mapping[str, LoRA] | None = None,
+    max_adapters: int = 0,
 ) -> list[DiffusionRequest]:
     """Validate one prompt with its parameters; returns `params.n` requests.
 
     Args:
         count_tokens: number of sequence tokens that a prompt takes in the model.
         images: what the request brings along.
+        adapters: that there are, by name; max_adapters: how many a request may carry.
 
     Raises:
         InvalidRequestError: naming the first wrong field, its value and what is allowed.
@@ -82,6 +87,7 @@ def resolve_requests(
     sizes = [(image.width, image.height) for image in images]
     condition_tokens, condition_text_tokens = info.tokens_of_images(sizes, height, width)
     first_seed = checked_seed(params.seed, count)
+    lora = checked_lora(params.lora, adapters or {}, max_adapters)
     requests = [
         DiffusionRequest(
             prompts=[branch for branch, _ in branches],
@@ -101,6 +107,7 @@ def resolve_requests(
             guidance=guidance,
             call=info.call_arguments(params) if info.call_arguments else None,
             seed=first_seed + i,
+            lora=lora,
             guidance_off="" if guided else _why_guidance_is_off(asked, info, guidance, num_timesteps),
         )
         for i in range(count)

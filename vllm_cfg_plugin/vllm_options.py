@@ -37,6 +37,7 @@ WORKING = frozenset(
         "data_parallel_external_lb data_parallel_multi_port_external_lb data_parallel_supervisor_port",
         "dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s dp_supervisor_probe_failure_threshold",
         "worker_extension_cls device_ids optimization_level enforce_eager",
+        "enable_lora lora_modules max_loras max_lora_rank max_cpu_loras",
     )
 )
 
@@ -65,7 +66,7 @@ HARMLESS: dict[str, str] = {
 
 _NO_LANGUAGE = "it is about generating or understanding text"
 _NO_KV_CACHE = "there is no KV cache"
-_NO_LORA = "it is an option of enable_lora"
+_OWN_LORA = "adapters adapt the transformer, in the type that dtype says, on every rank alike"
 _LOADED_BY_DIFFUSERS = "diffusers loads the checkpoint, in the type that dtype says"
 _OWN_KERNELS = "the model's forward is this plugin's own, in kernels of torch"
 _OWN_METRICS = "it is about what language models measure; docs/operating.md lists the metrics of this plugin"
@@ -96,9 +97,9 @@ _REFUSED: dict[str, tuple[str, ...]] = {
         "mamba_cache_mode enable_mamba_shared_prefix_checkpoint replayssm_buffer_len use_replayssm",
         "kv_offloading_backend kv_events_config ec_manager_config",
     ),
-    _NO_LORA: _names(
-        "lora_modules max_loras max_lora_rank lora_dtype enable_tower_connector_lora max_cpu_loras",
-        "fully_sharded_loras lora_target_modules default_mm_loras specialize_active_lora",
+    _OWN_LORA: _names(
+        "lora_dtype enable_tower_connector_lora fully_sharded_loras lora_target_modules default_mm_loras",
+        "specialize_active_lora",
         "enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels",
     ),
     ONE_MACHINE: _names(

@@ -7,6 +7,7 @@ whose forwards run beside the steps, stand in a line of their own: what one of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -101,14 +102,24 @@ class Room:
     Args:
         max_tokens, max_us: of one rank's forwards in one step.
         max_long: most long requests among those that the ranks know.
+        max_adapters: most different adapters that requests carry.
     """
 
-    def __init__(self, ranks: int, placement: Placement, max_tokens: int, max_us: float, max_long: int) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        placement: Placement,
+        max_tokens: int,
+        max_us: float,
+        max_long: int,
+        max_adapters: float = math.inf,
+    ) -> None:
         self._ranks = ranks
         self._placement = placement
         self._max_tokens = max_tokens
         self._max_us = max_us
         self._max_long = max_long
+        self._max_adapters = max_adapters
         self.look(())
 
     def look(self, stepping: Iterable[ScheduledRequest], draining: Iterable[ScheduledRequest] = ()) -> None:
@@ -120,6 +131,7 @@ class Room:
         """
         self._costs, self._tokens, self._long_costs = ([0] * self._ranks for _ in range(3))
         self._long = sum(request.is_long for request in draining)
+        self._adapters: set[str] = set()
         for request in stepping:
             self._take(request, request.owners)
 
@@ -137,6 +149,8 @@ class Room:
         else:  # of two ranks with equal loads the one that has no long request
             loads = [cost + bool(long) for cost, long in zip(self._costs, self._long_costs, strict=True)]
         owners = self._placement.owners_of_newcomer(request, loads)
+        if request.spec.lora and len(self._adapters | request.spec.adapters) > self._max_adapters:
+            return False
         if request.is_long:
             fits = self._long < self._max_long and not any(self._long_costs[owner] for owner in owners)
         else:
@@ -150,6 +164,7 @@ class Room:
         return fits
 
     def _take(self, request: ScheduledRequest, owners: tuple[int, ...]) -> None:
+        self._adapters |= request.spec.adapters
         if request.is_long:
             self._long += 1
             self._long_costs = rank_loads(request.costs, owners, self._ranks, self._long_costs)

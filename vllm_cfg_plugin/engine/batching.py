@@ -63,6 +63,7 @@ class StepBatch:
         processes: that a rank is.
         max_decode_tokens: of an image that is decoded as a whole, larger ones in tiles.
         encoder_rank: the one rank that has the text encoders; None where all have them.
+        max_adapters: most different adapters that requests at work carry.
     """
 
     placement_class = Placement
@@ -80,11 +81,13 @@ class StepBatch:
         processes: int = 1,
         max_decode_tokens: float = math.inf,
         encoder_rank: int | None = None,
+        max_adapters: float = math.inf,
     ) -> None:
         self._ranks = ranks
         self._max_decode_tokens = max_decode_tokens
         self._processes = processes
         self._encoder_rank = encoder_rank
+        self._max_adapters = max_adapters
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._max_step_us = max_step_us
@@ -109,7 +112,7 @@ class StepBatch:
         )
         # Long requests hold at most half of the places: their decodes may stand in line for minutes.
         max_long, max_us = max(1, self._max_requests // 2), self._max_step_us - self._cost.step_us
-        self._room = Room(self._ranks, self._placement, self._max_tokens, max_us, max_long)
+        self._room = Room(self._ranks, self._placement, self._max_tokens, max_us, max_long, self._max_adapters)
         self._known: dict[int, ScheduledRequest] = {}  # what the ranks know: stepping and draining
         self.stepping = Stepping(self._placement, self._ranks)
         self.draining: dict[int, ScheduledRequest] = {}

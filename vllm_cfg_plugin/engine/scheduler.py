@@ -83,6 +83,7 @@ class StepScheduler(SchedulerInterface):
             processes=settings.sequence_parallel_size,
             max_decode_tokens=calibration.decode_tokens_with_room,
             encoder_rank=settings.encoder_rank,
+            max_adapters=settings.max_loras_of_requests,
         )
         self._include_finished_set = include_finished_set
         self._log_stats = log_stats

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, FastAPI
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
+from vllm import envs
 
 from vllm_cfg_plugin.compat.api_server import remove_dead_routes
 from vllm_cfg_plugin.compat.engine_deaths import note_engine_client
 from vllm_cfg_plugin.compat.engines import client_index, count_aborts, drain_before_shutdown
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.engine.progress import address_of_client
-from vllm_cfg_plugin.entrypoints import health, models, page
+from vllm_cfg_plugin.entrypoints import adapter_routes, health, models, page
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.entrypoints.error_route import answer_unknown_route
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, unpredicted_on_error
@@ -51,6 +52,8 @@ class DiffusionEndpointPlugin:
         app.include_router(videos.router)
         for router in (health.router, models.router):
             replace_routes(app, router)
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+            replace_routes(app, adapter_routes.router)
         if getattr(app.state, "args", None) is None or wants_page(app.state.args):
             app.include_router(page.router)
         app.add_exception_handler(HTTPException, answer_unknown_route)
@@ -72,6 +75,8 @@ class DiffusionEndpointPlugin:
         note_engine_client(engine_client)
         count_aborts(engine_client)
         state.model_names = names
+        state.engine_client = engine_client
+        state.adapters = front_end.adapters
         state.health_addresses = health.health_addresses(engine_client.vllm_config)
         state.max_upload_bytes = front_end.limits.max_upload_bytes
         state.input_budget = InputBudget(front_end.limits.max_input_bytes_in_flight)

@@ -16,6 +16,7 @@ from vllm_cfg_plugin.config import (
     with_our_defaults,
 )
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.adapter_files import check_adapters
 from vllm_cfg_plugin.pipelines.registry import check_servable
 from vllm_cfg_plugin.vllm_options import check_options
 
@@ -43,7 +44,10 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
         "cause_address": new_address("cause"),
     }
     asked = EngineSettings.from_dict(additional)
-    check_servable(Checkpoint(model, engine_args.get("revision")), asked.variant, asked.sequence_parallel_size)
+    checkpoint = Checkpoint(model, engine_args.get("revision"))
+    check_servable(checkpoint, asked.variant, asked.sequence_parallel_size)
+    if asked.enable_lora:
+        check_adapters(checkpoint, asked.lora_modules)
     _check_names(engine_args)
     check_options(engine_args, _vllms_default)
     options = with_our_defaults(engine_args, current_platform.is_cpu())

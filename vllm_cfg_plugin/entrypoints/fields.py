@@ -59,6 +59,9 @@ class DiffusionFields(BaseModel):
     cfg_normalize: bool | None = None
     max_sequence_length: int | None = Field(None, description="most tokens of a text")
     combine_rule: str | None = Field(None, description=", ".join(COMBINE_RULES))
+    lora: list[Any] | dict[str, Any] | str | None = Field(
+        None, description='adapters: a name, {"name": ..., "scale": ...} or a list of these'
+    )
     user: str | None = Field(None, description="ignored")
     safety_identifier: str | None = Field(None, description="ignored")
     metadata: Any = Field(None, description="ignored")
@@ -147,6 +150,8 @@ class DiffusionFields(BaseModel):
         given = {name: value for name in _PASSED_ON if (value := getattr(self, name, None)) is not None}
         if "negative_prompt" in self.model_fields_set:
             given["negative_prompt"] = self.negative_prompt
+        if self._is_form and "lora" in given and str(given["lora"]).startswith(("[", "{")):
+            given["lora"] = _of_text(given["lora"], "")
         return DiffusionParams(height=height, width=width, extra=self._extra(info), **given)
 
     def _extra(self, info: PipelineInfo) -> dict[str, Any]:

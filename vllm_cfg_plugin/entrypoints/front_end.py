@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,6 +23,7 @@ from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.prediction import predicted_seconds
 from vllm_cfg_plugin.engine.result import unpack_result
+from vllm_cfg_plugin.entrypoints.adapters import Adapters
 from vllm_cfg_plugin.errors import (
     InputsRefusedError,
     InvalidRequestError,
@@ -61,6 +62,7 @@ class FrontEnd:
         cost: of work on one rank; None where it is not known.
         progress_address: where the engine publishes progress; empty where it does not.
         processes: that each rank is.
+        adapters: those that requests may carry.
     """
 
     info: PipelineInfo
@@ -70,6 +72,7 @@ class FrontEnd:
     progress_address: str = ""
     cost: CostModel | None = None
     processes: int = 1
+    adapters: Adapters = field(default_factory=Adapters)
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> FrontEnd:
@@ -79,7 +82,9 @@ class FrontEnd:
         info = describe(checkpoint)
         count_tokens = TokenCounter.of(checkpoint, info.text)
         ranks, processes = settings.cfg_parallel_size, settings.sequence_parallel_size
-        return cls(info, settings.limits, count_tokens, ranks, settings.progress_address, processes=processes)
+        adapters = Adapters.of(settings)
+        address = settings.progress_address
+        return cls(info, settings.limits, count_tokens, ranks, address, processes=processes, adapters=adapters)
 
     def with_cost(self, answers: object) -> FrontEnd:
         """The same with the costs in the ranks' answers to the call of "calibrate"."""
@@ -93,7 +98,10 @@ class FrontEnd:
         Raises:
             InvalidRequestError: naming the first wrong field.
         """
-        requests = resolve_requests(prompt, params, self.info, self.limits, self.count_tokens, images)
+        adapters = self.adapters
+        requests = resolve_requests(
+            prompt, params, self.info, self.limits, self.count_tokens, images, adapters.named, adapters.most
+        )
         self._check_seconds(requests)
         if requests[0].guidance_off:
             logger.warning_once("Guidance was asked for but is inactive: %s", requests[0].guidance_off)

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 from PIL import Image
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -24,6 +25,7 @@ from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.compat.engine_deaths import end_has_cause, wake_on_engine_death
 from vllm_cfg_plugin.compat.engines import end_output_thread
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
+from vllm_cfg_plugin.entrypoints.adapters import unusable, with_adapter
 from vllm_cfg_plugin.entrypoints.engine_args import diffusion_engine_args
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, pooling_params, read_output, unpredicted_on_error
 from vllm_cfg_plugin.entrypoints.images.inputs import read_images
@@ -96,6 +98,7 @@ class DiffusionLLM:
         prompts: Prompt | Iterable[Prompt],
         params: DiffusionParams | Iterable[DiffusionParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | Iterable[LoRARequest | None] | None = None,
     ) -> list[DiffusionOutput]:
         """Generate images or videos; one output per prompt, in order.
 
@@ -104,6 +107,8 @@ class DiffusionLLM:
                 (a PIL image, a path, a file's bytes or a list of those), or several texts and mappings.
             params: of all prompts, or one each.
             use_tqdm: show a progress bar over the denoising steps.
+            lora_request: an adapter of all prompts, or one each, beside those that `params` name. One that is new is
+                read first.
 
         Raises:
             InvalidRequestError (a ValueError): an argument is wrong; nothing has run.
@@ -111,7 +116,7 @@ class DiffusionLLM:
                 done is returned and the rest has `.error` set, as has every other request that failed while it ran.
         """
         self._usable_engine()
-        texts, resolved = self._resolve(prompts, params)
+        texts, resolved = self._resolve(prompts, params, lora_request)
         prefixes = [f"diffusion-{next(self._ids)}" for _ in texts]
         running = {
             f"{prefix}-{index}": _Running(request, time.perf_counter())
@@ -128,22 +133,49 @@ class DiffusionLLM:
         ]
 
     def _resolve(
-        self, prompts: Prompt | Iterable[Prompt], params: DiffusionParams | Iterable[DiffusionParams] | None
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: DiffusionParams | Iterable[DiffusionParams] | None,
+        lora_request: LoRARequest | Iterable[LoRARequest | None] | None,
     ) -> tuple[list[str], list[list[DiffusionRequest]]]:
         """The texts and each one's requests."""
         several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, Mapping))
         prompt_list = list(prompts) if several else [prompts]
+        spread = _spread(params, len(prompt_list)), self._spread_loras(lora_request, len(prompt_list))
         texts, resolved = [], []
-        for index, (prompt, prompt_params) in enumerate(
-            zip(prompt_list, _spread(params, len(prompt_list)), strict=True)
-        ):
+        for index, (prompt, prompt_params, lora) in enumerate(zip(prompt_list, *spread, strict=True)):
             try:
                 text, prompt_params = _unpack(prompt, prompt_params)
+                prompt_params = with_adapter(prompt_params, lora.lora_name) if lora else prompt_params
                 resolved.append(self._front_end.resolve(text, prompt_params, self._images_of(prompt)))
                 texts.append(text)
             except InvalidRequestError as error:
                 raise (error.within(f"prompts[{index}].") if several else error) from None
         return texts, resolved
+
+    def _spread_loras(
+        self, lora_request: LoRARequest | Iterable[LoRARequest | None] | None, count: int
+    ) -> list[LoRARequest | None]:
+        """One for each prompt, all of them known to the ranks."""
+        is_one = lora_request is None or isinstance(lora_request, LoRARequest)
+        several: list[Any] = [lora_request] * count if is_one else list(lora_request)  # type: ignore[arg-type]
+        if len(several) != count or not all(lora is None or isinstance(lora, LoRARequest) for lora in several):
+            raise InvalidRequestError("lora_request", several, f"one LoRARequest, or as many as prompts ({count})")
+        for lora in filter(None, several):
+            self._add_adapter(lora)
+        return several
+
+    def _add_adapter(self, request: LoRARequest) -> None:
+        adapters = self._front_end.adapters
+        lora = adapters.find(request.lora_name, request.lora_path, in_place=True)
+        if adapters.named.get(lora.name) == lora:
+            return
+        with self._lock:
+            arguments = (lora.name, lora.path, lora.key)
+            problems = self._usable_engine().collective_rpc("add_adapter", args=arguments)
+        if problems[0]:
+            raise unusable(request.lora_path, problems[0])
+        adapters.add(lora)
 
     def _images_of(self, prompt: Any) -> list[ImageInput]:
         images = prompt.get("image") if isinstance(prompt, Mapping) else None

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from vllm_cfg_plugin.checkpoint import PipelineInfo
+from vllm_cfg_plugin.entrypoints.adapters import with_adapter
 from vllm_cfg_plugin.entrypoints.engine_calls import EngineCalls
 from vllm_cfg_plugin.entrypoints.fields import DiffusionFields
 from vllm_cfg_plugin.entrypoints.front_end import FrontEnd, check_model_name
@@ -16,7 +17,7 @@ from vllm_cfg_plugin.entrypoints.images.inputs import name_images, read_header, 
 from vllm_cfg_plugin.entrypoints.input_budget import InputHold
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.field_checks import check_image_count
-from vllm_cfg_plugin.params import DiffusionRequest, ImageInput
+from vllm_cfg_plugin.params import DiffusionParams, DiffusionRequest, ImageInput
 
 Reader = Callable[[object, str, int], ImageInput]
 T = TypeVar("T")
@@ -56,21 +57,29 @@ class DiffusionService:
             ServerBusyError: there is no room now.
         """
         front_end = self._front_end
-        check_model_name(body.model, self._model_names)
+        check_model_name(body.model, [*self._model_names, *front_end.adapters.named])
         body.check(front_end.info)
         try:
             self._check_task(body, count_files(files))
             headers = await self._read(read_header, body, files)
-            requests = front_end.resolve(body.prompt, body.to_params(front_end.info), headers)
+            params = self._params(body)
+            requests = front_end.resolve(body.prompt, params, headers)
             body.check_result(requests[0])
             with self._calls.room_for(len(requests)):
                 if headers:
                     hold.add(front_end.bytes_of(headers, len(requests)), body.IMAGES)
                     images = await self._read(read_image, body, files)
-                    requests = front_end.resolve(body.prompt, body.to_params(front_end.info), images)
+                    requests = front_end.resolve(body.prompt, params, images)
                 yield requests
         except InvalidRequestError as error:
             raise body.in_request_terms(error) from None
+
+    def _params(self, body: DiffusionFields) -> DiffusionParams:
+        """What a body asks for; the name of an adapter in the place of the model's asks for that one too."""
+        params = body.to_params(self._front_end.info)
+        if body.model is None or body.model in self._model_names:
+            return params
+        return with_adapter(params, body.model)
 
     def _check_task(self, body: DiffusionFields, images: int) -> None:
         """Point a request that the model can't serve to the endpoint that can."""

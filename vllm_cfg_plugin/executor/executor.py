@@ -27,7 +27,7 @@ from vllm_cfg_plugin.engine import plan as wire
 from vllm_cfg_plugin.engine.calibration import Calibration, keep_calibration, slowest, step_timeout_s
 from vllm_cfg_plugin.engine.plan import StepPlan
 from vllm_cfg_plugin.engine.step_result import StepResult
-from vllm_cfg_plugin.errors import RankDiedError, RanksRestartedError
+from vllm_cfg_plugin.errors import ConfigurationError, RankDiedError, RanksRestartedError
 from vllm_cfg_plugin.executor import channel
 from vllm_cfg_plugin.executor.answers import (
     CALL_AGAIN,
@@ -48,6 +48,7 @@ from vllm_cfg_plugin.executor.restarts import RestartLimit
 from vllm_cfg_plugin.executor.template import Template
 from vllm_cfg_plugin.memory.placement import Card
 from vllm_cfg_plugin.memory.start import choose_places
+from vllm_cfg_plugin.pipelines.adapter_files import find_adapter
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
 
 _ASLEEP = {"weights", "kv_cache"}  # vLLM's names of what a sleeping engine has let go of
@@ -88,6 +89,7 @@ class CfgExecutor(Executor):
         try:
             # For the scheduler, which vLLM makes later and gives nothing but this configuration.
             keep_calibration(self.vllm_config, slowest(self._calibrate()))
+            self._read_adapters(settings)
         except BaseException:
             self.shutdown()
             raise
@@ -110,6 +112,17 @@ class CfgExecutor(Executor):
             with suppress(RanksRestartedError):
                 calibrations: list[Calibration] = self.collective_rpc("calibrate")
                 return calibrations
+
+    def _read_adapters(self, settings: EngineSettings) -> None:
+        """Have the ranks read the operator's adapters; when they are started anew they do that as requests come.
+
+        Raises:
+            ConfigurationError: one does not fit the model.
+        """
+        for name, path in settings.lora_modules.items():
+            lora = find_adapter(name, path)
+            if problem := self.collective_rpc("add_adapter", args=(lora.name, lora.path, lora.key))[0]:
+                raise ConfigurationError(problem)
 
     def _choose_start(self, settings: EngineSettings) -> StartRanks:
         """Fork on a CPU, which saves every rank the imports; elsewhere spawn, as accelerators do not survive forks."""

@@ -45,6 +45,10 @@ class Adapter:
     layers: Mapping[nn.Module, LowRank]
     modulates: bool = False
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for low_rank in self.layers.values() for tensor in low_rank]
+
     def to(self, device: torch.device) -> Adapter:
         return Adapter(self.key, {layer: own.to(device) for layer, own in self.layers.items()}, self.modulates)
 

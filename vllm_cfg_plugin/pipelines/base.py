@@ -22,6 +22,7 @@ from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import GUIDANCE_FIELDS, DiffusionRequest, ImageInput
+from vllm_cfg_plugin.pipelines.adapters import Carried
 from vllm_cfg_plugin.pipelines.components import load_streamed, load_transformer
 from vllm_cfg_plugin.pipelines.weight_files import component_names
 
@@ -58,6 +59,7 @@ class BranchInput:
         timesteps_ahead: those of the following steps, [any number], a view of the same `timesteps`: what depends on a
             timestep alone may be computed ahead and remembered, as weights do not change; None forbids that. Both may
             stay on the CPU, which spares a GPU's queue from being waited for.
+        carried: the adapters that the forward carries.
     """
 
     request: DiffusionRequest
@@ -67,6 +69,7 @@ class BranchInput:
     branch: int = 0
     condition: Sequence[torch.Tensor] = ()
     timesteps_ahead: torch.Tensor | None = None
+    carried: Carried = ()
 
     @property
     def tokens(self) -> int:

@@ -17,6 +17,7 @@ from vllm_cfg_plugin.engine.plan import Embeds
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import EnginePipeline, PromptEmbeds, generator_of
 from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
+from vllm_cfg_plugin.worker.adapters import AdapterStore
 from vllm_cfg_plugin.worker.embeds import pack_embeds, unpack_embeds
 from vllm_cfg_plugin.worker.estimate import estimated_final_latents
 from vllm_cfg_plugin.worker.kept_state import resume
@@ -38,6 +39,7 @@ class BesideSteps:
     Attributes:
         embeddings: of texts that were encoded.
         conditions: what images of requests became.
+        adapters: that requests carry.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class BesideSteps:
         forwards: PackedForwards,
         group: SequenceGroup,
         cache_bytes: int,
+        adapters: AdapterStore,
     ) -> None:
+        self.adapters = adapters
         self.embeddings: TensorCache[PromptEmbeds] = TensorCache(cache_bytes)
         self.conditions: TensorCache[list[torch.Tensor]] = TensorCache(cache_bytes)
         self._pipeline = pipeline
@@ -61,6 +65,8 @@ class BesideSteps:
         state.generator = generator_of(state.request)
         state.latents = self._pipeline.draw_noise(state.request, state.generator)
         state.noise_scheduler = self._pipeline.make_noise_scheduler(state.request)
+        if state.request.lora:
+            state.carried = self.adapters.carried(state.request.lora)
         if kept:
             resume(state, kept)
 

@@ -53,6 +53,7 @@ def branch_input(state: RequestState, branch: int) -> BranchInput:
         branch=branch,
         condition=state.condition,
         timesteps_ahead=timesteps[state.index + 1 :],
+        carried=state.carried,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from vllm_cfg_plugin.distributed.sequence_group import ALONE, SequenceGroup, together
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.adapters import carrying
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
 
 logger = get_logger(__name__)
@@ -76,7 +77,8 @@ class PackedForwards:
         Raises:
             Exception: of the pipeline.
         """
-        prediction = self._pipeline.predict_noise(**self._pipeline.pack_branches(inputs))
+        with carrying([branch.carried for branch in inputs]):
+            prediction = self._pipeline.predict_noise(**self._pipeline.pack_branches(inputs))
         predictions = self._pipeline.unpack_predictions(prediction, inputs)
         if len(predictions) != len(inputs):
             raise ValueError(f"unpack_predictions returned {len(predictions)} predictions of {len(inputs)} branches")

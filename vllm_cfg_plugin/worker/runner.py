@@ -15,6 +15,7 @@ import torch
 from vllm_cfg_plugin.distributed.sequence_group import NO_GROUPS, SequenceGroups
 from vllm_cfg_plugin.engine.plan import Admission, Assign, Decode, Embeds, Encode, Forward, StepPlan, StepReport
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
+from vllm_cfg_plugin.worker.adapters import NO_ADAPTERS, AdapterLimits, AdapterStore
 from vllm_cfg_plugin.worker.beside import BesideSteps
 from vllm_cfg_plugin.worker.exchange import AllGather
 from vllm_cfg_plugin.worker.held import HeldRequests
@@ -39,6 +40,7 @@ class StepRunner:
         pace: how far it runs ahead of its device.
         groups: the processes that are this cfg rank.
         cache_bytes: of each of its two caches, of what texts and what images of requests became.
+        limits: of adapters.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class StepRunner:
         pace: Pace | None = None,
         groups: SequenceGroups = NO_GROUPS,
         cache_bytes: int = 256 * 2**20,
+        limits: AdapterLimits = NO_ADAPTERS,
     ) -> None:
         self.pipeline = pipeline
         self.rank = rank
@@ -60,7 +63,8 @@ class StepRunner:
         self._pace = pace or HostPace()
         self._groups = groups
         forwards = PackedForwards(pipeline, groups.steps)
-        self.beside = BesideSteps(pipeline, self._pace, forwards, groups.beside, cache_bytes)
+        adapters = AdapterStore(pipeline, limits)
+        self.beside = BesideSteps(pipeline, self._pace, forwards, groups.beside, cache_bytes, adapters)
         self._step = DenoisingStep(
             pipeline, rank, all_gather, forwards, self._held, self.beside, side, self._pace, groups.steps
         )
@@ -144,6 +148,8 @@ class StepRunner:
         try:
             preparation.result()
             self.beside.hand_over([state.latents])
+            for adapter, _ in state.carried:
+                self.beside.hand_over(adapter.tensors)
         except Exception as error:
             self._held.note_failure(state, _PREPARING, error)
 

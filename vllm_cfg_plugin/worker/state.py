@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.adapters import Carried
 from vllm_cfg_plugin.pipelines.base import PromptEmbeds
 from vllm_cfg_plugin.worker.unsettled import ExchangedFlags
 
@@ -34,6 +35,7 @@ class RequestState:
         index: timesteps taken.
         preparation: of its latents and its noise scheduler; None when the steps have them.
         last_flags: of the last step that it took.
+        carried: its adapters.
         error: why it can't go on here; '' while it can. The other ranks learn of it in the next exchange.
     """
 
@@ -50,6 +52,7 @@ class RequestState:
     index: int = 0
     preparation: Future[None] | None = None
     last_flags: ExchangedFlags | None = None
+    carried: Carried = ()
     error: str = ""
 
     @property

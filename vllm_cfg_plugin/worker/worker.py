@@ -20,9 +20,12 @@ from vllm_cfg_plugin.config import PLUGIN_NAME, EngineSettings
 from vllm_cfg_plugin.distributed import parallel_state, shared_memory
 from vllm_cfg_plugin.distributed.sequence_group import SequenceGroups, current_group
 from vllm_cfg_plugin.engine.calibration import Calibration
+from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.logs import get_logger
+from vllm_cfg_plugin.params import LoRA
 from vllm_cfg_plugin.pipelines.common import fused
 from vllm_cfg_plugin.pipelines.registry import describe
+from vllm_cfg_plugin.worker.adapters import AdapterLimits
 from vllm_cfg_plugin.worker.calibration import calibrate_rank
 from vllm_cfg_plugin.worker.device_memory import device_memory
 from vllm_cfg_plugin.worker.exchange import AllGather
@@ -102,7 +105,22 @@ class DiffusionWorker(WorkerBase):
             pace_of(self.device),
             self._groups,
             EngineSettings.from_vllm_config(self.vllm_config).cfg_cache_bytes,
+            self._adapter_limits,
         )
+
+    def add_adapter(self, name: str, path: str, key: str) -> str:
+        """Read an adapter, fields as of `LoRA`; returns why that can't be, or ""."""
+        try:
+            self.runner.beside.adapters.get(LoRA(name, path, key))
+        except ConfigurationError as error:
+            return str(error)
+        return ""
+
+    @property
+    def _adapter_limits(self) -> AdapterLimits:
+        settings = EngineSettings.from_vllm_config(self.vllm_config)
+        on_host = settings.max_cpu_loras or settings.max_loras
+        return AdapterLimits(settings.max_lora_rank, on_host, settings.max_loras)
 
     def calibrate(self) -> Calibration:
         """What work costs on this rank. The first call may measure it, so it must come before there is any work."""

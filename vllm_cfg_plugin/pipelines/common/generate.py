@@ -19,6 +19,7 @@ from vllm_cfg_plugin.distributed.parallel_state import (
 )
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.pipelines.adapters import carrying
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, group_branches
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -110,7 +111,8 @@ def predict(pipeline: EnginePipeline, branches: Sequence[BranchInput], **forward
     predictions: dict[int, torch.Tensor] = {}
     for group in group_branches(pipeline, branches):
         members = [branches[position] for position in group]
-        prediction = pipeline.predict_noise(**pipeline.pack_branches(members), **forward_options)
+        with carrying([branch.carried for branch in members]):
+            prediction = pipeline.predict_noise(**pipeline.pack_branches(members), **forward_options)
         predictions |= zip(group, pipeline.unpack_predictions(prediction, members), strict=True)
     return [predictions[position] for position in range(len(branches))]
 
