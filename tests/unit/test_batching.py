@@ -16,6 +16,7 @@ from vllm_cfg_plugin.engine.batching import StepBatch
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, PREVIEWED, SideReport, StepPlan
 from vllm_cfg_plugin.engine.step_result import StepResult
+from vllm_cfg_plugin.params import LoRA
 
 
 class PlayedRanks:
@@ -203,6 +204,19 @@ def test_a_large_request_blocks_nobody_and_is_not_starved():
     id = 6  # two small ones at most fit beside each other, and none beside the large one
     overtook = [other for other in admitted[: admitted.index(id)] if other > id]
     assert len(overtook) == MAX_OVERTAKEN, "small ones go past it while it does not fit, and then no more"
+
+
+def test_a_request_waits_while_others_carry_as_many_adapters_as_may_be():
+    batch, ranks = StepBatch(2, 8, 10**6, UNCALIBRATED, max_adapters=2), PlayedRanks(2)
+
+    def carrying(*names, steps=3):
+        loras = [LoRA(name, f"/{name}", f"key of {name}") for name in names]
+        return msgspec.structs.replace(toy_request(steps=steps), lora=loras)
+
+    for names in (("a",), ("a", "b"), ("c",), ("b",), ()):
+        batch.add("".join(names), 0, carrying(*names))
+    assert sorted(request.request_id for request in run_plan(batch, ranks)[0].admitted) == ["", "a", "ab", "b"]
+    assert play(batch, ranks, []) == ([2], [0, 1, 3, 4, 2]), "and joins when they are done"
 
 
 def test_a_steady_batch_has_plans_without_any_change():

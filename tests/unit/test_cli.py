@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from safetensors.torch import save_file
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -148,10 +149,29 @@ def test_vllms_offload_of_weights_is_a_setting_of_ours(parse, model):
     assert "cpu_offload_gb" not in parse(model).additional_config
 
 
+def test_vllms_options_of_adapters_are_settings_of_ours(parse, model, tmp_path, capsys):
+    path = str(tmp_path / "pixel.safetensors")
+    save_file({}, path)
+    flags = ["--enable-lora", "--max-loras", "4", "--max-lora-rank", "64", "--max-cpu-loras", "8"]
+    args = parse(model, *flags, "--lora-modules", f"pixel={path}")
+    asked = {"max_loras": 4, "max_lora_rank": 64, "max_cpu_loras": 8, "lora_modules": {"pixel": path}}
+    assert {name: args.additional_config[name] for name in ("enable_lora", *asked)} == {"enable_lora": True, **asked}
+    of_vllm = [args.enable_lora, args.lora_modules]
+    assert not any(of_vllm), "vLLM would look for layers of language models"
+    assert not {"enable_lora", *asked} & set(parse(model).additional_config)
+    for wrong, message in (
+        (["--lora-modules", f"pixel={path}"], "lora_modules={'pixel': "),
+        (["--enable-lora", "--lora-modules", "ink=/none"], "adapter 'ink': there is no file or folder /none"),
+        (["--enable-lora", "--lora-modules", f"a={path}", f"a={path}"], "there are two adapters named 'a'"),
+        (["--enable-lora", "--max-loras", "4", "--max-cpu-loras", "2"], "max_cpu_loras=2 is not valid"),
+        (["--enable-lora", "--max-loras", "0"], "max_loras=0 is not valid"),
+    ):
+        assert message in rejected(parse, capsys, model, *wrong)
+
+
 UNUSABLE = [
     ["--tensor-parallel-size", "2"],
     ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
-    ["--enable-lora"],
     ["--max-model-len", "4096"],
 ]
 

@@ -50,7 +50,7 @@ def refusal(app, path, name, value=1):
         ("true_cfg_scal", "did you mean true_cfg_scale?"),
         ("mask", "POST /v1/images/edits has it"),
         ("input_image", "POST /v1/images/edits takes images"),
-        ("loras", "leave it out: this endpoint has no field of that name"),
+        ("loras", "did you mean lora?"),
     ],
 )
 def test_images(app_of, name, says):

@@ -41,6 +41,7 @@ def test_no_option_is_in_two_tables():
     [
         ("--block-size=16", "there is no KV cache"),
         ("--max-loras=2", "enable_lora"),
+        ("--lora-dtype=float16", "the type that dtype says"),
         ("--tool-call-parser=hermes", "text"),
         ("--attention-backend=FLASH_ATTN", "this plugin's own"),
         ("--collect-detailed-traces=all", "docs/operating.md"),

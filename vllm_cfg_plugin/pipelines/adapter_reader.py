@@ -6,6 +6,7 @@ peft's and diffusers' own layouts need none. What can't be applied exactly is re
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -138,8 +139,11 @@ def _converted(family: Any, tensors: Tensors) -> Tensors:
     """With diffusers' names, where diffusers knows how; a family without adapters there has no other names."""
     if not hasattr(family, "lora_state_dict"):
         return tensors
-    converted: Tensors = family.lora_state_dict(dict(tensors))
-    return converted
+    if "return_alphas" not in inspect.signature(family.lora_state_dict).parameters:
+        converted: Tensors = family.lora_state_dict(dict(tensors))
+        return converted
+    converted, alphas = family.lora_state_dict(dict(tensors), return_alphas=True)
+    return converted | (alphas or {})
 
 
 def _layer_of(name: str) -> tuple[str, str]:
