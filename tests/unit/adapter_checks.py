@@ -16,6 +16,7 @@ from vllm_cfg_plugin.pipelines.adapters import (
     adaptable_layers,
     carrying,
     makes_modulations,
+    name_layer,
 )
 
 RANK = 8
@@ -76,16 +77,17 @@ def draw_adapter(model: Any, seed: int, modulating: bool) -> Adapter:
     for name in chosen:
         layer = layers[name]
         down = torch.randn(RANK, layer.in_features) / layer.in_features**0.5
-        low_ranks[layer] = LowRank(down, torch.randn(layer.out_features, RANK) * 0.03)
+        name_layer(layer, name)
+        low_ranks[name] = LowRank(down, torch.randn(layer.out_features, RANK) * 0.03)
     return Adapter(f"adapter-{seed}", low_ranks, any(makes_modulations(model, name) for name in chosen))
 
 
 def merged(reference: Any, packed: Any, carried: Carried) -> Any:
     """diffusers' model with weights to which the adapters of our model over the same weights are added."""
     model = copy.deepcopy(reference)
-    for name, layer in adaptable_layers(packed).items():
+    for name in adaptable_layers(packed):
         for adapter, scale in carried:
-            if layer in adapter.layers:
-                down, up = adapter.layers[layer]
+            if name in adapter.layers:
+                down, up = adapter.layers[name]
                 model.get_submodule(name).weight.data += scale * up @ down
     return model

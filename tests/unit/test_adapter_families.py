@@ -7,10 +7,13 @@ import torch
 from msgspec.structs import replace
 
 from tests.adapters import adapt_reference, make_adapter
+from tests.contract import make_request
 from tests.families import FAMILIES, SEED, STEPS, call, load
 from tests.toy_pipeline import InlineSideWork
 from vllm_cfg_plugin.engine.plan import Admission, Assign, Encode, StepPlan
 from vllm_cfg_plugin.pipelines.adapter_files import find_adapter
+from vllm_cfg_plugin.pipelines.offload import offload_layers
+from vllm_cfg_plugin.pipelines.quantized import quantize_layers
 from vllm_cfg_plugin.worker.adapters import AdapterLimits
 from vllm_cfg_plugin.worker.runner import StepRunner
 
@@ -40,6 +43,21 @@ def test_like_diffusers_and_beside_others(family, tmp_path):
         latents, unadapted = own(together[len(plain) + i]), own(together[i])
         assert family.difference(latents, call(reference, case, SEED + i)) <= family.tolerance
         assert family.difference(latents, unadapted) > 0.01
+
+
+def test_layers_that_are_quantized_or_whose_weights_stay_in_host_memory_are_adapted_too(qwen_image_folders, tmp_path):
+    folder = qwen_image_folders["tiny"]
+    ours, cpu = load(folder), torch.device("cpu")
+    lora = find_adapter("pixel", str(make_adapter(tmp_path / "a.safetensors", ours.transformer, layers="img")))
+    plain = make_request(folder, "a red apple", seed=1, height=64, width=64, num_inference_steps=STEPS)
+    requests = [plain, replace(plain, lora=[lora])]
+    before = final_latents(ours, requests)
+    offload_layers(ours.transformer, cpu, 10**9, ours.layer_lists)
+    assert all(map(torch.equal, final_latents(ours, requests), before))
+    ours = load(folder)
+    quantize_layers(ours.transformer, "int8", cpu)
+    quantized, changed = final_latents(ours, requests), before[1] - before[0]
+    assert (quantized[1] - quantized[0] - changed).norm() < 0.1 * changed.norm()
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.params import LoRA
 from vllm_cfg_plugin.pipelines.adapter_files import key_of
-from vllm_cfg_plugin.pipelines.adapters import Adapter, LowRank, adaptable_layers, makes_modulations
+from vllm_cfg_plugin.pipelines.adapters import Adapter, LowRank, adaptable_layers, makes_modulations, name_layer
 
 Tensors = dict[str, torch.Tensor]
 
@@ -157,8 +157,8 @@ def _layer_of(name: str) -> tuple[str, str]:
 
 
 def _fit(lora: LoRA, pipeline: Any, tensors: Tensors, alphas: _Alphas, max_rank: int) -> Adapter:
-    layers, modulates = {}, False
-    left = dict(tensors)
+    layers: dict[str, LowRank] = {}
+    left, modulates = dict(tensors), False
     for key in tensors:
         if not key.endswith(_DOWN):
             continue
@@ -173,7 +173,9 @@ def _fit(lora: LoRA, pipeline: Any, tensors: Tensors, alphas: _Alphas, max_rank:
             raise _Unfit(f"{key} fits no layer of the model{_why_closed(model, layer)}")
         down = left.pop(key)
         _check_shapes(key, down, up, module, max_rank)
-        layers[module] = _low_rank(down, up * alphas.weight(layer, down.shape[0]), next(model.parameters()).dtype)
+        adapted_as = f"{component}.{layer}"
+        name_layer(module, adapted_as)
+        layers[adapted_as] = _low_rank(down, up * alphas.weight(layer, down.shape[0]), next(model.parameters()).dtype)
         modulates |= makes_modulations(model, layer)
     if left:
         raise _Unfit(f"{min(left)} fits no layer of the model")

@@ -37,12 +37,12 @@ class Adapter:
 
     Attributes:
         key: names the content: equal keys, equal weights.
-        layers: those of the model that it adapts.
+        layers: what it does to each layer, by the name that `name_layer` has given it.
         modulates: some of them make modulations, which then are no matter of the timestep alone.
     """
 
     key: str
-    layers: Mapping[nn.Module, LowRank]
+    layers: Mapping[str, LowRank]
     modulates: bool = False
 
     @property
@@ -50,7 +50,12 @@ class Adapter:
         return [tensor for low_rank in self.layers.values() for tensor in low_rank]
 
     def to(self, device: torch.device) -> Adapter:
-        return Adapter(self.key, {layer: own.to(device) for layer, own in self.layers.items()}, self.modulates)
+        return Adapter(self.key, {name: own.to(device) for name, own in self.layers.items()}, self.modulates)
+
+
+def name_layer(layer: nn.Module, name: str) -> None:
+    """Name a layer for adapters: the stand-in that works for it while its weights are elsewhere has the name too."""
+    layer.adapted_as = name  # type: ignore[assignment]
 
 
 def adaptable_layers(model: Any) -> dict[str, nn.Module]:
@@ -84,9 +89,9 @@ class Pack:
 
     def at(self, module: nn.Module) -> list[list[tuple[LowRank, float]]]:
         """Of each sequence what it adds to a layer's product."""
+        name = vars(module).get("adapted_as", "")
         return [
-            [(adapter.layers[module], scale) for adapter, scale in own if module in adapter.layers]
-            for own in self.carried
+            [(adapter.layers[name], scale) for adapter, scale in own if name in adapter.layers] for own in self.carried
         ]
 
     def by_modulation(self, count: int) -> list[tuple[Carried, list[int]]]:
