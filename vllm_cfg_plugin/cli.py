@@ -212,7 +212,8 @@ def _take_lora(namespace: argparse.Namespace, given: dict[str, Any], default_of:
     Raises:
         ConfigurationError: one is not valid, or an adapter can't be read.
     """
-    asked = {name: value for name in _LORA_OPTIONS if (value := given.pop(name, None)) not in (None, False)}
+    asked = {name: given.pop(name) for name in _LORA_OPTIONS if name in given}
+    asked = {name: value for name, value in asked.items() if not (value is None or value is False)}
     vars(namespace).update({name: default_of(name) for name in _LORA_OPTIONS})
     if "lora_modules" in asked:
         asked["lora_modules"] = _paths_of_adapters(asked["lora_modules"])
