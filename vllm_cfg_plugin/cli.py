@@ -221,6 +221,8 @@ def _take_lora(namespace: argparse.Namespace, given: dict[str, Any], default_of:
     settings = EngineSettings.from_dict(namespace.additional_config)
     if settings.enable_lora:
         model = getattr(namespace, "model_tag", None) or given["model"]
+        if taken := settings.lora_modules.keys() & {*(getattr(namespace, "served_model_name", None) or [model])}:
+            raise ConfigurationError(f"lora_modules: {min(taken)!r} is the name of the model: take another one")
         check_adapters(Checkpoint(model, getattr(namespace, "revision", None)), settings.lora_modules)
 
 

@@ -165,6 +165,7 @@ def test_vllms_options_of_adapters_are_settings_of_ours(parse, model, tmp_path, 
         (["--enable-lora", "--lora-modules", f"a={path}", f"a={path}"], "there are two adapters named 'a'"),
         (["--enable-lora", "--max-loras", "4", "--max-cpu-loras", "2"], "max_cpu_loras=2 is not valid"),
         (["--enable-lora", "--max-loras", "0"], "max_loras=0 is not valid"),
+        (["--enable-lora", "--lora-modules", f"a={path}", "--served-model-name", "a"], "'a' is the name of the model"),
     ):
         assert message in rejected(parse, capsys, model, *wrong)
 

@@ -65,8 +65,6 @@ class BesideSteps:
         state.generator = generator_of(state.request)
         state.latents = self._pipeline.draw_noise(state.request, state.generator)
         state.noise_scheduler = self._pipeline.make_noise_scheduler(state.request)
-        if state.request.lora:
-            state.carried = self.adapters.carried(state.request.lora)
         if kept:
             resume(state, kept)
 
@@ -132,7 +130,9 @@ class BesideSteps:
 
     def _hold(self, state: RequestState, branch: int, embeds: PromptEmbeds) -> None:
         state.condition = self._condition(state.request)
-        self.hand_over((*embeds.tensors, *state.condition))
+        state.carried = self.adapters.carried(state.request.lora)
+        of_adapters = [tensor for adapter, _ in state.carried for tensor in adapter.tensors]
+        self.hand_over((*embeds.tensors, *state.condition, *of_adapters))
         state.prompt_embeds[branch] = embeds
 
     def _condition(self, request: DiffusionRequest) -> list[torch.Tensor]:

@@ -148,8 +148,6 @@ class StepRunner:
         try:
             preparation.result()
             self.beside.hand_over([state.latents])
-            for adapter, _ in state.carried:
-                self.beside.hand_over(adapter.tensors)
         except Exception as error:
             self._held.note_failure(state, _PREPARING, error)
 

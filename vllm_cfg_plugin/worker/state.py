@@ -35,7 +35,7 @@ class RequestState:
         index: timesteps taken.
         preparation: of its latents and its noise scheduler; None when the steps have them.
         last_flags: of the last step that it took.
-        carried: its adapters.
+        carried: its adapters, on ranks that hold a text of it.
         error: why it can't go on here; '' while it can. The other ranks learn of it in the next exchange.
     """
 
