@@ -22,6 +22,7 @@ from tests.model_builders.wan import ModelSize, wan_transformer
 from tests.unit import test_qwen_image_transformer as qwen_image_checks
 from tests.unit import test_wan_transformer as wan_checks
 from tests.unit import test_z_image_transformer as z_image_checks
+from tests.unit.adapter_checks import draw_carried
 from tests.unit.test_flux_transformer import TestPackedFlux as FluxChecks
 from tests.unit.test_longcat_image_transformer import TestPackedLongCatImage as LongCatImageChecks
 from tests.unit.test_sd3_transformer import VERSIONS
@@ -30,6 +31,7 @@ from vllm_cfg_plugin.distributed import parallel_state
 from vllm_cfg_plugin.distributed.sequence_exchange import CollectiveGroup, connect_sequence_group
 from vllm_cfg_plugin.distributed.sequence_group import MemberFailedError, together
 from vllm_cfg_plugin.errors import ConfigurationError
+from vllm_cfg_plugin.pipelines.adapters import carrying
 from vllm_cfg_plugin.pipelines.common.heads import all_rows_of_own_heads
 from vllm_cfg_plugin.pipelines.flux.transformer import PackedFluxTransformer
 from vllm_cfg_plugin.pipelines.longcat_image.transformer import PackedLongCatImageTransformer
@@ -61,11 +63,23 @@ def make_forwards():
         ("sd3.5", SD3Checks(), PackedSD3Transformer.adopt(sd3_transformer(SMALL, **VERSIONS["3.5"]))),
     ):
         kinds[name] = partial(checks.forward, model), partial(checks.draw, seed=1)
+        kinds[f"{name}, adapters"] = adapted(model, partial(checks.forward, model)), partial(checks.draw, seed=2)
     for kind, options in wan_checks.KINDS.items():
         packed = PackedWanTransformer.adopt(wan_transformer(ModelSize(heads=4), **options))
         models = wan_checks.Models(packed, packed, kind)
         kinds[f"wan {kind}"] = models.forward_packed, models.draw
     return {(name, count): partial(forward, draw(count)) for name, (forward, draw) in kinds.items() for count in (1, 6)}
+
+
+def adapted(model, forward):
+    """The forward of sequences that carry adapters, the last of them one and of six the first none."""
+    carried = draw_carried(model, modulating=True)
+
+    def forward_carrying(sequences):
+        with carrying(carried[-len(sequences) :]):
+            return forward(sequences)
+
+    return forward_carrying
 
 
 def work(rank, port, forwards, expected, pipelines, answers):
@@ -158,7 +172,7 @@ def run_forked(*args):
 
 def test_forwards_are_bitwise_those_of_one_rank(results):
     keys = [key for key in results[0] if len(key) == 3]
-    assert len(keys) == len(SIZES_OF_GROUPS) * 2 * (5 + len(wan_checks.KINDS))
+    assert len(keys) == len(SIZES_OF_GROUPS) * 2 * (8 + len(wan_checks.KINDS))
     assert [(key, rank) for key in keys for rank, found in enumerate(results) if found[key] is not True] == []
 
 
