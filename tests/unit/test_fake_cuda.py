@@ -19,22 +19,22 @@ from vllm_cfg_plugin.worker.runner import StepRunner
 # What one rank of two asks of its GPU in a step of the family's cases (two blocks, two or three requests): kernels, and
 # copies of timesteps and the like from pinned memory. Lower them when they fall.
 STEADY = {
-    "QwenImagePipeline": (99, 0),
-    "QwenImageEditPipeline": (92, 0),
-    "QwenImageEditPlusPipeline": (136, 0),
-    "QwenImageLayeredPipeline": (88, 0),
+    "QwenImagePipeline": (96, 0),
+    "QwenImageEditPipeline": (89, 0),
+    "QwenImageEditPlusPipeline": (133, 0),
+    "QwenImageLayeredPipeline": (85, 0),
     "ZImagePipeline": (150, 0),
-    "WanPipeline (2.1)": (439, 1),
-    "WanPipeline (2.2 14B)": (439, 1),
-    "WanPipeline (2.2 5B)": (439, 1),
-    "WanImageToVideoPipeline (2.1)": (497, 1),
-    "WanImageToVideoPipeline (2.2 14B)": (443, 1),
-    "WanImageToVideoPipeline (2.2 5B)": (546, 1),
-    "FluxPipeline": (237, 1),
-    "FluxPipeline, distilled": (236, 2),
-    "StableDiffusion3Pipeline": (220, 1),
-    "LongCatImagePipeline": (180, 0),
-    "LongCatImageEditPipeline": (137, 0),
+    "WanPipeline (2.1)": (437, 1),
+    "WanPipeline (2.2 14B)": (437, 1),
+    "WanPipeline (2.2 5B)": (437, 1),
+    "WanImageToVideoPipeline (2.1)": (495, 1),
+    "WanImageToVideoPipeline (2.2 14B)": (441, 1),
+    "WanImageToVideoPipeline (2.2 5B)": (544, 1),
+    "FluxPipeline": (233, 1),
+    "FluxPipeline, distilled": (232, 2),
+    "StableDiffusion3Pipeline": (217, 1),
+    "LongCatImagePipeline": (176, 0),
+    "LongCatImageEditPipeline": (133, 0),
 }
 
 
