@@ -4,14 +4,16 @@
 
 One server with two ranks. A companion asks for image after image; so do the neighbours, who never stream. In one half
 of each round the companion streams and asks for three previews, in the other it does not, and all else is the same;
-rounds take the halves in turns first. The ratio is that of the neighbours' mean seconds an image, round by round: with
-as many requests under way in both, that of their images a second is its inverse.
+rounds take the halves in turns first. Steps are drawn from 10 to 30, so that requests don't begin and end together for
+ever. The ratio is that of the neighbours' mean seconds a step, round by round: with as many requests under way in both,
+that of their images a second is its inverse. `tests/unit/test_streaming_cost.py` has the same in virtual time.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import random
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -26,15 +28,15 @@ from benchmarks.common import CORES, Job, machine, model_folder, percentile, rep
 from benchmarks.systems import START_TIMEOUT_S, Servers, pin_ranks, request_body
 from examples.vllm_server import VllmServer
 
-STEPS = 20
+STEPS = (10, 30)
 PREVIEWS = 3
 PARTIAL, COMPLETED = b"event: image_generation.partial_image", b"event: image_generation.completed"
 COLUMNS = (
     "side",
     "neighbours",
     "images each",
-    "s an image, nobody streams",
-    "s an image, beside a stream",
+    "ms a step, nobody streams",
+    "ms a step, beside a stream",
     "ratio (median of rounds)",
     "ratio (quartiles)",
     "companion's own ratio",
@@ -43,7 +45,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Half:
-    """Mean seconds an image of the neighbours, and of the companion."""
+    """Mean milliseconds a step of the neighbours, and of the companion."""
 
     neighbours: float
     companion: float
@@ -65,43 +67,41 @@ class Scene:
         self._images = images
         self._numbers = count()  # no prompt repeats: its embedding would be cached
 
-    async def half(self, streams: bool) -> Half:
-        """The neighbours ask for their images while the companion is there."""
-        companion = asyncio.create_task(self._companion(streams))
-        asked = [asyncio.create_task(self._neighbour()) for _ in range(self._neighbours)]
-        seconds = await asyncio.gather(*asked)
+    async def half(self, number: int, streams: bool) -> Half:
+        """The neighbours ask for their images while the companion is there; of one number all ask for the same."""
+        draws = [random.Random(f"{number}-{client}") for client in range(self._neighbours + 1)]
+        companion = asyncio.create_task(self._companion(draws[0], streams))
+        taken = await asyncio.gather(*(self._neighbour(draw) for draw in draws[1:]))
         companion.cancel()
-        own, _ = await asyncio.gather(companion, asyncio.sleep(0))
-        return Half(statistics.mean(second for each in seconds for second in each), statistics.mean(own))
+        own = await companion
+        return Half(statistics.mean(ms for each in taken for ms in each), statistics.mean(own))
 
-    async def _neighbour(self) -> list[float]:
-        return [await self._timed(self._server.run(self._job())) for _ in range(self._images)]
+    async def _neighbour(self, draw: random.Random) -> list[float]:
+        return [await self._ask(draw, streams=False) for _ in range(self._images)]
 
-    async def _companion(self, streams: bool) -> list[float]:
-        """Seconds of each of its images, until it is cancelled."""
+    async def _companion(self, draw: random.Random, streams: bool) -> list[float]:
+        """Milliseconds a step of each of its images, until it is cancelled."""
         taken = []
         try:
             while True:
-                taken.append(await self._timed(self._stream() if streams else self._server.run(self._job())))
+                taken.append(await self._ask(draw, streams))
         except asyncio.CancelledError:
             return taken
 
-    async def _stream(self) -> None:
-        body = {**request_body(self._job()), "stream": True, "partial_images": PREVIEWS}
+    async def _ask(self, draw: random.Random, streams: bool) -> float:
+        """Milliseconds a step of one image."""
+        number = next(self._numbers)
+        job = Job(f"a red apple, number {number}", self._side, draw.randint(*STEPS), guided=True, seed=number)
+        began = perf_counter()
+        await (self._stream(job) if streams else self._server.run(job))
+        return 1e3 * (perf_counter() - began) / job.steps
+
+    async def _stream(self, job: Job) -> None:
+        body = {**request_body(job), "stream": True, "partial_images": PREVIEWS}
         async with self._session.post(f"{self._url}/v1/images/generations", json=body) as response:
             text = await response.read()
-        if (text.count(PARTIAL), text.count(COMPLETED)) != (PREVIEWS, 1):
-            raise RuntimeError(f"this stream has not {PREVIEWS} previews and an image: {text[-300:]!r}")
-
-    def _job(self) -> Job:
-        number = next(self._numbers)
-        return Job(f"a red apple, number {number}", self._side, STEPS, guided=True, seed=number)
-
-    @staticmethod
-    async def _timed(work: object) -> float:
-        began = perf_counter()
-        await work  # type: ignore[misc]
-        return perf_counter() - began
+        if PARTIAL not in text or COMPLETED not in text:
+            raise RuntimeError(f"this stream has no previews, or no image: {text[-300:]!r}")
 
 
 async def measure(scene: Scene, rounds: int) -> list[tuple[Half, Half]]:
@@ -109,7 +109,7 @@ async def measure(scene: Scene, rounds: int) -> list[tuple[Half, Half]]:
     taken = []
     for number in range(rounds + 1):
         order = (False, True) if number % 2 else (True, False)
-        halves = {streams: await scene.half(streams) for streams in order}
+        halves = {streams: await scene.half(number, streams) for streams in order}
         taken.append((halves[False], halves[True]))
     return taken[1:]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm_cfg_plugin.engine.cost import CostModel
-from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, SideReport, StepPlan
+from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, PREVIEWED, SideReport, StepPlan
 from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -81,7 +81,7 @@ class Core:
         self.busy_us = 0.0
         self.texts: set[str] = set()
         self.reports: deque[tuple[float, SideReport]] = deque()
-        self._encoder, self._decoder = SideThread(SIDE_WEIGHT), SideThread(SIDE_WEIGHT)
+        self._encoder, self._decoder, self._previewer = (SideThread(SIDE_WEIGHT) for _ in range(3))
         self._long_coder, self._forwarder = SideThread(LONG_WEIGHT), SideThread(LONG_WEIGHT)
 
     def add_side_work(self, task: SideTask) -> None:
@@ -90,7 +90,7 @@ class Core:
         elif task.is_long:
             thread = self._long_coder
         else:
-            thread = self._decoder if task.branch == DECODED else self._encoder
+            thread = {DECODED: self._decoder, PREVIEWED: self._previewer}.get(task.branch, self._encoder)
         thread.tasks.append(task)
 
     def compute(self, us: float) -> None:
@@ -117,7 +117,7 @@ class Core:
         return self.now + _first_end(active, _weight(active)) if active else math.inf
 
     def _active(self) -> list[SideThread]:
-        threads = (self._encoder, self._decoder, self._long_coder, self._forwarder)
+        threads = (self._encoder, self._decoder, self._previewer, self._long_coder, self._forwarder)
         active = [thread for thread in threads if thread.tasks]
         for thread in active:
             task = thread.tasks[0]
@@ -134,7 +134,7 @@ class Core:
             task.left_us -= us * thread.weight / total
             if task.left_us <= _ROUNDING_US:
                 thread.tasks.popleft()
-                if task.branch not in (DECODED, FORWARDED):
+                if task.branch >= 0:
                     self.texts.add(task.prompt)
                 report = SideReport(task.id, task.branch, self.rank, (self.now - task.began) / 1e3)
                 self.reports.append((self.now, report))
@@ -183,11 +183,17 @@ class VirtualRanks:
             task = SideTask(encode.id, encode.branch, took, spec.prompts[encode.branch], encode.is_long)
             self.cores[encode.rank].add_side_work(task)
         for assign in plan.assign:
-            self._running[assign.id] = self._requests[assign.id]
-            self._running[assign.id].owners = assign.owners
+            if assign.owners:
+                self._running[assign.id] = self._requests[assign.id]
+                self._running[assign.id].owners = assign.owners
+            else:  # it sits steps out
+                del self._running[assign.id]
             self._loads = None
         if plan.advance or plan.long_steps:
             self._step(len(plan.long_steps))
+        for preview in plan.previews:
+            took = self._cost.decode(self._requests[preview.id].spec.image_tokens)
+            self.cores[preview.rank].add_side_work(SideTask(preview.id, PREVIEWED, took, is_long=preview.is_long))
         for forward in plan.forwards:
             for rank, load in enumerate(self._loads_of(forward.id, forward.owners)):
                 if load:
