@@ -68,6 +68,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.trace_steps --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.burst --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.fairness --quick --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.streaming --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.simulate --quick --out $(BENCH_OUT)
 
 # Ranks killed under traffic, then rude traffic, a minute each. Few clients and faults: on a slow machine a request must

@@ -88,8 +88,7 @@ def add_flags(parser: argparse.ArgumentParser, on_cpu: bool) -> None:
         default = getattr(EngineSettings(), name)
         group.add_argument(
             f"--{name.replace('_', '-')}",
-            action=_SettingAction,
-            type=partial(_integer, least=LEAST_VALUES.get(name, 1)),
+            action=_NumberAction,
             default=argparse.SUPPRESS,
             metavar="N",
             help=text if default is None else f"{text} Default: {default}.",
@@ -106,16 +105,6 @@ def all_plugin_names() -> str:
     groups = [group for group in entry_points().groups if group.startswith("vllm.")]
     names = {point.name for group in groups for point in entry_points(group=group)}
     return ",".join(sorted(names - _OPT_IN_ONLY))
-
-
-def _integer(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid: it must be an integer from {least} up")
-    return value
 
 
 class _MergeConfig(argparse.Action):
@@ -142,6 +131,24 @@ class _SettingAction(_MergeConfig):
 
     def _settings(self, values: Any, option_string: str | None) -> dict[str, Any]:
         return {self.dest: values}
+
+
+class _NumberAction(_SettingAction):
+    """A setting that is a number. What is wrong with it is said here: argparse would print 300 lines of usage first."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        least = LEAST_VALUES.get(self.dest, 1)
+        number = int(values) if values.lstrip("+-").isdecimal() else least - 1
+        if number < least:
+            why = f"{values!r} is not valid: it must be an integer from {least} up"
+            parser.exit(2, f"{parser.prog}: error: argument {option_string}: {why}\n")
+        super().__call__(parser, namespace, number, option_string)
 
 
 class _SwitchAction(_MergeConfig, argparse.BooleanOptionalAction):
