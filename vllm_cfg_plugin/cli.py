@@ -185,9 +185,7 @@ class _DiffusionParsing:
         given = {dest: value for dest in watched if (value := getattr(namespace, dest)) is not _NOT_GIVEN}
         vars(namespace).update({dest: self._parser.get_default(dest) for dest in watched if dest not in given})
         try:
-            if _has_diffusion_model(namespace, given.get("model")):
-                _take_settings(namespace, self._parser.get_default)
-                _take_lora(namespace, given, self._parser.get_default)
+            if _has_diffusion_model(namespace, given, self._parser.get_default):
                 check_options(vars(namespace), self._parser.get_default)
                 vars(namespace).update(with_our_defaults(given, self._on_cpu))
         except ConfigurationError as error:
@@ -200,17 +198,12 @@ _NOT_GIVEN = object()
 
 
 def _take_settings(namespace: argparse.Namespace, vllms_default: Callable[[str], Any]) -> None:
-    """Options of vLLM that its own loader would act on become settings of ours.
-
-    Raises:
-        ConfigurationError: not a value that we have.
-    """
-    for name in ("quantization", "cpu_offload_gb"):
+    """Options of vLLM that its own loader would act on, and would look for heads, become settings of ours."""
+    for name in ("quantization", "cpu_offload_gb", "tensor_parallel_size"):
         asked, default = getattr(namespace, name), vllms_default(name)
         setattr(namespace, name, default)
         if asked != default:
-            namespace.additional_config = {**namespace.additional_config, name: asked}
-    EngineSettings.from_dict(namespace.additional_config)
+            namespace.additional_config = {**(namespace.additional_config or {}), name: asked}
 
 
 def _take_lora(namespace: argparse.Namespace, given: dict[str, Any], default_of: Callable[[str], Any]) -> None:
@@ -224,7 +217,7 @@ def _take_lora(namespace: argparse.Namespace, given: dict[str, Any], default_of:
     vars(namespace).update({name: default_of(name) for name in _LORA_OPTIONS})
     if "lora_modules" in asked:
         asked["lora_modules"] = _paths_of_adapters(asked["lora_modules"])
-    namespace.additional_config = {**namespace.additional_config, **asked}
+    namespace.additional_config = {**(namespace.additional_config or {}), **asked}
     settings = EngineSettings.from_dict(namespace.additional_config)
     if settings.enable_lora:
         model = getattr(namespace, "model_tag", None) or given["model"]
@@ -248,15 +241,17 @@ def _paths_of_adapters(modules: Sequence[Any]) -> dict[str, str]:
     return paths
 
 
-def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bool:
+def _has_diffusion_model(
+    namespace: argparse.Namespace, given: dict[str, Any], vllms_default: Callable[[str], Any]
+) -> bool:
     """Whether MODEL is a diffusion pipeline, which is then made ready.
 
     Raises:
         ConfigurationError: it is one that we don't serve, or none and has a setting of ours.
     """
     settings = getattr(namespace, "additional_config", None) or {}
-    asked = EngineSettings.from_dict(settings)
-    model = getattr(namespace, "model_tag", None) or model_option
+    EngineSettings.from_dict(settings)
+    model = getattr(namespace, "model_tag", None) or given.get("model")
     ours = set(settings) & {*_FLAGS, *_SWITCHES, *_TEXTS}
     if not isinstance(model, str):
         if ours:
@@ -267,8 +262,12 @@ def _has_diffusion_model(namespace: argparse.Namespace, model_option: Any) -> bo
     if is_diffusion:
         quiet_logs()
         quiet_logs_of_children()
+        _take_settings(namespace, vllms_default)
+        _take_lora(namespace, given, vllms_default)
+        settings = namespace.additional_config or {}
     if is_diffusion or ours:
-        check_servable(checkpoint, asked.variant, asked.sequence_parallel_size)
+        asked = EngineSettings.from_dict(settings)
+        check_servable(checkpoint, asked.variant, asked.sequence_parallel_size, asked.tensor_parallel_size)
     if is_diffusion:
         check_settings(settings)
         addresses = {f"{purpose}_address": new_address(purpose) for purpose in ("progress", "health", "cause")}

@@ -47,13 +47,12 @@ ENGINE_DEFAULTS: dict[str, Any] = {
 # Options of vLLM that would do nothing for a diffusion pipeline, or break it: name -> what to do instead. Those that
 # are about nothing of the kind are in `vllm_options.py`.
 ONE_MACHINE = (
-    "cfg_parallel_size sets the number of ranks, sequence_parallel_size how many processes share a rank's forwards, "
-    "data_parallel_size the number of replicas"
+    "cfg_parallel_size sets the number of ranks, sequence_parallel_size and tensor_parallel_size how many processes "
+    "share a rank's forwards, data_parallel_size the number of replicas"
 )
 _WEIGHTS_AS_THEY_ARE = "weights are loaded as they are in the checkpoint, in the type that dtype says"
 _NO_LANGUAGE = "it is about generating text"
 UNUSABLE_OPTIONS: dict[str, str] = {
-    "tensor_parallel_size": ONE_MACHINE,
     "pipeline_parallel_size": ONE_MACHINE,
     "prefill_context_parallel_size": ONE_MACHINE,
     "decode_context_parallel_size": ONE_MACHINE,
@@ -101,7 +100,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         cfg_parallel_size: ranks that share the branches of guidance.
-        sequence_parallel_size: processes, each on its own device or core, that a rank is: they share its forwards.
+        sequence_parallel_size, tensor_parallel_size: their product is how many processes, each on its own device or
+            core, a rank is: they share its forwards by their rows, and by the model's weights.
         cfg_shared_weights: one copy of the weights for all ranks of an engine; None: wherever that is possible.
         cfg_max_restarts: how often, within ten minutes, all ranks are started anew because one has died.
         cfg_step_timeout: seconds after which ranks that owe an answer and send nothing count as dead.
@@ -126,6 +126,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     cfg_parallel_size: int = 1
     sequence_parallel_size: int = 1
+    tensor_parallel_size: int = 1
     cfg_shared_weights: bool | None = None
     cfg_max_restarts: int = 3
     cfg_step_timeout: int = 120
@@ -170,7 +171,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             settings = msgspec.convert(ours, cls)
         except msgspec.ValidationError as error:
             raise ConfigurationError(f"additional_config: {error}") from error
-        sizes = ("cfg_parallel_size", "sequence_parallel_size")
+        sizes = ("cfg_parallel_size", "sequence_parallel_size", "tensor_parallel_size")
         numbers = (*sizes, "cfg_step_timeout", "cfg_max_restarts", "cfg_cache_bytes", "max_step_ms", *_LORA_NUMBERS)
         for name in (*numbers, *RequestLimits.__struct_fields__):
             value, least = getattr(settings, name), LEAST_VALUES.get(name, 1)
@@ -187,6 +188,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     def _check_lora(self, given: Mapping[str, Any]) -> None:
         if not self.enable_lora and (unused := sorted(given.keys() & {"lora_modules", *_LORA_NUMBERS})):
             raise ConfigurationError(f"{unused[0]}={given[unused[0]]!r} is not valid without enable_lora")
+        if self.enable_lora and self.tensor_parallel_size > 1:
+            raise ConfigurationError(
+                f"enable_lora=True is not valid with tensor_parallel_size={self.tensor_parallel_size}, whose processes "
+                "have parts of layers: leave one of them out"
+            )
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ConfigurationError(
                 f"max_cpu_loras={self.max_cpu_loras} is not valid: it must be at least max_loras={self.max_loras}"
@@ -196,6 +202,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     def max_loras_of_requests(self) -> int:
         """Adapters that a request may carry."""
         return self.max_loras if self.enable_lora else 0
+
+    @property
+    def processes(self) -> int:
+        """How many a cfg rank is."""
+        return self.sequence_parallel_size * self.tensor_parallel_size
 
     @property
     def encoder_rank(self) -> int | None:
@@ -217,8 +228,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def rank_name(self, process: int) -> str:
         """What the process of this number is: "1", cfg rank 1, or of several that it is "1.0", the first of them."""
-        rank, place = divmod(process, self.sequence_parallel_size)
-        return str(rank) if self.sequence_parallel_size == 1 else f"{rank}.{place}"
+        rank, place = divmod(process, self.processes)
+        return str(rank) if self.processes == 1 else f"{rank}.{place}"
 
     @property
     def limits(self) -> RequestLimits:

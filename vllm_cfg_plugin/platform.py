@@ -28,7 +28,7 @@ _START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _users_start_method = os.environ.get(_START_METHOD)
 
 
-_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
+_SIZES = ("pipeline_parallel_size", "prefill_context_parallel_size")
 
 
 class HostPlatform(Platform):
@@ -143,7 +143,12 @@ def _wire_parallelism(vllm_config: VllmConfig, settings: EngineSettings) -> None
     """Assigns, never multiplies: vLLM calls this in the front end and again in the engine."""
     parallel = vllm_config.parallel_config
     check_options({name: getattr(parallel, name) for name in _SIZES}, lambda name: 1)
-    parallel.world_size = settings.cfg_parallel_size * settings.sequence_parallel_size * parallel.tensor_parallel_size
+    if parallel.tensor_parallel_size > 1:
+        raise ConfigurationError(
+            f"tensor_parallel_size={parallel.tensor_parallel_size} is not valid here: `vllm serve`, `DiffusionLLM` and "
+            "additional_config take it for a diffusion pipeline"
+        )
+    parallel.world_size = settings.cfg_parallel_size * settings.processes
     parallel.worker_cls = "vllm_cfg_plugin.worker.worker.DiffusionWorker"
     parallel.distributed_executor_backend = "vllm_cfg_plugin.executor.executor.CfgExecutor"
     parallel.disable_custom_all_reduce = True
@@ -177,7 +182,7 @@ def _check_device_count(platform: type[Platform], vllm_config: VllmConfig) -> No
     if needed > available:
         has = "this machine has" if named is None else "--device-ids names"
         raise ConfigurationError(
-            f"{parallel.world_size} ranks (cfg_parallel_size x sequence_parallel_size) with "
+            f"{parallel.world_size} ranks (cfg_parallel_size x sequence_parallel_size x tensor_parallel_size) with "
             f"data_parallel_size_local={parallel.data_parallel_size_local} needs {needed} GPUs and {has} "
             f"{available}: lower it, or make more GPUs visible"
         )

@@ -32,6 +32,7 @@ WORKING = frozenset(
         "otlp_traces_endpoint show_hidden_metrics_for_version custom_histogram_buckets",
         # the engine
         "max_num_seqs max_num_batched_tokens additional_config gpu_memory_utilization quantization cpu_offload_gb",
+        "tensor_parallel_size",
         "data_parallel_size data_parallel_size_local data_parallel_rank data_parallel_start_rank headless",
         "data_parallel_address data_parallel_rpc_port data_parallel_backend data_parallel_hybrid_lb",
         "data_parallel_external_lb data_parallel_multi_port_external_lb data_parallel_supervisor_port",

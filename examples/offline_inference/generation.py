@@ -40,6 +40,7 @@ def make_parser(description: str | None, *, model: str | None, prompt: str, outp
     add_option(parser, "output", type=Path, default=Path(output), help=f"file to write (default: {output})")
     add_option(parser, "cfg_parallel_size", type=int, default=1, help="ranks (GPUs) that share guidance's branches")
     add_option(parser, "sequence_parallel_size", type=int, default=1, help="GPUs that share each forward of a rank")
+    add_option(parser, "tensor_parallel_size", type=int, default=1, help="GPUs that share the weights of each rank")
     add_option(parser, "compare", action="store_true", help="run on one rank of one GPU too and compare the two")
     return parser
 
@@ -56,9 +57,10 @@ def run(args: argparse.Namespace, images: Sequence[str] = (), fps: float | None 
         images: files that the prompt comes with.
         fps: frames a second of a video's file; None for the model's own.
     """
-    sizes = {name: getattr(args, name) for name in ("cfg_parallel_size", "sequence_parallel_size")}
+    names = ("cfg_parallel_size", "sequence_parallel_size", "tensor_parallel_size")
+    sizes = {name: getattr(args, name) for name in names}
     if args.compare and set(sizes.values()) == {1}:
-        logger.error("--compare needs --cfg_parallel_size or --sequence_parallel_size of 2 or more")
+        logger.error("--compare needs one of --%s of 2 or more", ", --".join(names))
         return 2
     try:
         output = _generate(args, images, **sizes)

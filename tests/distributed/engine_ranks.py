@@ -22,8 +22,8 @@ from tests.toy_pipeline import InlineSideWork, toy_vllm_config
 from tests.unit.test_run_ahead import DevicePace
 from tests.unit.test_scheduler import vllm_request
 from vllm_cfg_plugin.distributed import parallel_state
-from vllm_cfg_plugin.distributed.sequence_exchange import CollectiveGroup
-from vllm_cfg_plugin.distributed.sequence_group import SequenceGroups, current_group
+from vllm_cfg_plugin.distributed.sequence_exchange import CollectiveGroup, Coordinators
+from vllm_cfg_plugin.distributed.sequence_group import SequenceGroups, current_group, use_group
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport, StepReport
 from vllm_cfg_plugin.engine.scheduler import StepScheduler
 from vllm_cfg_plugin.engine.step_result import merge_reports
@@ -53,9 +53,11 @@ class RecordingRunner(StepRunner):
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.trace: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self._really_advance = self._step._advance
+        self._step._advance = self._advance_and_record
 
-    def _advance(self, moves, previews):
-        super()._advance(moves, previews)
+    def _advance_and_record(self, moves, previews):
+        self._really_advance(moves, previews)
         for move in moves:
             if move.error is None:
                 self.trace[move.state.request.seed].append(move.state.latents.clone())
@@ -89,29 +91,30 @@ def run_ranks(
     as_on_gpus: bool = False,
     sharers: int = 1,
     text_encoder: str = "all",
+    tensor: int = 1,
 ) -> list[Traces]:
     """Run all scripts on forked processes; returns every process's traces.
 
     Args:
-        sharers: processes that each of the ranks is.
+        sharers: processes that share the rows of each rank's forwards. tensor: those that share the weights.
         max_tokens: of a rank and step. Where there is such a limit, side work runs on threads, as in a server.
         as_on_gpus: exchange over the process group, by NCCL's rules, and run a step ahead.
         text_encoder: as `cfg_text_encoder`; ranks without text encoders have none.
     """
     options = {"fault": fault, "load": load, "max_tokens": max_tokens, "as_on_gpus": as_on_gpus, "sharers": sharers}
-    options |= {"text_encoder": text_encoder}
+    options |= {"text_encoder": text_encoder, "tensor": tensor}
     return [traces[model] for traces in run_models({model: scripts}, ranks, folder, **options)]
 
 
 def run_models(
-    models: dict[Path, Scripts], ranks: int, folder: Path, sharers: int = 1, **options
+    models: dict[Path, Scripts], ranks: int, folder: Path, sharers: int = 1, tensor: int = 1, **options
 ) -> list[dict[Path, Traces]]:
     """The same for several models, one after the other on the same processes."""
-    outs = [folder / f"traces-{process}.pt" for process in range(ranks * sharers)]
+    outs = [folder / f"traces-{process}.pt" for process in range(ranks * sharers * tensor)]
     port = get_open_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_run_rank, args=(models, ranks, sharers, number, port, out), kwargs=options)
+        context.Process(target=_run_rank, args=(models, ranks, sharers, tensor, number, port, out), kwargs=options)
         for number, out in enumerate(outs)
     ]
     for process in processes:
@@ -140,6 +143,7 @@ def _run_rank(
     models: dict[Path, Scripts],
     ranks: int,
     sharers: int,
+    tensor: int,
     number: int,
     port: int,
     out: Path,
@@ -150,17 +154,20 @@ def _run_rank(
     text_encoder: str = "all",
 ) -> None:
     torch.set_num_threads(1)
-    init_distributed_environment(ranks * sharers, number, f"tcp://127.0.0.1:{port}", number, "gloo")
-    parallel_state.initialize_model_parallel(ranks, sequence_parallel_size=sharers)
+    processes = sharers * tensor
+    init_distributed_environment(ranks * processes, number, f"tcp://127.0.0.1:{port}", number, "gloo")
+    parallel_state.initialize_model_parallel(ranks, tensor, sequence_parallel_size=sharers)
     groups = SequenceGroups(current_group(), parallel_state.make_sequence_group())
-    if as_on_gpus and sharers > 1:
-        groups = SequenceGroups(CollectiveGroup(parallel_state.get_sequence_coordinator()))
+    if as_on_gpus and (everybody := parallel_state.get_forward_coordinator()):
+        shared = {"sequence": everybody} if sharers > 1 else {"tensor": everybody}
+        groups = SequenceGroups(CollectiveGroup(Coordinators(everybody, **shared)))
+        use_group(groups.steps)
     rank = parallel_state.get_classifier_free_guidance_rank()
     all_gather = make_all_gather(torch.device("cuda" if as_on_gpus else "cpu"))
     traces: dict[Path, Traces] = {}
     for model, scripts in models.items():
         pipeline = load(model)
-        if text_encoder == "one" and number >= sharers:
+        if text_encoder == "one" and number >= processes:
             for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
                 setattr(pipeline, name, None)
         pipeline.pack_branches = _failing(pipeline.pack_branches, fault, number)
@@ -170,8 +177,10 @@ def _run_rank(
             pace = DevicePace() if as_on_gpus else HostPace()
             runner = RecordingRunner(pipeline, rank, ranks, all_gather, side, pace, groups)
             with nccl_rules():
-                settings = {"sequence_parallel_size": sharers, "cfg_text_encoder": text_encoder}
+                settings = {"sequence_parallel_size": sharers, "tensor_parallel_size": tensor}
+                settings["cfg_text_encoder"] = text_encoder
                 _drive(runner, toy_vllm_config(ranks, 8, max_tokens, **settings), list(script))
+            assert runner.trace, "no step of any request was recorded"
             assert not runner.states, "every request must be forgotten after its last step, or when it failed"
             traces[model][name] = dict(runner.trace)
     torch.save(traces, out)

@@ -11,7 +11,7 @@ import torch
 
 from tests.distributed.ranks import free_port, run_ranks
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
-from vllm_cfg_plugin.distributed.parallel_state import cfg_group_ranks, sequence_group_ranks
+from vllm_cfg_plugin.distributed.parallel_state import cfg_group_ranks, sequence_group_ranks, tensor_group_ranks
 from vllm_cfg_plugin.errors import ConfigurationError
 
 pytestmark = pytest.mark.distributed
@@ -300,6 +300,11 @@ def test_cfg_group_ranks(sizes, expected):
 def test_sequence_group_ranks():
     assert sequence_group_ranks(4, 1, 2) == [[0, 1], [2, 3]]
     assert sequence_group_ranks(8, 2, 2) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+def test_tensor_group_ranks():
+    assert tensor_group_ranks(4, 2) == [[0, 1], [2, 3]]
+    assert tensor_group_ranks(2, 1) == [[0], [1]]
 
 
 def test_sizes_that_do_not_fit_are_refused():

@@ -144,13 +144,32 @@ def fail_once(rank, ranks, share):
     if rank == 1:
         gather.fail()
     else:
-        with pytest.raises(MemberFailedError, match="rank 1 of this sequence group failed"):
+        with pytest.raises(MemberFailedError, match="process 1 of this cfg rank failed"):
             gather.all_to_all(torch.zeros(ranks, 5))
     return gather(torch.tensor([rank])).tolist()
 
 
 def test_a_rank_that_fails_leaves_no_other_waiting():
     assert run_forked(fail_once, 3) == [[[0], [1], [2]]] * 3
+
+
+def trade_in_pairs(rank, ranks, share):
+    """Rows of growing and shrinking sizes among ranks 0 and 1, and 2 and 3, and among all of them."""
+    gather = connect(rank, ranks, share)
+    pair = [rank - rank % 2, rank - rank % 2 + 1]
+    found = []
+    for exchange, width in enumerate([10, 100_000, 50_000, 3, 400_000, 60_000, 8]):
+        rows = gather(torch.full((width * (1 + rank // 2),), rank + 10 * exchange), pair)
+        parts = gather.all_to_all(torch.full((2, width), rank + 10 * exchange), pair)
+        found.append([row.unique().tolist() for row in (*rows, *parts)])
+    return found, gather(torch.tensor([rank])).flatten().tolist()
+
+
+def test_some_ranks_exchange_while_others_do():
+    for rank, (found, everybody) in enumerate(run_forked(trade_in_pairs, 4)):
+        pair = [rank - rank % 2, rank - rank % 2 + 1]
+        assert found == [[[member + 10 * exchange] for member in pair * 2] for exchange in range(7)]
+        assert everybody == [0, 1, 2, 3]
 
 
 def wait_long(rank, ranks, share):

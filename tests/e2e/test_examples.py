@@ -88,7 +88,10 @@ def test_text_to_video_compares(video_model, tmp_path):
 
 def test_a_comparison_needs_two_ranks(model, tmp_path):
     printed = run_failing(TEXT_TO_IMAGE, *flags(model=model, compare=True), cwd=tmp_path)
-    assert "--compare needs --cfg_parallel_size or --sequence_parallel_size of 2 or more" in printed
+    assert (
+        "--compare needs one of --cfg_parallel_size, --sequence_parallel_size, --tensor_parallel_size of 2 or more"
+        in printed
+    )
 
 
 def test_the_mixin_called_directly_on_one_rank_and_on_two(tmp_path):

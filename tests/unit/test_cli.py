@@ -170,8 +170,23 @@ def test_vllms_options_of_adapters_are_settings_of_ours(parse, model, tmp_path, 
         assert message in rejected(parse, capsys, model, *wrong)
 
 
+def test_vllms_tensor_parallel_size_is_a_setting_of_ours(parse, model, capsys):
+    args = parse(model, "--tensor-parallel-size", "2")
+    assert args.tensor_parallel_size == 1, (
+        "vLLM would look for heads in the checkpoint's placeholder of a configuration"
+    )
+    assert args.additional_config["tensor_parallel_size"] == 2
+    assert "tensor_parallel_size" not in parse(model).additional_config
+    for flags, why in (
+        ([], "tensor_parallel_size=4 is not valid: it must divide the 2 attention heads"),
+        (["--enable-lora"], "enable_lora=True is not valid with tensor_parallel_size=4"),
+        (["--sequence-parallel-size", "2"], "sequence_parallel_size=2 x tensor_parallel_size=4 is not valid: it must"),
+    ):
+        assert why in rejected(parse, capsys, model, "--tensor-parallel-size", "4", *flags)
+
+
 UNUSABLE = [
-    ["--tensor-parallel-size", "2"],
+    ["--pipeline-parallel-size", "2"],
     ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
     ["--max-model-len", "4096"],
 ]
@@ -255,7 +270,7 @@ def test_additional_config_that_is_no_object_is_one_clear_line(parse, capsys, mo
 
 def test_a_setting_that_there_is_not_is_one_clear_line(parse, capsys, model):
     line = rejected(parse, capsys, model, "--additional-config", '{"cfg_paralel_size": 2}')
-    assert "there is no cfg_paralel_size: did you mean cfg_parallel_size or sequence_parallel_size?" in line
+    assert "there is no cfg_paralel_size: did you mean cfg_parallel_size or" in line
 
 
 LEAST = [("max-num-seqs", 0, 1), ("max-num-queued-reqs", 0, 1), ("shutdown-timeout", -1, 0)]

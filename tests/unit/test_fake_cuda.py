@@ -8,9 +8,12 @@ import torch
 from tests.families import FAMILIES
 from tests.toy_pipeline import InlineSideWork
 from tests.unit.fake_cuda import DEVICE, fake_cuda, move_to_gpu, to_fake
+from tests.unit.played_group import Played
 from tests.unit.test_runner import join, plan
 from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.distributed.sequence_group import NO_GROUPS, SequenceGroups
 from vllm_cfg_plugin.pipelines.base import PromptEmbeds
+from vllm_cfg_plugin.pipelines.common.tensor_parallel import divide
 from vllm_cfg_plugin.pipelines.offload import offload_layers, offloadable, weight_bytes
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
 from vllm_cfg_plugin.worker.pace import CudaPace
@@ -54,7 +57,9 @@ MODULATED_BY_TEXTS = {"FluxPipeline", "StableDiffusion3Pipeline"}
 
 
 @contextmanager
-def rank_on_gpu(family, folder, move_transformer=lambda pipeline, transformer: move_to_gpu(transformer)):
+def rank_on_gpu(
+    family, folder, move_transformer=lambda pipeline, transformer: move_to_gpu(transformer), groups=NO_GROUPS
+):
     """(a rank that has taken the first step of the family's cases, its GPU)."""
     folder = family.build(folder)
     cls = pipeline_class(Checkpoint(str(folder)))
@@ -73,7 +78,7 @@ def rank_on_gpu(family, folder, move_transformer=lambda pipeline, transformer: m
         pipeline.encode_branch = lambda request, branch: texts[request.seed, branch]
         side, pace = InlineSideWork(0), CudaPace(DEVICE)
         side.keep = lambda id, steps, run: None  # makes bytes of tensors, beside the steps
-        runner = StepRunner(pipeline, 0, 2, lambda row: torch.stack([row, row]), side, pace)
+        runner = StepRunner(pipeline, 0, 2, lambda row: torch.stack([row, row]), side, pace, groups)
         # Every other request has both branches here, as where the other rank has more to do.
         owners = [(0, 1) if i % 2 else (0, 0) for i, _ in enumerate(requests)]
         owners = [own[: len(request.prompts)] for own, request in zip(owners, requests, strict=True)]
@@ -115,3 +120,18 @@ def test_layers_in_host_memory_come_in_turn_and_nothing_waits_for_them(family, t
     sent = sum(count for line, count in counts.uploads.items() if "offload.py" in line)
     # Those of all layers; where the text is part of what modulates, that comes apart, in every step.
     assert sent == layers * (2 if family.class_name in MODULATED_BY_TEXTS else 1), counts.uploads
+
+
+@pytest.mark.parametrize("family", OF_EVERY_TRANSFORMER, ids=lambda family: family.label)
+def test_processes_that_share_weights_wait_for_nothing_else_of_the_gpu(family, tmp_path):
+    group = Played(0, 2)
+
+    def move_part(pipeline, transformer):
+        divide(transformer, transformer.tensor_plan, group)
+        move_to_gpu(transformer)
+
+    with rank_on_gpu(family, tmp_path / "model", move_part, SequenceGroups(group)) as (runner, gpu):
+        assert not runner.run(plan(1)).failed
+        counts = gpu.start_counting()
+        assert not runner.run(plan(2)).failed
+    assert counts.syncs == {}

@@ -10,6 +10,8 @@ import torch
 from benchmarks.known_models import MODELS
 from benchmarks.memory_table import GIGABYTES, QUANTIZATIONS, SHARE, memory_of, table
 from tests.families import FAMILIES, load
+from tests.model_builders.qwen_image import build_qwen_image
+from tests.unit.played_group import Played
 from vllm_cfg_plugin.checkpoint import Checkpoint
 from vllm_cfg_plugin.config import EngineSettings
 from vllm_cfg_plugin.errors import ConfigurationError
@@ -18,6 +20,7 @@ from vllm_cfg_plugin.memory.__main__ import main
 from vllm_cfg_plugin.memory.placement import CACHE_BYTES, GIB, Card, Component, ModelMemory, fits, place
 from vllm_cfg_plugin.memory.sizing import model_memory
 from vllm_cfg_plugin.memory.tracking import peak_bytes
+from vllm_cfg_plugin.pipelines.common.tensor_parallel import divide
 
 META = torch.device("meta")
 # 30 GB of transformer and 20 of text encoder, of which 2 at a time; a step of one branch takes 1, of two 2, a decode 3.
@@ -34,6 +37,19 @@ MODEL = ModelMemory(
     step_token_bytes=GIB // 1024,
     decode_token_bytes=3 * GIB // 1024,
 )
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_weights_that_ranks_share_are_counted_as_each_has_them(ranks, tmp_path):
+    """As they are loaded; and a step takes less too, for heads and hidden channels are divided."""
+    checkpoint = Checkpoint(str(build_qwen_image(tmp_path / "model", size="small")))
+    whole, found = (model_memory(checkpoint, torch.float32, tensor_parallel_size=size) for size in (1, ranks))
+    transformer = load(Path(checkpoint.model)).transformer
+    divide(transformer, transformer.tensor_plan, Played(0, ranks))
+    assert found.components["transformer"].nbytes == sum(own.nbytes for own in transformer.parameters())
+    assert found.components["vae"] == whole.components["vae"]
+    assert found.components["text_encoder"] == whole.components["text_encoder"]
+    assert (found.step_token_bytes < whole.step_token_bytes) == (ranks > 1)
 
 
 def card(gigabytes):

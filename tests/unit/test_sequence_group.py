@@ -7,7 +7,7 @@ import torch
 
 from vllm_cfg_plugin.distributed import sequence_exchange
 from vllm_cfg_plugin.distributed.cfg_parallel import predict_on_ranks
-from vllm_cfg_plugin.distributed.sequence_exchange import CollectiveGroup
+from vllm_cfg_plugin.distributed.sequence_exchange import CollectiveGroup, Coordinators
 from vllm_cfg_plugin.distributed.sequence_group import (
     ALONE,
     GroupBrokenError,
@@ -23,14 +23,14 @@ class Told:
     rank, size, is_stoppable, trades = 0, 2, True, 0
 
     def __init__(self):
-        self.failures = self.agreements = 0
+        self.told = self.agreements = self.failures = 0
 
     def any(self, flags):
         self.agreements += 1
         return [*flags]
 
     def fail(self):
-        self.failures += 1
+        self.told += 1
 
 
 def test_the_group_shares_what_is_done_together_and_nothing_else():
@@ -38,28 +38,29 @@ def test_the_group_shares_what_is_done_together_and_nothing_else():
     with together(group):
         assert current_group() is group
     assert current_group() is ALONE
-    assert (group.agreements, group.failures) == (1, 0)
+    assert (group.agreements, group.told, group.failures) == (1, 0, 0)
 
 
 def test_the_others_are_told_once_of_a_failure():
     group = Told()
     with pytest.raises(ArithmeticError), together(group), together(group):
         raise ArithmeticError
-    assert group.failures == 1
+    assert group.told == 1
+    assert group.failures > 0
     assert current_group() is ALONE
 
 
 def test_of_another_ranks_failure_nobody_is_told():
     group = Told()
-    with pytest.raises(MemberFailedError, match="rank 1 of this sequence group failed"), together(group):
+    with pytest.raises(MemberFailedError, match="process 1 of this cfg rank failed"), together(group):
         raise MemberFailedError(1)
-    assert group.failures == 0
+    assert (group.told, group.failures) == (0, 1)
 
 
 def test_a_forward_that_shares_nothing_is_said_to(caplog):
     with together(Told()):
         assert predict_on_ranks(1, lambda branches: [torch.ones(1)]) == [torch.ones(1)]
-    assert "sequence parallelism is idle" in caplog.text
+    assert "sequence and tensor parallelism are idle" in caplog.text
 
 
 @pytest.fixture
@@ -68,7 +69,8 @@ def play(monkeypatch):
 
     def make(*others):
         monkeypatch.setattr(sequence_exchange, "_share", lambda group, size, mine: [mine, *others])
-        return CollectiveGroup(SimpleNamespace(rank_in_group=0, world_size=2, cpu_group=None))
+        coordinator = SimpleNamespace(rank_in_group=0, world_size=2, cpu_group=None)
+        return CollectiveGroup(Coordinators(coordinator, sequence=coordinator))
 
     return make
 
@@ -78,7 +80,7 @@ def test_flags_of_all_ranks_are_joined(play):
 
 
 def test_a_failure_at_the_same_collective_is_one_of_the_forward(play):
-    with pytest.raises(MemberFailedError, match="rank 1 of this"):
+    with pytest.raises(MemberFailedError, match="process 1 of this"):
         play((True, 0, [])).any([])
     play((True, 0, [])).fail()
 

@@ -19,9 +19,7 @@ from vllm_cfg_plugin.distributed.parallel_state import (
     get_cfg_group,
     get_classifier_free_guidance_rank,
     get_classifier_free_guidance_world_size,
-    get_sequence_coordinator,
-    get_sequence_parallel_rank,
-    get_sequence_parallel_world_size,
+    get_forward_coordinator,
 )
 from vllm_cfg_plugin.distributed.sequence_group import current_group, together
 
@@ -171,8 +169,8 @@ class CFGParallelMixin:
         Raises:
             RequestFailedError: rank 0 could not step.
         """
-        ranks, sharers = get_classifier_free_guidance_world_size(), get_sequence_parallel_world_size()
-        if ranks == sharers == 1:
+        sharers = get_forward_coordinator()
+        if get_classifier_free_guidance_world_size() == 1 and sharers is None:
             return self.scheduler_step(noise_pred, t, latents)
         stepped: torch.Tensor | None = None
         error: Exception | None = None
@@ -182,10 +180,10 @@ class CFGParallelMixin:
             except Exception as caught:
                 error = caught
         latents = collectives.broadcast_first(get_cfg_group(), stepped, error, latents.device)
-        if sharers == 1:
+        if sharers is None:
             return latents
-        mine = latents if get_sequence_parallel_rank() == 0 else None
-        return collectives.broadcast_first(get_sequence_coordinator(), mine, None, latents.device)
+        mine = latents if sharers.rank_in_group == 0 else None
+        return collectives.broadcast_first(sharers, mine, None, latents.device)
 
 
 def predict_on_ranks(branches: int, forward: Callable[[Sequence[int]], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
@@ -195,7 +193,8 @@ def predict_on_ranks(branches: int, forward: Callable[[Sequence[int]], Sequence[
 
     Args:
         branches: how many there are.
-        forward: predictions of the branches with these numbers; of one shape and dtype. A sequence group shares it.
+        forward: predictions of the branches with these numbers; of one shape and dtype. Ranks that share forwards call
+            it together.
 
     Raises:
         RequestFailedError: another rank failed or predicted another shape; no rank is left waiting.
@@ -222,15 +221,15 @@ def predict_on_ranks(branches: int, forward: Callable[[Sequence[int]], Sequence[
 def _forward_together(
     forward: Callable[[Sequence[int]], Sequence[torch.Tensor]], branches: Sequence[int]
 ) -> list[torch.Tensor]:
-    """The predictions of branches, by all ranks of the sequence group."""
+    """The predictions of branches, by all ranks that share this one's forwards."""
     group = current_group()
     trades = group.trades
     with together(group):
         predictions = list(forward(branches))
     if group.size > 1 and group.trades == trades:
         log_once(
-            "sequence parallelism is idle: this transformer has no packed forward, so every rank of the sequence group "
-            "computes all of it"
+            "sequence and tensor parallelism are idle: this transformer has no packed forward, so every rank of the "
+            "group computes all of it"
         )
     return predictions
 
@@ -238,7 +237,8 @@ def _forward_together(
 def same_on_all_ranks(value: T) -> T:
     """Rank 0's tensor or plain data on every rank of its groups, for what ranks draw without a common seed."""
     groups = [get_cfg_group()] if get_classifier_free_guidance_world_size() > 1 else []
-    groups += [get_sequence_coordinator()] if get_sequence_parallel_world_size() > 1 else []
+    sharers = get_forward_coordinator()
+    groups += [] if sharers is None else [sharers]
     for group in groups:
         if isinstance(value, torch.Tensor):
             value = group.broadcast(value.contiguous(), src=0)

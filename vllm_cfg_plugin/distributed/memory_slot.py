@@ -67,6 +67,11 @@ class Slot:
         start = _HEADER_BYTES + first
         part[:] = self._bytes[start : start + part.nbytes]
 
+    def pass_over(self) -> None:
+        """Read nothing of the row. The file's size is followed all the same, or a later reading would shrink it."""
+        _fence_memory()
+        self._grow(self._words[_ROW_BYTES])
+
     def _grow(self, row_bytes: int) -> None:
         """Make room for a row. The owner comes first and enlarges the file; a reader then sets the size that it has."""
         if _HEADER_BYTES + row_bytes > len(self._memory):

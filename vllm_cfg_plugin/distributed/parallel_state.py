@@ -1,7 +1,8 @@
-"""The groups: which ranks share a request's branches (cfg), and which of them a branch's forward (sequence).
+"""The groups: which ranks share a request's branches (cfg), and which of them a branch's forward (sequence, tensor).
 
-Ranks are laid out as cfg x sequence x tensor parallel with the last one innermost, like vLLM's own groups. With 4
-ranks, cfg 2 and sequence parallel 2: sequence groups [[0, 1], [2, 3]], cfg groups [[0, 2], [1, 3]]. vLLM and
+Ranks are laid out as cfg x sequence x tensor parallel with the last one innermost, like vLLM's own groups. With 8
+ranks and 2 of each: those that share a forward [[0, 1, 2, 3], [4, 5, 6, 7]], among them by rows (sequence) [[0, 2],
+[1, 3], ...] and by weights (tensor) [[0, 1], [2, 3], ...]; cfg groups [[0, 4], [1, 5], [2, 6], [3, 7]]. vLLM and
 torch.distributed are imported only when the groups are built.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from vllm_cfg_plugin.distributed.sequence_group import ALONE, SequenceGroup, use_group
@@ -17,18 +19,19 @@ from vllm_cfg_plugin.errors import ConfigurationError
 if TYPE_CHECKING:
     from vllm.distributed.parallel_state import GroupCoordinator
 
+    from vllm_cfg_plugin.distributed.sequence_exchange import Coordinators
+
 __all__ = [
     "cfg_group_ranks",
     "destroy_model_parallel",
     "get_cfg_group",
     "get_classifier_free_guidance_rank",
     "get_classifier_free_guidance_world_size",
-    "get_sequence_coordinator",
-    "get_sequence_parallel_rank",
-    "get_sequence_parallel_world_size",
+    "get_forward_coordinator",
     "initialize_model_parallel",
     "make_sequence_group",
     "sequence_group_ranks",
+    "tensor_group_ranks",
 ]
 
 _NAMES = ("cfg_parallel_size", "tensor_parallel_size", "sequence_parallel_size")
@@ -40,13 +43,14 @@ class _ParallelState:
 
     Attributes:
         group: vLLM's coordinator of this rank's cfg group.
-        sequence: those of this rank's sequence group, empty where it is alone: `make_sequence_group` adds to them.
+        forward: those of the ranks that share this one's forwards, empty where it is alone: `make_sequence_group` adds
+            to them.
         sizes: of `_NAMES`, that it was built with.
         owns_environment: the torch.distributed world was started here, so it ends here too.
     """
 
     group: GroupCoordinator
-    sequence: list[GroupCoordinator]
+    forward: list[Coordinators]
     sizes: tuple[int, int, int]
     owns_environment: bool
 
@@ -87,6 +91,11 @@ def sequence_group_ranks(world_size: int, tensor_parallel_size: int, sequence_pa
     ]
 
 
+def tensor_group_ranks(world_size: int, tensor_parallel_size: int) -> list[list[int]]:
+    """The global ranks of every tensor group, of a world size that fits."""
+    return [[*range(first, first + tensor_parallel_size)] for first in range(0, world_size, tensor_parallel_size)]
+
+
 def initialize_model_parallel(
     cfg_parallel_size: int = 1,
     tensor_parallel_size: int = 1,
@@ -101,8 +110,9 @@ def initialize_model_parallel(
 
     Args:
         cfg_parallel_size: ranks that share one request's branches.
-        tensor_parallel_size: ranks that share one branch's forward.
-        sequence_parallel_size: ranks that share one branch's forward by its rows; they must divide the model's heads.
+        tensor_parallel_size: ranks that share one branch's forward by the model's weights: each loads a part of them.
+        sequence_parallel_size: ranks that share one branch's forward by its rows. Both together must divide the model's
+            heads.
         backend: torch.distributed backend; by default the world's own, or for a new world nccl with CUDA and else gloo.
 
     Raises:
@@ -134,22 +144,31 @@ def initialize_model_parallel(
 
 
 def make_sequence_group() -> SequenceGroup:
-    """A way for this rank's sequence group to trade rows, for the use of one thread; all its ranks call this alike."""
-    if _state is None or _state.sizes[2] == 1:
+    """A way to those that share this rank's forwards, for the use of one thread; all of them must call this alike."""
+    if _state is None or _state.sizes[1] * _state.sizes[2] == 1:
         return ALONE
     import torch.distributed as dist
     from vllm.distributed import parallel_state as vllm_state
 
-    from vllm_cfg_plugin.distributed.sequence_exchange import connect_sequence_group
+    from vllm_cfg_plugin.distributed.sequence_exchange import Coordinators, connect_sequence_group
 
-    _, tensor_parallel_size, sequence_parallel_size = _state.sizes
-    groups = sequence_group_ranks(dist.get_world_size(), tensor_parallel_size, sequence_parallel_size)
-    world = vllm_state.get_world_group()
-    coordinator = vllm_state.init_model_parallel_group(
-        groups, world.local_rank, dist.get_backend(_state.group.device_group), group_name="sequence"
-    )
-    _state.sequence.append(coordinator)
-    return connect_sequence_group(coordinator)
+    _, tensor, sequence = _state.sizes
+    backend, local_rank = dist.get_backend(_state.group.device_group), vllm_state.get_world_group().local_rank
+    world_size = dist.get_world_size()
+
+    def connect(groups: list[list[int]], name: str) -> GroupCoordinator:
+        return vllm_state.init_model_parallel_group(groups, local_rank, backend, group_name=name)
+
+    everybody = connect(tensor_group_ranks(world_size, tensor * sequence), "forward")
+    if tensor == 1:
+        coordinators = Coordinators(everybody, sequence=everybody)
+    elif sequence == 1:
+        coordinators = Coordinators(everybody, tensor=everybody)
+    else:
+        by_rows = connect(sequence_group_ranks(world_size, tensor, sequence), "sequence")
+        coordinators = Coordinators(everybody, by_rows, connect(tensor_group_ranks(world_size, tensor), "tensor"))
+    _state.forward.append(coordinators)
+    return connect_sequence_group(coordinators)
 
 
 def destroy_model_parallel() -> None:
@@ -160,8 +179,9 @@ def destroy_model_parallel() -> None:
     from vllm.distributed import parallel_state as vllm_state
 
     use_group(ALONE)
-    for coordinator in (_state.group, *_state.sequence):
-        coordinator.destroy()
+    for coordinator in dict.fromkeys((_state.group, *chain.from_iterable(_state.forward))):
+        if coordinator is not None:
+            coordinator.destroy()
     if _state.owns_environment:
         vllm_state.destroy_distributed_environment()
     _state = None
@@ -190,23 +210,9 @@ def get_classifier_free_guidance_rank() -> int:
     return 0 if _state is None else _state.group.rank_in_group
 
 
-def get_sequence_coordinator() -> GroupCoordinator:
-    """vLLM's coordinator of this rank's sequence group, which has more than one rank."""
-    if _state is None or not _state.sequence:
-        raise ConfigurationError(
-            "there is no sequence group yet: call initialize_model_parallel(sequence_parallel_size=...) first"
-        )
-    return _state.sequence[0]
-
-
-def get_sequence_parallel_world_size() -> int:
-    """Ranks that share a branch's forward; 1 before `initialize_model_parallel`."""
-    return 1 if _state is None else _state.sizes[2]
-
-
-def get_sequence_parallel_rank() -> int:
-    """This rank's place in its sequence group; 0 before `initialize_model_parallel`."""
-    return _state.sequence[0].rank_in_group if _state is not None and _state.sequence else 0
+def get_forward_coordinator() -> GroupCoordinator | None:
+    """vLLM's coordinator of all ranks that share this one's forwards; None where it is alone."""
+    return _state.forward[0].all if _state is not None and _state.forward else None
 
 
 def _start_vllm_world(backend: str | None) -> None:

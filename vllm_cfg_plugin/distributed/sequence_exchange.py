@@ -1,16 +1,16 @@
-"""How the ranks of a sequence group reach each other: through shared memory on a CPU, else by torch's collectives."""
+"""How processes that share a forward reach each other: through shared memory on a CPU, else by torch's collectives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vllm_cfg_plugin.distributed import shared_memory
-from vllm_cfg_plugin.distributed.sequence_group import GroupBrokenError, MemberFailedError, SequenceGroup
+from vllm_cfg_plugin.distributed.sequence_group import ALONE, GroupBrokenError, MemberFailedError, Peers, SequenceGroup
 from vllm_cfg_plugin.distributed.shared_memory import SharedMemoryGather
 from vllm_cfg_plugin.logs import get_logger
 
@@ -23,19 +23,31 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def connect_sequence_group(coordinator: GroupCoordinator) -> SequenceGroup:
-    """A sequence group of these ranks, for the use of one thread; all of them must call this together.
+class Coordinators(NamedTuple):
+    """vLLM's coordinators of the ranks that share a forward, whose collectives no other thread uses.
 
-    Args:
-        coordinator: vLLM's, whose collectives no other thread uses.
+    Attributes:
+        all: of all of them.
+        sequence, tensor: of those that share its rows, and its weights, with this one; None where that is this one
+            alone.
     """
-    rank, size = coordinator.rank_in_group, coordinator.world_size
-    if coordinator.device.type == "cpu":
-        memory = shared_memory.connect(rank, size, partial(_share, coordinator.cpu_group, size))
+
+    all: GroupCoordinator
+    sequence: GroupCoordinator | None = None
+    tensor: GroupCoordinator | None = None
+
+
+def connect_sequence_group(coordinators: Coordinators) -> SequenceGroup:
+    """The group of these ranks, for the use of one thread; all of them must call this together."""
+    everybody = coordinators.all
+    rank, size = everybody.rank_in_group, everybody.world_size
+    if everybody.device.type == "cpu":
+        memory = shared_memory.connect(rank, size, partial(_share, everybody.cpu_group, size))
         if memory is not None:
-            return SharedMemoryGroup(rank, size, memory)
-        logger.info("The ranks of a sequence group can't share memory; they trade through the process group instead")
-    return CollectiveGroup(coordinator)
+            tensor = coordinators.tensor
+            return SharedMemoryGroup(rank, size, memory, 1 if tensor is None else tensor.world_size)
+        logger.info("The processes of a cfg rank can't share memory; they trade through the process group instead")
+    return CollectiveGroup(coordinators)
 
 
 def _share(group: dist.ProcessGroup, size: int, mine: object) -> list[object]:
@@ -55,16 +67,18 @@ def _unstopped(method: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-class SharedMemoryGroup(SequenceGroup):
-    """Ranks of one host, on its CPU."""
+class _SharedMemoryPeers(Peers):
+    """Some ranks of a group that exchange among themselves, while all others do so too.
 
-    is_stoppable = True
+    Attributes:
+        exchanges: how many so far.
+    """
 
-    def __init__(self, rank: int, size: int, memory: SharedMemoryGather) -> None:
-        self._rank = rank
-        self._size = size
+    def __init__(self, rank: int, members: Sequence[int], memory: SharedMemoryGather) -> None:
+        self._rank = members.index(rank)
+        self._members = members
         self._memory = memory
-        self.trades = 0
+        self.exchanges = 0
 
     @property
     def rank(self) -> int:
@@ -72,16 +86,46 @@ class SharedMemoryGroup(SequenceGroup):
 
     @property
     def size(self) -> int:
-        return self._size
+        return len(self._members)
 
     @_unstopped
     def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
-        self.trades += 1
-        return self._memory.all_to_all(parts)
+        self.exchanges += 1
+        return self._memory.all_to_all(parts, self._members)
 
     @_unstopped
     def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._memory(rows.reshape(-1)).view(-1, *rows.shape[1:])
+        self.exchanges += 1
+        return self._memory(rows.reshape(-1), self._members).view(-1, *rows.shape[1:])
+
+
+class SharedMemoryGroup(_SharedMemoryPeers, SequenceGroup):
+    """Ranks of one host, on its CPU.
+
+    Args:
+        tensor_size: how many of them, next to each other, share weights.
+    """
+
+    is_stoppable = True
+
+    def __init__(self, rank: int, size: int, memory: SharedMemoryGather, tensor_size: int = 1) -> None:
+        super().__init__(rank, range(size), memory)
+        first, place = rank - rank % tensor_size, rank % tensor_size
+        self._sequence = _SharedMemoryPeers(rank, range(place, size, tensor_size), memory)
+        self._tensor = _SharedMemoryPeers(rank, range(first, first + tensor_size), memory)
+        self.failures = 0
+
+    @property
+    def sequence(self) -> Peers:
+        return self._sequence
+
+    @property
+    def tensor(self) -> Peers:
+        return self._tensor
+
+    @property
+    def trades(self) -> int:
+        return self._sequence.exchanges + self._tensor.exchanges
 
     @_unstopped
     def any(self, flags: Sequence[bool]) -> list[bool]:
@@ -93,19 +137,16 @@ class SharedMemoryGroup(SequenceGroup):
         self._memory.fail()
 
 
-class CollectiveGroup(SequenceGroup):
-    """Ranks with torch's collectives, NCCL's for one.
+class _CollectivePeers(Peers):
+    """Ranks with a coordinator of their own.
 
-    A collective can't be called off: a rank that fails tells the others when they next ask each other, and if they are
-    at another one of the collectives by then, the group is broken.
+    Attributes:
+        issued: collectives so far.
     """
-
-    is_stoppable = False
 
     def __init__(self, coordinator: GroupCoordinator) -> None:
         self._coordinator = coordinator
-        self._issued = 0
-        self.trades = 0
+        self.issued = 0
 
     @property
     def rank(self) -> int:
@@ -116,16 +157,47 @@ class CollectiveGroup(SequenceGroup):
         return self._coordinator.world_size
 
     def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
-        self._issued += 1
-        self.trades += 1
+        self.issued += 1
         parts = parts.contiguous()
         received = torch.empty_like(parts)
         dist.all_to_all_single(received, parts, group=self._coordinator.device_group)
         return received
 
     def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
-        self._issued += 1
+        self.issued += 1
         return self._coordinator.all_gather(rows.contiguous(), dim=0)
+
+
+def _peers(coordinator: GroupCoordinator | None) -> Peers:
+    return ALONE if coordinator is None else _CollectivePeers(coordinator)
+
+
+class CollectiveGroup(_CollectivePeers, SequenceGroup):
+    """Ranks with torch's collectives, NCCL's for one.
+
+    A collective can't be called off: a rank that fails tells the others when they next ask each other, and if they are
+    at another one of the collectives by then, the group is broken.
+    """
+
+    is_stoppable = False
+
+    def __init__(self, coordinators: Coordinators) -> None:
+        super().__init__(coordinators.all)
+        self._sequence = _peers(coordinators.sequence)
+        self._tensor = _peers(coordinators.tensor)
+        self.failures = 0
+
+    @property
+    def sequence(self) -> Peers:
+        return self._sequence
+
+    @property
+    def tensor(self) -> Peers:
+        return self._tensor
+
+    @property
+    def trades(self) -> int:
+        return sum(peers.issued for peers in (self._sequence, self._tensor) if isinstance(peers, _CollectivePeers))
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         told = self._tell(False, flags)
@@ -141,10 +213,11 @@ class CollectiveGroup(SequenceGroup):
             MemberFailedError: another rank has failed.
             GroupBrokenError: one has failed, and at another collective than this rank.
         """
-        states: list[Any] = [*_share(self._coordinator.cpu_group, self.size, (has_failed, self._issued, [*flags]))]
+        mine = (has_failed, self.issued + self.trades, [*flags])
+        states: list[Any] = [*_share(self._coordinator.cpu_group, self.size, mine)]
         failed = [rank for rank, state in enumerate(states) if state[0]]
         if failed and len({issued for _, issued, _ in states}) > 1:
-            raise GroupBrokenError(f"rank {failed[0]} of this sequence group failed in the midst of a forward")
+            raise GroupBrokenError(f"process {failed[0]} of this cfg rank failed in the midst of a forward")
         if failed and not has_failed:
             raise MemberFailedError(failed[0])
         return [state[2] for state in states]

@@ -1,9 +1,11 @@
-"""The ranks that share one packed forward by its rows, as a forward sees them.
+"""The processes that share one packed forward, as a forward sees them.
 
-Sequence parallelism after Ulysses (https://arxiv.org/abs/2309.14509). Every rank of a sequence group has a window of
-each stream's rows. All of a layer but attention works row by row; around attention the ranks trade rows for heads, so
-that each has all rows of some heads. No sum changes its order, so a group of any size gives the bits of one rank. Must
-import nothing but torch and the errors.
+They share it by its rows, by its weights, or by both. By rows: sequence parallelism after Ulysses
+(https://arxiv.org/abs/2309.14509). Every process has a window of each stream's rows. All of a layer but attention works
+row by row; around attention they trade rows for heads, so that each has all rows of some heads. No sum changes its
+order, so sequence groups of any size give the bits of one process. By weights: tensor parallelism after Megatron-LM
+(https://arxiv.org/abs/1909.08053), see `pipelines/common/tensor_parallel.py`. Must import nothing but torch and the
+errors.
 """
 
 from __future__ import annotations
@@ -18,17 +20,12 @@ import torch
 from vllm_cfg_plugin.errors import RequestFailedError
 
 
-class SequenceGroup(Protocol):
-    """The ranks of one group, which all make the same calls in the same order.
+class Peers(Protocol):
+    """Ranks that all make the same calls in the same order.
 
     Attributes:
-        rank, size: this process in the group.
-        is_stoppable: one rank may stop at any time, in what they do together, and tell the others.
-        trades: calls of `all_to_all` so far.
+        rank, size: this process among them.
     """
-
-    is_stoppable: bool
-    trades: int
 
     @property
     def rank(self) -> int: ...
@@ -40,11 +37,35 @@ class SequenceGroup(Protocol):
         """[ranks, ...] to each rank -> [ranks, ...] from each rank.
 
         Raises:
-            MemberFailedError: another rank called `fail`.
+            MemberFailedError: a rank of the group called `fail`.
         """
 
     def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, ...] of each rank -> [ranks * rows, ...]; raises as `all_to_all` does."""
+
+
+class SequenceGroup(Peers, Protocol):
+    """All processes that share a forward.
+
+    Attributes:
+        sequence: those among them that share its rows with this one, and have the same weights.
+        tensor: those that share its weights with this one, and have the same rows.
+        is_stoppable: one rank may stop at any time, in what they do together, and tell the others.
+        trades: exchanges within `sequence` and `tensor` so far.
+        failures: how often what they did together has failed so far.
+    """
+
+    is_stoppable: bool
+    failures: int
+
+    @property
+    def sequence(self) -> Peers: ...
+
+    @property
+    def tensor(self) -> Peers: ...
+
+    @property
+    def trades(self) -> int: ...
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Of each flag whether some rank has set it; raises as `all_to_all` does."""
@@ -54,14 +75,14 @@ class SequenceGroup(Protocol):
 
 
 class MemberFailedError(RequestFailedError):
-    """Another rank of the sequence group failed in what all of them did together; its own log has the reason."""
+    """Another rank of the group failed in what all of them did together; its own log has the reason."""
 
     def __init__(self, rank: int) -> None:
-        super().__init__(f"rank {rank} of this sequence group failed; its own log has the reason")
+        super().__init__(f"process {rank} of this cfg rank failed; its own log has the reason")
 
 
 class GroupBrokenError(BaseException):
-    """The ranks of a sequence group are at different calls and can't meet any more: they have to start anew.
+    """The ranks of a group are at different calls and can't meet any more: they have to start anew.
 
     No `Exception`, so that nobody takes it for the failure of a request.
     """
@@ -74,6 +95,15 @@ class _Alone:
     size = 1
     is_stoppable = True
     trades = 0
+    failures = 0
+
+    @property
+    def sequence(self) -> Peers:
+        return self
+
+    @property
+    def tensor(self) -> Peers:
+        return self
 
     def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
         return parts
@@ -92,7 +122,7 @@ ALONE: SequenceGroup = _Alone()
 
 
 class SequenceGroups(NamedTuple):
-    """A rank's ways to its sequence group, one for each thread with forwards: the steps, and beside them."""
+    """A rank's ways to those that share its forwards, one for each thread with forwards: the steps, and beside them."""
 
     steps: SequenceGroup = ALONE
     beside: SequenceGroup = ALONE
@@ -108,6 +138,11 @@ _of_context: ContextVar[SequenceGroup | None] = ContextVar("sequence_group", def
 def current_group() -> SequenceGroup:
     """The group that shares the forwards of this thread: that of `together`, else the process's own."""
     return _of_context.get() or _of_process
+
+
+def is_own_group(group: SequenceGroup) -> bool:
+    """Whether a group is the process's own, within which one thread forwards, in one order."""
+    return group is _of_process
 
 
 def use_group(group: SequenceGroup) -> None:
@@ -128,8 +163,10 @@ def together(group: SequenceGroup) -> Iterator[None]:
         yield
         group.any([])  # where a rank has failed after the last exchange
     except MemberFailedError:
+        group.failures += 1
         raise
     except BaseException as error:
+        group.failures += 1
         if not hasattr(error, _TOLD):  # where one is within another, once
             group.fail()
             setattr(error, _TOLD, True)

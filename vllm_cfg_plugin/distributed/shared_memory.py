@@ -22,7 +22,7 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import FileIO
 from itertools import chain
 from pathlib import Path
@@ -54,6 +54,9 @@ class _Address(NamedTuple):
 class SharedMemoryGather:
     """[row] of every rank -> [ranks, row], and an all-to-all, for CPU tensors of any dtype; made by `connect`.
 
+    Some of the ranks may exchange among themselves while the others do so too: all ranks make every exchange, and each
+    reads the rows of its own `members`.
+
     Args:
         slots: the two slots of every rank, in rank order.
         bell: this rank's, to listen to.
@@ -66,33 +69,37 @@ class SharedMemoryGather:
         self._slots = slots
         self._bell = bell
         self._ringing_ends = ringing_ends
+        self._everybody = range(len(slots))
         self._exchange = 0
         self._poll = select.poll()
         self._poll.register(bell, select.POLLIN)
 
-    def __call__(self, row: torch.Tensor) -> torch.Tensor:
-        """Exchange rows; all ranks call this with the same width and dtype.
+    def __call__(self, row: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
+        """Exchange rows; all ranks call this, members with the same width and dtype.
 
         Args:
             row: [width] of this rank.
+            members: ranks whose rows this one wants, itself among them; None: all.
 
         Returns:
-            [ranks, width], which nobody else writes to.
+            [members, width], which nobody else writes to.
         """
+        members = self._everybody if members is None else members
         row = row.detach().contiguous()
-        rows = row.new_empty(len(self._slots), row.numel())
-        self._trade(row, rows, 0)
+        rows = row.new_empty(len(members), row.numel())
+        self._trade(row, rows, 0, members)
         return rows
 
-    def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
-        """[ranks, ...] to each rank -> [ranks, ...] from each, which nobody else writes to; all ranks alike.
+    def all_to_all(self, parts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
+        """[members, ...] to each of them -> [members, ...] from each, which nobody else writes to; all ranks alike.
 
         Raises:
             MemberFailedError: another rank called `fail`.
         """
+        members = self._everybody if members is None else members
         parts = parts.detach().contiguous()
         received = torch.empty_like(parts)
-        self._trade(parts, received, self._rank * parts[0].nbytes)
+        self._trade(parts, received, members.index(self._rank) * parts[0].nbytes, members)
         return received
 
     def fail(self) -> None:
@@ -108,23 +115,26 @@ class SharedMemoryGather:
         self._exchange += 1
         return [pair[self._exchange % 2] for pair in self._slots]
 
-    def _trade(self, sent: torch.Tensor, received: torch.Tensor, first: int) -> None:
-        """One exchange: of every rank's `sent` the bytes from `first` on, into `received`, [ranks, ...]."""
+    def _trade(self, sent: torch.Tensor, received: torch.Tensor, first: int, members: Sequence[int]) -> None:
+        """One exchange: of every member's `sent` the bytes from `first` on, into `received`, [members, ...]."""
         slots = self._next_slots()
         row = _bytes_of(sent)
         slots[self._rank].write(self._exchange, row)
         self._ring_the_others()
         error: Exception | None = None
         for rank, slot in enumerate(slots):
-            part = _bytes_of(received[rank])
-            if rank == self._rank:
+            part = _bytes_of(received[members.index(rank)]) if rank in members else None
+            if rank == self._rank and part is not None:
                 part[:] = row[first : first + part.nbytes]
                 continue
             self._wait_for(slot)  # for all of them, also after an error: so the ranks stay together
             try:
                 if slot.has_failed():
                     raise MemberFailedError(rank)
-                slot.read_into(part, first, row.nbytes)
+                if part is None:
+                    slot.pass_over()
+                else:
+                    slot.read_into(part, first, row.nbytes)
             except (MemberFailedError, RuntimeError) as caught:
                 error = error or caught
         if error is not None:

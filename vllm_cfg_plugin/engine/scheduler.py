@@ -80,7 +80,7 @@ class StepScheduler(SchedulerInterface):
             calibration.cost,
             max_step_us=max_step_us(vllm_config),
             max_side_us=max_side_us(vllm_config),
-            processes=settings.sequence_parallel_size,
+            processes=settings.processes,
             max_decode_tokens=calibration.decode_tokens_with_room,
             encoder_rank=settings.encoder_rank,
             max_adapters=settings.max_loras_of_requests,

@@ -45,7 +45,7 @@ def diffusion_engine_args(model: str, cfg_parallel_size: int, **engine_args: Any
     }
     asked = EngineSettings.from_dict(additional)
     checkpoint = Checkpoint(model, engine_args.get("revision"))
-    check_servable(checkpoint, asked.variant, asked.sequence_parallel_size)
+    check_servable(checkpoint, asked.variant, asked.sequence_parallel_size, asked.tensor_parallel_size)
     if asked.enable_lora:
         check_adapters(checkpoint, asked.lora_modules)
     _check_names(engine_args)

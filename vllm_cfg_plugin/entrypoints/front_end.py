@@ -81,7 +81,7 @@ class FrontEnd:
         settings = EngineSettings.from_vllm_config(vllm_config)
         info = describe(checkpoint)
         count_tokens = TokenCounter.of(checkpoint, info.text)
-        ranks, processes = settings.cfg_parallel_size, settings.sequence_parallel_size
+        ranks, processes = settings.cfg_parallel_size, settings.processes
         adapters = Adapters.of(settings)
         address = settings.progress_address
         return cls(info, settings.limits, count_tokens, ranks, address, processes=processes, adapters=adapters)

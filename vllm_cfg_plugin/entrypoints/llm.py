@@ -61,7 +61,7 @@ class DiffusionLLM:
     Args:
         model: diffusers folder or hub repository id.
         cfg_parallel_size: ranks (GPUs) that share the branches of guidance; 1 runs them one after the other.
-        engine_args: settings of ours, such as `sequence_parallel_size`, or anything that vLLM's `EngineArgs` takes.
+        engine_args: settings of ours, such as `tensor_parallel_size`, or anything that vLLM's `EngineArgs` takes.
 
     Raises:
         ConfigurationError: the model can't be served, or not with these arguments.

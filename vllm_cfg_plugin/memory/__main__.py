@@ -1,6 +1,6 @@
 """What a model takes of GPUs, and what goes where on them.
 
-    python -m vllm_cfg_plugin.memory MODEL --gpu 80 [--ranks 2] [--sequence-parallel-size 2] [--quantization fp8] ...
+    python -m vllm_cfg_plugin.memory MODEL --gpu 80 [--ranks 2] [--tensor-parallel-size 2] [--quantization fp8] ...
 
 Nothing is loaded and no GPU is needed: configurations and the headers of weight files are enough, also of a hub id.
 Exit code 1: the model does not fit.
@@ -28,6 +28,7 @@ from vllm_cfg_plugin.memory.placement import (
     refusal,
 )
 from vllm_cfg_plugin.memory.sizing import model_memory
+from vllm_cfg_plugin.pipelines.registry import check_sharing
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -39,6 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="cfg ranks (--cfg-parallel-size)")
     parser.add_argument(
         "--sequence-parallel-size", type=int, default=1, metavar="N", help="GPUs of each rank, which share its forwards"
+    )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs of those that have the weights together",
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     parser.add_argument("--revision")
@@ -54,9 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         checkpoint = Checkpoint(args.model, args.revision)
-        model = model_memory(
-            checkpoint, _DTYPES[args.dtype], args.variant, args.quantization, args.sequence_parallel_size
-        )
+        sizes = {"sequence_parallel_size": args.sequence_parallel_size}
+        sizes["tensor_parallel_size"] = args.tensor_parallel_size
+        check_sharing(checkpoint, **sizes)
+        model = model_memory(checkpoint, _DTYPES[args.dtype], args.variant, args.quantization, **sizes)
     except ConfigurationError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     card = Card(int(args.gpu * GIB), args.gpu_memory_utilization)

@@ -7,7 +7,7 @@ device. Must not import vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -18,11 +18,12 @@ from msgspec import UNSET
 from safetensors import safe_open
 
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo
-from vllm_cfg_plugin.distributed.sequence_group import together
+from vllm_cfg_plugin.distributed.sequence_group import Peers, SequenceGroup, together
 from vllm_cfg_plugin.memory.placement import Component, ModelMemory
 from vllm_cfg_plugin.memory.tracking import peak_bytes
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, generator_of
+from vllm_cfg_plugin.pipelines.common.tensor_parallel import divide
 from vllm_cfg_plugin.pipelines.offload import offloadable
 from vllm_cfg_plugin.pipelines.quantized import layers_of
 from vllm_cfg_plugin.pipelines.registry import describe, pipeline_class
@@ -34,31 +35,82 @@ _FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors: what is loaded in the
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # any other: 1
 
 
+class _MetaPeers(Peers):
+    """The first of some processes that share a forward on the meta device, where there is nothing to trade."""
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(parts)
+
+    def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.size == 1 else rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
+
+
+class _MetaGroup(_MetaPeers, SequenceGroup):
+    """The same, of those that share its rows and those that share its weights."""
+
+    is_stoppable = False
+    trades = 0
+
+    def __init__(self, sequence: int, tensor: int) -> None:
+        super().__init__(sequence * tensor)
+        self._sequence, self._tensor = _MetaPeers(sequence), _MetaPeers(tensor)
+        self.failures = 0
+
+    @property
+    def sequence(self) -> Peers:
+        return self._sequence
+
+    @property
+    def tensor(self) -> Peers:
+        return self._tensor
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        return [*flags]
+
+    def fail(self) -> None:
+        """The others are not there."""
+
+
 def model_memory(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     variant: str = "",
     quantization: str | None = None,
     sequence_parallel_size: int = 1,
+    tensor_parallel_size: int = 1,
 ) -> ModelMemory:
-    """What a checkpoint takes where it is loaded in this dtype.
+    """What a checkpoint takes of one process where it is loaded in this dtype.
 
     Args:
         variant: of the names of weight files.
         quantization: of the transformers' layers.
-        sequence_parallel_size: processes that share a forward; what it takes is that of one of them.
+        sequence_parallel_size, tensor_parallel_size: among how many processes a forward's rows and the transformers'
+            weights are divided.
 
     Raises:
         ConfigurationError: the checkpoint can't be served.
     """
     pipeline = meta_pipeline(checkpoint, dtype)
     info = describe(checkpoint)
-    components = component_sizes(checkpoint, pipeline, dtype, variant, quantization is not None)
+    whole, group = _parameter_bytes(pipeline), _MetaGroup(sequence_parallel_size, tensor_parallel_size)
+    for name, plan in pipeline.tensor_plans().items():
+        if name in whole:
+            divide(getattr(pipeline, name), plan, group.tensor)
+    components = component_sizes(checkpoint, pipeline, dtype, variant, quantization is not None, whole)
     _leave_two_layers(pipeline.transformer)
     with torch.inference_mode():
         request = sample_request(info)
         branch = _branch(pipeline, info, request)
-        with together(_MetaGroup(sequence_parallel_size)):
+        with together(group):
             one, two = (_forward_bytes(pipeline, [branch] * count) for count in (1, 2))
         decode = _decode_bytes(pipeline, branch)
     tokens = request.image_tokens + request.condition_tokens + branch.embeds.tokens.shape[0]
@@ -73,31 +125,29 @@ def model_memory(
     )
 
 
-class _MetaGroup:
-    """The first of some processes that share a forward on the meta device, where there is nothing to trade."""
-
-    rank, is_stoppable, trades = 0, False, 0
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(parts)
-
-    def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if self.size == 1 else rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-
-    def any(self, flags: Sequence[bool]) -> list[bool]:
-        return list(flags)
-
-    def fail(self) -> None:
-        """The others are not there."""
+def _parameter_bytes(pipeline: EnginePipeline) -> dict[str, int]:
+    """Of each component that is a model."""
+    models: dict[str, Any] = pipeline.components  # type: ignore[attr-defined]
+    return {
+        name: sum(parameter.nbytes for parameter in model.parameters())
+        for name, model in models.items()
+        if isinstance(model, torch.nn.Module)
+    }
 
 
 def component_sizes(
-    checkpoint: Checkpoint, pipeline: EnginePipeline, dtype: torch.dtype, variant: str, is_quantized: bool
+    checkpoint: Checkpoint,
+    pipeline: EnginePipeline,
+    dtype: torch.dtype,
+    variant: str,
+    is_quantized: bool,
+    whole: Mapping[str, int],
 ) -> dict[str, Component]:
-    """The weights of each component of a pipeline on the meta device, as its files or else its models have them."""
+    """The weights of each component of a pipeline on the meta device, as its files or else its models have them.
+
+    Args:
+        whole: bytes of each model's parameters, before some were divided.
+    """
     family = type(pipeline)
     folder = Path(checkpoint.model).expanduser()
     names = [name for name, own in component_names(checkpoint, family).items() if model_library(*own)]
@@ -111,7 +161,8 @@ def component_sizes(
         layers = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers_of(model)]
         in_model = sum(parameter.nbytes for parameter in model.parameters())
         item = torch.float32.itemsize if name in family.float32_components else dtype.itemsize
-        total = sum(_file_bytes(path, item) for path in files[name]) if name in files else in_model
+        total = sum(_file_bytes(path, item) for path in files[name]) if name in files else whole[name]
+        total = total * in_model // whole[name]
         if is_quantized and name.startswith("transformer"):  # the layers' weights take one byte each
             total -= total * sum(layers) * (item - 1) // (item * in_model)
         streamed = in_model - sum(layers) + sum(sorted(layers)[-2:])

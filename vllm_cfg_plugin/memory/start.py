@@ -35,9 +35,8 @@ def choose_places(
     if card is None:
         return asked
     try:
-        model = model_memory(
-            checkpoint, dtype, settings.variant, settings.quantization, settings.sequence_parallel_size
-        )
+        sizes = settings.sequence_parallel_size, settings.tensor_parallel_size
+        model = model_memory(checkpoint, dtype, settings.variant, settings.quantization, *sizes)
     except ConfigurationError:
         raise
     except Exception as error:  # of another package's pipeline: it may not run on the meta device

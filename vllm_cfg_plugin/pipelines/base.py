@@ -90,8 +90,8 @@ class EnginePipeline(CFGParallelMixin, ABC):
         float32_components: what is loaded in float32 whatever the dtype.
         guidance_fields: those of `GUIDANCE_FIELDS` that `combine_branches` reads; requests with others are refused. A
             class with a `combine_branches` of its own says which.
-        heads_field: of transformer/config.json, the number of attention heads, by which a sequence group shares packed
-            forwards; "" where it can't.
+        heads_field: of transformer/config.json, the number of attention heads, by which processes share packed
+            forwards; "" where they can't.
         layer_lists: names of the transformers' lists of layers that packed forwards take by `offload.in_turn`, so that
             weights may be in host memory, and of each the names of a layer's children that give modulations.
     """
@@ -128,6 +128,11 @@ class EnginePipeline(CFGParallelMixin, ABC):
     def loaded_class(cls) -> type:
         """The class of diffusers, or one derived from it, whose components are loaded."""
         return cls
+
+    @classmethod
+    def tensor_plans(cls) -> Mapping[str, Any]:
+        """{component: `TensorPlan`} of the models that can be divided among ranks; none, unless a family has some."""
+        return {}
 
     @classmethod
     def load(

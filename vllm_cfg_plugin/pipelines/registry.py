@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -169,12 +170,14 @@ def _warn_of_claims(class_name: str) -> None:
         )
 
 
-def check_servable(checkpoint: Checkpoint, variant: str = "", sequence_parallel_size: int = 1) -> None:
+def check_servable(
+    checkpoint: Checkpoint, variant: str = "", sequence_parallel_size: int = 1, tensor_parallel_size: int = 1
+) -> None:
     """Everything that can be known to be wrong with a checkpoint before a process is started.
 
     Args:
         variant: of the names of its weight files.
-        sequence_parallel_size: processes that are to share its forwards.
+        sequence_parallel_size, tensor_parallel_size: of the processes that are to share its forwards.
 
     Raises:
         ConfigurationError: unknown class, missing components, missing or unreadable component configs, a noise
@@ -191,19 +194,27 @@ def check_servable(checkpoint: Checkpoint, variant: str = "", sequence_parallel_
     checkpoint.check_components()
     _check_noise_schedule(checkpoint, describe(checkpoint))
     check_weight_files(checkpoint, pipeline_class(checkpoint).loaded_class(), variant)
-    if sequence_parallel_size > 1:
-        _check_heads(checkpoint, sequence_parallel_size)
+    sizes = {"sequence_parallel_size": sequence_parallel_size, "tensor_parallel_size": tensor_parallel_size}
+    check_sharing(checkpoint, **sizes)
 
 
-def _check_heads(checkpoint: Checkpoint, sequence_parallel_size: int) -> None:
-    asked, cls = f"sequence_parallel_size={sequence_parallel_size}", pipeline_class(checkpoint)
-    if not cls.heads_field:
-        raise ConfigurationError(
-            f"{asked} is not valid for {cls.__name__}, whose forwards can't be shared: leave it out (cfg_parallel_size "
-            "shares branches)"
-        )
-    heads = checkpoint.component_config("transformer").get(cls.heads_field, 0)
-    if heads % sequence_parallel_size:
+def check_sharing(checkpoint: Checkpoint, **sizes: int) -> None:
+    """Check that processes can share the model's forwards: so many in each way, `sequence_parallel_size` for one.
+
+    Raises:
+        ConfigurationError: they can't, or there are heads that can't be shared.
+    """
+    cls, sizes = pipeline_class(checkpoint), {name: size for name, size in sizes.items() if size > 1}
+    for name, size in sizes.items():
+        if not cls.heads_field or (name == "tensor_parallel_size" and not cls.tensor_plans()):
+            raise ConfigurationError(
+                f"{name}={size} is not valid for {cls.__name__}, whose forwards can't be shared so: leave it out "
+                "(cfg_parallel_size shares branches)"
+            )
+    heads, asked = 0, " x ".join(f"{name}={size}" for name, size in sizes.items())
+    if sizes:
+        heads = checkpoint.component_config("transformer").get(cls.heads_field, 0)
+    if heads % prod(sizes.values()):
         raise ConfigurationError(
             f"{asked} is not valid: it must divide the {heads} attention heads of the model (transformer/config.json: "
             f"{cls.heads_field})"

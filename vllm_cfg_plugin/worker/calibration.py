@@ -70,7 +70,7 @@ def calibrate_rank(
         group: those of them that share this one's forwards.
         text_encoder: where it is, of `TEXT_ENCODERS`; "" where another rank encodes: then encodes cost nothing here.
     """
-    path = folder / f"{_key(pipeline, checkpoint, ranks, group.size, text_encoder)}.json"
+    path = folder / f"{_key(pipeline, checkpoint, ranks, group, text_encoder)}.json"
     calibration = _load(path)
     (is_missing,) = group.any([calibration is None])
     if calibration is None or is_missing:
@@ -194,7 +194,7 @@ def sample_branch(pipeline: EnginePipeline, request: DiffusionRequest, embeds: P
     )
 
 
-def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int, sharers: int, text_encoder: str) -> str:
+def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int, group: SequenceGroup, text_encoder: str) -> str:
     """Names everything that the figures depend on."""
     weight, modules = next(pipeline.transformer.parameters()), pipeline.transformer.modules()
     facts = [
@@ -207,7 +207,8 @@ def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int, sharers: 
         version(PLUGIN_NAME),
         torch.get_num_threads(),
         ranks,
-        sharers,
+        group.sequence.size,
+        group.tensor.size,
         text_encoder,
         next((str(layer.weight.dtype) for layer in modules if isinstance(layer, QuantizedLinear)), ""),
     ]

@@ -19,8 +19,10 @@ import torch
 
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint
 from vllm_cfg_plugin.config import EngineSettings
+from vllm_cfg_plugin.distributed.sequence_group import current_group
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
+from vllm_cfg_plugin.pipelines.common.tensor_parallel import divide
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ def load_pipeline(vllm_config: VllmConfig, device: torch.device, has_text_encode
         has_text_encoder: False leaves the text encoders out, because another rank encodes.
     """
     if _inherited is not None:
+        for name, plan in _inherited.tensor_plans().items():
+            if (model := getattr(_inherited, name, None)) is not None:
+                divide(model, plan, current_group().tensor, keeps_whole=True)
         return _inherited
     model_config, settings = vllm_config.model_config, EngineSettings.from_vllm_config(vllm_config)
     checkpoint = Checkpoint(model_config.model, model_config.revision)

@@ -40,7 +40,7 @@ logger = get_logger(__name__)
 
 
 class DiffusionWorker(WorkerBase):
-    """One cfg rank, or one process of the sequence group that is it."""
+    """One cfg rank, or one of the processes that are it."""
 
     device: torch.device
     runner: StepRunner
@@ -67,7 +67,7 @@ class DiffusionWorker(WorkerBase):
         )
         parallel_state.initialize_model_parallel(
             settings.cfg_parallel_size,
-            self.parallel_config.tensor_parallel_size,
+            settings.tensor_parallel_size,
             sequence_parallel_size=settings.sequence_parallel_size,
         )
         self._groups = SequenceGroups(current_group(), parallel_state.make_sequence_group())

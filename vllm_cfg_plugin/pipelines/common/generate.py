@@ -15,7 +15,7 @@ import torch
 from vllm_cfg_plugin.distributed.cfg_parallel import log_once, predict_on_ranks, same_on_all_ranks
 from vllm_cfg_plugin.distributed.parallel_state import (
     get_classifier_free_guidance_world_size,
-    get_sequence_parallel_world_size,
+    get_forward_coordinator,
 )
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest
@@ -135,8 +135,8 @@ def make_requests(texts: Sequence[list[str]], results_per_prompt: int, **fields:
 
 def _alike_on_all_ranks(generator: Generators) -> Generators:
     """Torch's own generator differs between ranks, so where there are several they get one with a seed of rank 0."""
-    ranks = get_classifier_free_guidance_world_size() * get_sequence_parallel_world_size()
-    if generator is not None or ranks == 1:
+    is_alone = get_classifier_free_guidance_world_size() == 1 and get_forward_coordinator() is None
+    if generator is not None or is_alone:
         return generator
     with torch.random.fork_rng(devices=[]):  # so that the first latents are those that one rank draws
         seed = int(torch.randint(2**63 - 1, ()))

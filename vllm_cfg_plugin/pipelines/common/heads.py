@@ -1,4 +1,4 @@
-"""Rows against heads: what the ranks of a sequence group trade around attention; must not import vLLM.
+"""Rows against heads: what ranks that share rows trade around attention; must not import vLLM.
 
 Before attention a rank has some rows of all heads, within it all rows of some heads: the two all-to-alls of Ulysses
 (https://arxiv.org/abs/2309.14509). Where one rank has the forward to itself, nothing happens.
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_cfg_plugin.distributed.sequence_group import SequenceGroup
+from vllm_cfg_plugin.distributed.sequence_group import Peers
 from vllm_cfg_plugin.errors import ConfigurationError
 
 
-def all_rows_of_own_heads(group: SequenceGroup, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def all_rows_of_own_heads(group: Peers, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """[window rows, heads, head_dim] of each stream -> [rows, own heads, head_dim] of each; one all-to-all.
 
     Raises:
@@ -32,7 +32,7 @@ def all_rows_of_own_heads(group: SequenceGroup, streams: Sequence[torch.Tensor])
     return [stream.flatten(0, 1) for stream in received]
 
 
-def own_rows_of_all_heads(group: SequenceGroup, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def own_rows_of_all_heads(group: Peers, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """[rows, own heads * head_dim] of each stream -> [window rows, heads * head_dim] of each; one all-to-all."""
     if group.size == 1:
         return [*streams]

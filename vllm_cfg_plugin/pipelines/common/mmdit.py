@@ -31,6 +31,7 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
     project_modulations,
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache
+from vllm_cfg_plugin.pipelines.common.tensor_parallel import Outputs, Share, TensorPlan, tensor_plan
 from vllm_cfg_plugin.pipelines.common.upload import upload
 from vllm_cfg_plugin.pipelines.offload import in_turn
 
@@ -38,6 +39,21 @@ from vllm_cfg_plugin.pipelines.offload import in_turn
 LAYER_LISTS: Mapping[str, Sequence[str]] = {
     "transformer_blocks": ("norm1", "norm1_context"),
     "single_transformer_blocks": ("norm",),
+}
+
+_DUAL, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+# Of Flux, LongCat-Image and Stable Diffusion 3, with the attention that some blocks of the last have besides.
+DUAL_BLOCK_PLAN: TensorPlan = tensor_plan(
+    own=[f"{_DUAL}.attn*.to_[qkv]", f"{_DUAL}.attn.add_[qkv]_proj", f"{_DUAL}.ff*.net.0.proj"],
+    summed=[f"{_DUAL}.attn*.to_out.0", f"{_DUAL}.attn.to_add_out", f"{_DUAL}.ff*.net.2"],
+    gathered=[f"{_DUAL}.norm1.linear", f"{_DUAL}.norm1_context.linear"],
+)
+# Of Flux and LongCat-Image. The last layer takes what attention gives beside the hidden channels, four times as many.
+SINGLE_BLOCK_PLAN: TensorPlan = {
+    **tensor_plan(
+        own=[f"{_SINGLE}.attn.to_[qkv]", f"{_SINGLE}.proj_mlp"], summed=[], gathered=[f"{_SINGLE}.norm.linear"]
+    ),
+    f"{_SINGLE}.proj_out": Share(Outputs.SUMMED, parts=(1, 4)),
 }
 
 

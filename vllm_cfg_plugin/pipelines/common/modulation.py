@@ -9,7 +9,7 @@ modulation weight at all. What adapters change of it is computed and remembered 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -19,10 +19,11 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 import torch
 import torch.nn.functional as F
 
+from vllm_cfg_plugin.distributed.sequence_group import SequenceGroup, current_group, is_own_group
 from vllm_cfg_plugin.pipelines.adapters import carrying, current_pack, name_of_modulating
 from vllm_cfg_plugin.pipelines.common import fused
-from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.packing import ROW_MULTIPLE, PackedRows
+from vllm_cfg_plugin.pipelines.common.tensor_parallel import project
 from vllm_cfg_plugin.pipelines.common.upload import upload
 
 # Timesteps kept: as many as fit in these bytes, but for a large model at least this many (each 4.4 MB in
@@ -69,11 +70,13 @@ class ModulationCache:
     def __init__(self) -> None:
         self._entries: OrderedDict[tuple[float, torch.dtype, Hashable], Modulation] = OrderedDict()
         self._lock = Lock()
+        self._failures = 0  # of a group that computes modulations together
 
     def get(
         self, model: TimestepModulated, timesteps: Sequence[float], ahead: torch.Tensor, dtype: torch.dtype
     ) -> list[Modulation]:
         """The modulation of each timestep; where one is missing, `ahead` fills the rows that would be padding."""
+        self._stay_alike(current_group())
         distinct, rest = dict.fromkeys(timesteps), (dtype, name_of_modulating())
         with self._lock:
             found = {t: entry for t in distinct if (entry := self._entries.get((t, *rest))) is not None}
@@ -98,6 +101,12 @@ class ModulationCache:
         with self._lock:
             self._entries.clear()
 
+    def _stay_alike(self, group: SequenceGroup) -> None:
+        """Ranks that compute modulations together must miss the same: after a failure one may have what others lack."""
+        if group.tensor.size > 1 and group.failures != self._failures:
+            self._failures = group.failures
+            self.clear()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
 
@@ -117,11 +126,14 @@ def modulations_at(
         timesteps_ahead: timesteps of later calls, [any number], which are modulated on the side; None where weights may
             change between calls: then nothing is remembered.
     """
-    timesteps = timestep.to(dtype).tolist()
+    timesteps, group = timestep.to(dtype).tolist(), current_group()
+    # Ranks that compute them together forward on two threads, and these would find one thing on one rank and another
+    # on the next: so what is not in the steps is not remembered.
+    is_remembered = group.tensor.size == 1 or is_own_group(group)
 
     def at(numbers: Sequence[int]) -> list[Modulation]:
         own = [timesteps[number] for number in numbers]
-        if timesteps_ahead is not None:
+        if timesteps_ahead is not None and is_remembered:
             return model.modulations.get(model, own, timesteps_ahead.to(dtype), dtype)
         distinct = list(dict.fromkeys(own))
         of_timestep = dict(zip(distinct, model.compute_modulations(distinct, dtype), strict=True))
@@ -164,9 +176,17 @@ def project_modulations(
         condition: what the layers take, [rows, dim]: padded to `ROW_MULTIPLE` rows.
         count: rows that are no padding.
     """
-    final = linear(last, condition)
-    dim = final.shape[1] // 2
-    blocks = [torch.cat([_factors_of(linear(layer, condition), dim) for layer in block], dim=1) for block in layers]
+    lengths: list[int] = []
+
+    def in_turn() -> Iterator[Any]:
+        for block in layers:
+            lengths.append(len(block))
+            yield from block
+        yield last
+
+    *projected, final = project(in_turn(), condition)
+    dim, of_layers = final.shape[1] // 2, iter(projected)
+    blocks = [torch.cat([_factors_of(own, dim) for own in islice(of_layers, length)], dim=1) for length in lengths]
     rows = torch.cat([*blocks, _factors_of(final, dim)], dim=1)  # [rows, factors, dim]
     sizes = [block.shape[1] for block in blocks]
     modulations = []

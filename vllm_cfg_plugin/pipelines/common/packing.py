@@ -6,7 +6,7 @@ its neighbours: a matrix product gives a row the same bits for every row count f
 float32, MKL and oneDNN), and an elementwise loop over whole vectors never falls into the scalar tail whose `exp` or
 `tanh` may round otherwise.
 
-Where a sequence group shares a forward, a stream is as many windows of equal size as there are ranks, and between
+Where processes share a forward by its rows, a stream is as many windows of equal size as there are ranks, and between
 attentions each of them holds one.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_cfg_plugin.distributed.sequence_group import SequenceGroup, current_group
+from vllm_cfg_plugin.distributed.sequence_group import Peers, current_group
 from vllm_cfg_plugin.pipelines.common.tensor_cache import TensorCache
 from vllm_cfg_plugin.pipelines.common.upload import upload
 
@@ -79,12 +79,12 @@ class PackedRows:
     Attributes:
         lengths: rows of each sequence, in order.
         device: where the index tensors live.
-        group: the ranks that share the forward.
+        group: the ranks that share the stream.
     """
 
     lengths: tuple[int, ...]
     device: torch.device
-    group: SequenceGroup = field(default_factory=current_group)
+    group: Peers = field(default_factory=lambda: current_group().sequence)
 
     @cached_property
     def total(self) -> int:

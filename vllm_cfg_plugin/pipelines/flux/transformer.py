@@ -15,7 +15,14 @@ from diffusers.utils import apply_lora_scale
 
 from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.linear import linear
-from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, layout_of_ids, rows_of
+from vllm_cfg_plugin.pipelines.common.mmdit import (
+    DUAL_BLOCK_PLAN,
+    SINGLE_BLOCK_PLAN,
+    block_modulations,
+    forward_blocks,
+    layout_of_ids,
+    rows_of,
+)
 from vllm_cfg_plugin.pipelines.common.modulation import Modulation, by_modulation, some_rows
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
 from vllm_cfg_plugin.pipelines.common.upload import upload
@@ -23,6 +30,8 @@ from vllm_cfg_plugin.pipelines.common.upload import upload
 
 class PackedFluxTransformer(FluxTransformer2DModel):
     """diffusers' FluxTransformer2DModel with a packed forward; for inference only."""
+
+    tensor_plan: ClassVar = {**DUAL_BLOCK_PLAN, **SINGLE_BLOCK_PLAN}
 
     _layouts: LayoutCache
 

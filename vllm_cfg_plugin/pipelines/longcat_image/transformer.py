@@ -14,7 +14,14 @@ from diffusers.models.transformers.transformer_longcat_image import LongCatImage
 
 from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.linear import linear
-from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, layout_of_ids, rows_of
+from vllm_cfg_plugin.pipelines.common.mmdit import (
+    DUAL_BLOCK_PLAN,
+    SINGLE_BLOCK_PLAN,
+    block_modulations,
+    forward_blocks,
+    layout_of_ids,
+    rows_of,
+)
 from vllm_cfg_plugin.pipelines.common.modulation import Modulation, ModulationCache, modulations_at
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
 from vllm_cfg_plugin.pipelines.common.upload import upload
@@ -22,6 +29,8 @@ from vllm_cfg_plugin.pipelines.common.upload import upload
 
 class PackedLongCatImageTransformer(LongCatImageTransformer2DModel):
     """diffusers' LongCatImageTransformer2DModel with a packed forward; for inference only."""
+
+    tensor_plan: ClassVar = {**DUAL_BLOCK_PLAN, **SINGLE_BLOCK_PLAN}
 
     _layouts: LayoutCache
     modulations: ModulationCache

@@ -32,15 +32,24 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
     project_modulations,
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
+from vllm_cfg_plugin.pipelines.common.tensor_parallel import tensor_plan
 from vllm_cfg_plugin.pipelines.common.upload import upload
 from vllm_cfg_plugin.pipelines.offload import in_turn
 
 ImageShape = tuple[tuple[int, int, int], ...]  # (frames, height, width) in tokens of each image of one sequence
 
 
+_BLOCKS = "transformer_blocks.*"
+
+
 class PackedQwenImageTransformer(QwenImageTransformer2DModel):
     """diffusers' QwenImageTransformer2DModel with a packed forward; for inference only."""
 
+    tensor_plan: ClassVar = tensor_plan(
+        own=[f"{_BLOCKS}.attn.to_[qkv]", f"{_BLOCKS}.attn.add_[qkv]_proj", f"{_BLOCKS}.*_mlp.net.0.proj"],
+        summed=[f"{_BLOCKS}.attn.to_out.0", f"{_BLOCKS}.attn.to_add_out", f"{_BLOCKS}.*_mlp.net.2"],
+        gathered=[f"{_BLOCKS}.*_mod.1"],
+    )
     _layouts: LayoutCache
     modulations: ModulationCache
 

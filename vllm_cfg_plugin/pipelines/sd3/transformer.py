@@ -17,7 +17,7 @@ from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.common.adopt import become
 from vllm_cfg_plugin.pipelines.common.attention import JointLayout, make_joint_layout
 from vllm_cfg_plugin.pipelines.common.linear import linear
-from vllm_cfg_plugin.pipelines.common.mmdit import block_modulations, forward_blocks, rows_of
+from vllm_cfg_plugin.pipelines.common.mmdit import DUAL_BLOCK_PLAN, block_modulations, forward_blocks, rows_of
 from vllm_cfg_plugin.pipelines.common.modulation import Modulation, by_modulation, some_rows
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, pad_rows
 from vllm_cfg_plugin.pipelines.common.upload import upload
@@ -27,6 +27,8 @@ Grid = tuple[int, int]  # (height, width) of an image in tokens
 
 class PackedSD3Transformer(SD3Transformer2DModel):
     """diffusers' SD3Transformer2DModel with a packed forward; for inference only."""
+
+    tensor_plan: ClassVar = DUAL_BLOCK_PLAN
 
     _layouts: LayoutCache
 

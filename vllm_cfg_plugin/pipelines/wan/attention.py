@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from vllm_cfg_plugin.pipelines.common.attention import attend_sequences, rms_norm, rotate
+from vllm_cfg_plugin.pipelines.common.attention import attend_sequences, rotate
 from vllm_cfg_plugin.pipelines.common.heads import all_rows_of_own_heads, own_rows_of_all_heads
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.packing import PackedRows
+from vllm_cfg_plugin.pipelines.common.tensor_parallel import rms_norms
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class WanLayout:
 
 def attend_to_video(attn: Any, video: torch.Tensor, layout: WanLayout) -> torch.Tensor:
     """What each video gets from itself, after the output projection; windows of [rows, dim]."""
-    query = _heads(attn, rms_norm(attn.norm_q, linear(attn.to_q, video, layout.video)))
-    key = _heads(attn, rms_norm(attn.norm_k, linear(attn.to_k, video, layout.video)))
+    norms = attn.norm_q, attn.norm_k
+    projected = linear(attn.to_q, video, layout.video), linear(attn.to_k, video, layout.video)
+    query, key = (_heads(attn, normed) for normed in rms_norms(norms, projected))
     value = _heads(attn, linear(attn.to_v, video, layout.video))
     query, key, value = all_rows_of_own_heads(layout.video.group, (query, key, value))
     query, key = rotate(query, layout.rotation), rotate(key, layout.rotation)
@@ -49,13 +51,15 @@ def attend_to_conditions(
     attn: Any, video: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None, layout: WanLayout
 ) -> torch.Tensor:
     """What each video gets from its own text and image, after the output projection; windows of [rows, dim]."""
-    query = _heads(attn, rms_norm(attn.norm_q, linear(attn.to_q, video, layout.video)))
-    key = _heads(attn, rms_norm(attn.norm_k, linear(attn.to_k, text, layout.text)))
-    value = _heads(attn, linear(attn.to_v, text, layout.text))
-    of_image: list[torch.Tensor] = []
+    norms = [attn.norm_q, attn.norm_k]
+    projected = [linear(attn.to_q, video, layout.video), linear(attn.to_k, text, layout.text)]
     if image is not None:
-        image_key = _heads(attn, rms_norm(attn.norm_added_k, linear(attn.add_k_proj, image, layout.image)))
-        of_image = [image_key, _heads(attn, linear(attn.add_v_proj, image, layout.image))]
+        norms.append(attn.norm_added_k)
+        projected.append(linear(attn.add_k_proj, image, layout.image))
+    query, key, *of_image = (_heads(attn, normed) for normed in rms_norms(norms, projected))
+    value = _heads(attn, linear(attn.to_v, text, layout.text))
+    if image is not None:
+        of_image.append(_heads(attn, linear(attn.add_v_proj, image, layout.image)))
     query, key, value, *of_image = all_rows_of_own_heads(layout.video.group, (query, key, value, *of_image))
     attended = layout.video.join(attend_sequences(query, key, value, layout.video, attn.processor, layout.text))
     if of_image:

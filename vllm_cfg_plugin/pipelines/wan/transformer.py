@@ -29,6 +29,7 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
     modulate_last,
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
+from vllm_cfg_plugin.pipelines.common.tensor_parallel import tensor_plan
 from vllm_cfg_plugin.pipelines.common.upload import upload
 from vllm_cfg_plugin.pipelines.offload import in_turn
 from vllm_cfg_plugin.pipelines.wan.attention import WanLayout, attend_to_conditions, attend_to_video
@@ -40,6 +41,18 @@ _FACTORS = 6  # of a block: (shift, scale, gate) of self-attention, then of the 
 
 class PackedWanTransformer(WanTransformer3DModel):
     """diffusers' WanTransformer3DModel with a packed forward; for inference only."""
+
+    # The norms of queries and keys span all heads: `attention.py` adds up what they need.
+    tensor_plan: ClassVar = tensor_plan(
+        own=[
+            "blocks.*.attn[12].to_[qkv]",
+            "blocks.*.attn[12].norm_[qk]",
+            "blocks.*.attn2.add_[kv]_proj",
+            "blocks.*.attn2.norm_added_k",
+            "blocks.*.ffn.net.0.proj",
+        ],
+        summed=["blocks.*.attn[12].to_out.0", "blocks.*.ffn.net.2"],
+    )
 
     _layouts: LayoutCache
 

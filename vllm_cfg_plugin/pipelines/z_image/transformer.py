@@ -33,6 +33,7 @@ from vllm_cfg_plugin.pipelines.common.modulation import (
     modulations_at,
 )
 from vllm_cfg_plugin.pipelines.common.packing import LayoutCache, PackedRows, pad_rows
+from vllm_cfg_plugin.pipelines.common.tensor_parallel import tensor_plan
 from vllm_cfg_plugin.pipelines.common.upload import upload
 from vllm_cfg_plugin.pipelines.offload import in_turn
 from vllm_cfg_plugin.pipelines.z_image.layout import Grid, PaddedStream, ZImageLayout, lay_out, make_layout
@@ -44,8 +45,17 @@ _PATCH_KEY = f"{PATCH}-{FRAMES_PATCH}"
 _PER_BLOCK = 4  # the norm's scale before attention, the one behind it, then the same two of the MLP
 
 
+_LAYERS = ("noise_refiner.*", "context_refiner.*", "layers.*")
+
+
 class PackedZImageTransformer(ZImageTransformer2DModel):
     """diffusers' ZImageTransformer2DModel with a packed forward; for inference only."""
+
+    # The modulations are whole: they are made of 256 channels, a fiftieth of the weights.
+    tensor_plan: ClassVar = tensor_plan(
+        own=[f"{layer}.{name}" for layer in _LAYERS for name in ("attention.to_[qkv]", "feed_forward.w[13]")],
+        summed=[f"{layer}.{name}" for layer in _LAYERS for name in ("attention.to_out.0", "feed_forward.w2")],
+    )
 
     _layouts: LayoutCache
     modulations: ModulationCache
