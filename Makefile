@@ -61,7 +61,7 @@ smoke: $(STAMP) $(OTHER_VLLM)
 # A short version of every benchmark; benchmarks/README.md says what each shows.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.cfg_speedup --quick --out $(BENCH_OUT)
-	$(BIN)/python -m benchmarks.sequence_parallel --quick --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.shared_forwards --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.throughput --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.serving --quick --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.engine_overhead --quick --out $(BENCH_OUT)

@@ -1,10 +1,11 @@
 """When two processes should share a forward: one request of growing size, and many small ones, on two cores.
 
-    python -m benchmarks.sequence_parallel [--model mid] [--sides 64 128 256 512] [--steps 8] [--rounds 3] [--out DIR]
+    python -m benchmarks.shared_forwards [--model mid] [--sides 64 128 256 512] [--steps 8] [--rounds 3] [--out DIR]
 
-Contestants on the same two cores: one process; one cfg rank of two processes (`--sequence-parallel-size 2`); two cfg
-ranks, which share no forward. The request has no guidance, so that it is one forward a step, which two cfg ranks can't
-divide; "8 at once" are such requests together. Nothing changes a bit of an image.
+Contestants on the same two cores: one process; one cfg rank of two processes that share rows
+(`--sequence-parallel-size 2`) or weights (`--tensor-parallel-size 2`); two cfg ranks, which share no forward. The
+request has no guidance, so that it is one forward a step, which two cfg ranks can't divide; "8 at once" are such
+requests together.
 """
 
 from __future__ import annotations
@@ -25,8 +26,18 @@ from benchmarks.common import (
     start,
 )
 
-COLUMNS = ("requests", "px", "denoise ms: one process", "two share", "speed-up", "two cfg ranks")
-CONTESTANTS = {"one": (1, 1), "shared": (1, 2), "ranks": (2, 1)}  # (cfg ranks, processes of each)
+COLUMNS = (
+    "requests",
+    "px",
+    "denoise ms: one process",
+    "rows shared",
+    "speed-up",
+    "weights shared",
+    "speed-up",
+    "two cfg ranks",
+)
+# (cfg ranks, processes of each that share rows, and weights)
+CONTESTANTS = {"one": (1, 1, 1), "rows": (1, 2, 1), "weights": (1, 1, 2), "ranks": (2, 1, 1)}
 
 
 def measure(folder: str, count: int, side: int, steps: int, rounds: int) -> dict[str, Timing]:
@@ -37,8 +48,8 @@ def measure(folder: str, count: int, side: int, steps: int, rounds: int) -> dict
 
     with ExitStack() as stack:
         engines = {
-            name: stack.enter_context(engine(folder, ranks, sequence_parallel_size=processes))
-            for name, (ranks, processes) in CONTESTANTS.items()
+            name: stack.enter_context(engine(folder, ranks, sequence_parallel_size=rows, tensor_parallel_size=weights))
+            for name, (ranks, rows, weights) in CONTESTANTS.items()
         }
         contestants = {name: partial(run, llm) for name, llm in engines.items()}
         return {name: median_timing(timings) for name, timings in interleave(contestants, rounds).items()}
@@ -55,9 +66,11 @@ def main() -> None:
     on, rows = machine(), []
     with model_folder(args.model) as folder:
         for count, side in [(1, side) for side in sides] + [(8, 64)]:
-            one, shared, ranks = (t.denoise_ms for t in measure(folder, count, side, steps, rounds).values())
-            rows.append((count, side, one, shared, one / shared, ranks))
-    report("sequence_parallel", args.out, on, COLUMNS, rows)
+            one, by_rows, by_weights, ranks = (
+                t.denoise_ms for t in measure(folder, count, side, steps, rounds).values()
+            )
+            rows.append((count, side, one, by_rows, one / by_rows, by_weights, one / by_weights, ranks))
+    report("shared_forwards", args.out, on, COLUMNS, rows)
 
 
 if __name__ == "__main__":
