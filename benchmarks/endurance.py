@@ -104,8 +104,8 @@ class Traffic:
         began = time.monotonic()
         try:
             status, digest = await self._ask(job)
-        except aiohttp.ClientError as error:
-            record.failures[type(error).__name__] += 1
+        except (aiohttp.ClientError, TimeoutError) as error:
+            record.failures[f"{type(error).__name__} after {time.monotonic() - began:.0f} s"] += 1
         else:
             if status != 200:
                 record.failures[f"HTTP {status}: {digest}"] += 1
