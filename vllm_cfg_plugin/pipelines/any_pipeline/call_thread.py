@@ -74,7 +74,8 @@ class CallThread:
         self._pending: dict[int, torch.Tensor] = {}  # tensors to be filled, and views of them, by their ids
         self._turn, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
-        self._stream: Any = None
+        self._stream: Any = None  # that it runs on
+        self._streams: set[Any] = set()  # that it has run on
 
     # ---- called by whoever drives it ----
 
@@ -98,6 +99,7 @@ class CallThread:
         """Let it run until it pauses; raises what the pipeline raised."""
         if self.device.type == "cuda":
             self._stream = torch.cuda.current_stream(self.device)
+            self._streams.add(self._stream)
         if self._thread is None:
             # It inherits this thread's priority: that of an encode.
             self._thread = threading.Thread(target=self._run, name="cfg-pipeline-call", daemon=True)
@@ -111,6 +113,9 @@ class CallThread:
     def close(self) -> None:
         """End it at its next torch function; called when nobody drives it any more."""
         self._is_closed = True
+        # It frees what was made on any of its streams, and what is queued on the last one may still read that.
+        for stream in self._streams - {self._stream}:
+            stream.wait_stream(self._stream)
         self._turn.release()
 
     # ---- the thread itself ----
