@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from benchmarks import engine_overhead, trace_steps, traffic
+from benchmarks.block_traffic import block_traffic, least_bytes
 from benchmarks.common import Job, interleave, markdown_table, percentile
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check.profile import idle_share
@@ -106,6 +107,14 @@ def test_the_gpu_check_runs_in_tiny_form_and_writes_its_page(tmp_path):
     page = (tmp_path / "gpu_check.html").read_text()
     assert "data:image/png" in page
     assert "<h2>memory</h2>" in page
+
+
+def test_compiled_pieces_of_a_block_move_fewer_bytes_in_fewer_kernels():
+    plain, compiled = (block_traffic(256, 2, is_compiled) for is_compiled in (False, True))
+    assert least_bytes(256, 2) < compiled.moved.total() < 0.6 * plain.moved.total()
+    assert compiled.kernels.total() < plain.kernels.total() / 2
+    alike = block_traffic(256, 3, True)
+    assert alike.kernels.total() == compiled.kernels.total(), "whatever the number of sequences"
 
 
 def test_the_gpu_check_needs_no_vllm():

@@ -28,12 +28,34 @@ def add_gated(function, stream, table, first, row_spans):
     return stream
 
 
+def turns_of(rows, head_dim):
+    angles = torch.arange(rows * head_dim // 2).view(rows, 1, -1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def norm_and_rotate(function, stream, table, first, row_spans):
+    return function(stream, table[0, first], turns_of(len(stream), DIM // 3), 1e-6)
+
+
+def norm_and_rotate_joint(function, stream, table, first, row_spans):
+    heads = stream.unflatten(1, (3, -1))
+    of_text, of_image = table[0, first : first + 2, : DIM // 3]
+    return function(heads, of_text, of_image, row_spans > 0, turns_of(len(stream), DIM // 3), 1e-6)
+
+
 # With a width that is no power of two, as no other number may be taken for it.
 SIZES = [(48, 3), (1024, 8), (112, 2), (4096, 16), (80, 5)]
 
 
 @pytest.mark.parametrize(
-    ("call", "function"), [(modulate, fused.modulate_rows), (add_gated, fused.add_gated_rows)], ids=["norm", "gate"]
+    ("call", "function"),
+    [
+        (modulate, fused.modulate_rows),
+        (add_gated, fused.add_gated_rows),
+        (norm_and_rotate, fused.norm_and_rotate_rows),
+        (norm_and_rotate_joint, fused.norm_and_rotate_joint),
+    ],
+    ids=["norm", "gate", "rotate", "rotate-joint"],
 )
 @torch.inference_mode()
 def test_kernels_of_the_first_sizes_serve_all_others(call, function):

@@ -48,7 +48,7 @@ class PeakBytes(TorchDispatchMode):
         del self._known[key]
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Attention as a GPU's kernels do it: no scores in memory, which torch makes on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,5 +62,5 @@ class _FusedAttention(TorchFunctionMode):
 @contextmanager
 def peak_bytes(device: torch.device) -> Iterator[PeakBytes]:
     """Counts what is allocated on the device inside."""
-    with _FusedAttention(), PeakBytes(device) as counted:
+    with FusedAttention(), PeakBytes(device) as counted:
         yield counted

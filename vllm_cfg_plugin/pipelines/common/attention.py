@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 
+from vllm_cfg_plugin.pipelines.common import fused
 from vllm_cfg_plugin.pipelines.common.cpu_kernels import cpu_kernels
 from vllm_cfg_plugin.pipelines.common.heads import all_rows_of_own_heads, own_rows_of_all_heads
 from vllm_cfg_plugin.pipelines.common.linear import linear, onednn_linear
 from vllm_cfg_plugin.pipelines.common.packing import ROW_MULTIPLE, PackedRows, common_runs, interleave
+from vllm_cfg_plugin.pipelines.common.upload import upload
 from vllm_cfg_plugin.pipelines.common.varlen import PackedTensors, varlen_kernel
 
 # Scores computed at a time: 1 MiB of them.
@@ -40,12 +43,19 @@ class JointLayout:
         joint: the stream of attention: text then image of sequence 0, of sequence 1, ...
         rotation: complex rotary factors of the joint stream, [rows, 1, head_dim / 2], of at least as many rows as the
             padded stream has; None where the model has no rotary embedding.
+        is_image: of each row of both streams, as `interleave` joins them, [rows]; otherwise it is of a text.
     """
 
     text: PackedRows
     image: PackedRows
     joint: PackedRows
     rotation: torch.Tensor | None
+
+    @cached_property
+    def is_image(self) -> torch.Tensor:
+        sizes = [size for pair in zip(self.text.sizes, self.image.sizes, strict=True) for size in pair]
+        kinds = torch.tensor([False, True]).repeat(len(sizes) // 2)
+        return upload(kinds.repeat_interleave(torch.tensor(sizes)), self.joint.device)
 
     def part(self, sequences: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The image and the text stream of the joint stream's sequences."""
@@ -85,17 +95,26 @@ def joint_attention(
         image, text: this rank's windows of the streams, [rows, dim], as are those that are returned.
     """
     heads, group = _heads(attn), layout.joint.group
-    streams = (
-        rms_norm(attn.norm_added_q, linear(attn.add_q_proj, text, layout.text).unflatten(-1, heads)),
-        rms_norm(attn.norm_q, linear(attn.to_q, image, layout.image).unflatten(-1, heads)),
-        rms_norm(attn.norm_added_k, linear(attn.add_k_proj, text, layout.text).unflatten(-1, heads)),
-        rms_norm(attn.norm_k, linear(attn.to_k, image, layout.image).unflatten(-1, heads)),
-        linear(attn.add_v_proj, text, layout.text).unflatten(-1, heads),
-        linear(attn.to_v, image, layout.image).unflatten(-1, heads),
-    )
-    query_key_value = interleave(layout.text, layout.image, all_rows_of_own_heads(group, streams))
-    query, key = rotate(query_key_value[:2], layout.rotation)
-    attended = layout.part(attend_sequences(query, key, query_key_value[2], layout.joint, attn.processor))
+    streams = [
+        linear(projection, stream, rows).unflatten(-1, heads)
+        for of_text, of_image in (
+            (attn.add_q_proj, attn.to_q),
+            (attn.add_k_proj, attn.to_k),
+            (attn.add_v_proj, attn.to_v),
+        )
+        for projection, stream, rows in ((of_text, text, layout.text), (of_image, image, layout.image))
+    ]
+    norms = (attn.norm_added_q, attn.norm_q, attn.norm_added_k, attn.norm_k)
+    is_fused = _is_fused(norms, layout.rotation, image.device)
+    if not is_fused:
+        streams[:4] = [rms_norm(norm, stream) for norm, stream in zip(norms, streams, strict=False)]
+    joined = interleave(layout.text, layout.image, all_rows_of_own_heads(group, streams))  # query, key, value
+    if is_fused:
+        query = _norm_and_rotate_joint(norms[:2], joined[0], layout)
+        key = _norm_and_rotate_joint(norms[2:], joined[1], layout)
+    else:
+        query, key = rotate(joined[:2], layout.rotation)
+    attended = layout.part(attend_sequences(query, key, joined[2], layout.joint, attn.processor))
     image, text = own_rows_of_all_heads(group, attended)
     return image, text
 
@@ -108,11 +127,15 @@ def self_attention(attn: Any, stream: torch.Tensor, rows: PackedRows, rotation: 
         rotation: of the whole stream's rows, see `JointLayout`.
     """
     heads = _heads(attn)
-    query = rms_norm(attn.norm_q, linear(attn.to_q, stream, rows).unflatten(-1, heads))
-    key = rms_norm(attn.norm_k, linear(attn.to_k, stream, rows).unflatten(-1, heads))
-    value = linear(attn.to_v, stream, rows).unflatten(-1, heads)
+    query, key, value = (linear(own, stream, rows).unflatten(-1, heads) for own in (attn.to_q, attn.to_k, attn.to_v))
+    is_fused = _is_fused((attn.norm_q, attn.norm_k), rotation, stream.device)
+    if not is_fused:
+        query, key = rms_norm(attn.norm_q, query), rms_norm(attn.norm_k, key)
     query, key, value = all_rows_of_own_heads(rows.group, (query, key, value))
-    query, key = rotate(query, rotation), rotate(key, rotation)
+    if is_fused:
+        query, key = (norm_and_rotate(norm, x, rotation) for norm, x in ((attn.norm_q, query), (attn.norm_k, key)))
+    else:
+        query, key = rotate(query, rotation), rotate(key, rotation)
     (own,) = own_rows_of_all_heads(rows.group, [rows.join(attend_sequences(query, key, value, rows, attn.processor))])
     return own
 
@@ -138,6 +161,31 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
         return x
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs.mul_(rotation[: x.shape[-3]])).flatten(-2).type_as(x)
+
+
+def norm_and_rotate(norm: Any, x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+    """`rms_norm` and `rotate` of [rows, heads, head_dim] in one kernel; see `fused.py` for a norm over all heads."""
+    normed: torch.Tensor = fused.compiled(fused.norm_and_rotate_rows)(x, norm.weight, _turns(x, rotation), norm.eps)
+    return normed
+
+
+def _norm_and_rotate_joint(norms: Sequence[Any], x: torch.Tensor, layout: JointLayout) -> torch.Tensor:
+    of_text, of_image = norms
+    weights, turns = (of_text.weight, of_image.weight), _turns(x, layout.rotation)
+    normed: torch.Tensor = fused.compiled(fused.norm_and_rotate_joint)(
+        x, *weights, layout.is_image, turns, of_image.eps
+    )
+    return normed
+
+
+def _turns(x: torch.Tensor, rotation: Any) -> torch.Tensor:
+    """Cosine and sine for each row of x."""
+    return torch.view_as_real(rotation[: x.shape[0]])
+
+
+def _is_fused(norms: Sequence[Any], rotation: torch.Tensor | None, device: torch.device) -> bool:
+    has_weights = all(getattr(norm, "weight", None) is not None for norm in norms)
+    return rotation is not None and has_weights and fused.is_enabled(device)
 
 
 def attend_sequences(

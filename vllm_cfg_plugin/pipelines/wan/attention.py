@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from vllm_cfg_plugin.pipelines.common.attention import attend_sequences, rotate
+from vllm_cfg_plugin.pipelines.common import fused
+from vllm_cfg_plugin.pipelines.common.attention import attend_sequences, norm_and_rotate, rotate
 from vllm_cfg_plugin.pipelines.common.heads import all_rows_of_own_heads, own_rows_of_all_heads
 from vllm_cfg_plugin.pipelines.common.linear import linear
 from vllm_cfg_plugin.pipelines.common.packing import PackedRows
@@ -38,10 +39,14 @@ def attend_to_video(attn: Any, video: torch.Tensor, layout: WanLayout) -> torch.
     """What each video gets from itself, after the output projection; windows of [rows, dim]."""
     norms = attn.norm_q, attn.norm_k
     projected = linear(attn.to_q, video, layout.video), linear(attn.to_k, video, layout.video)
-    query, key = (_heads(attn, normed) for normed in rms_norms(norms, projected))
     value = _heads(attn, linear(attn.to_v, video, layout.video))
-    query, key, value = all_rows_of_own_heads(layout.video.group, (query, key, value))
-    query, key = rotate(query, layout.rotation), rotate(key, layout.rotation)
+    is_whole = layout.video.group.size == 1 and norms[0].weight.shape == norms[0].normalized_shape
+    if is_whole and fused.is_enabled(video.device):
+        query, key = (norm_and_rotate(*own, layout.rotation) for own in zip(norms, projected, strict=True))
+    else:  # the norm is over the heads of all ranks
+        query, key = (_heads(attn, normed) for normed in rms_norms(norms, projected))
+        query, key, value = all_rows_of_own_heads(layout.video.group, (query, key, value))
+        query, key = rotate(query, layout.rotation), rotate(key, layout.rotation)
     attended = layout.video.join(attend_sequences(query, key, value, layout.video, attn.processor))
     (own,) = own_rows_of_all_heads(layout.video.group, [attended])
     return linear(attn.to_out[0], own, layout.video)
