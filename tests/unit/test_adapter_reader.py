@@ -46,6 +46,7 @@ def test_the_matrices_of_diffusers_layout(pipeline, tmp_path):
     path = make_adapter(tmp_path / "a.safetensors", pipeline.transformer)
     adapter, tensors = read(path, pipeline), load_file(path)
     assert len(adapter.layers) == len(tensors) // 2
+    assert {own.down.shape[0] for own in adapter.layers.values()} == {8}, "a rank that products of any rows may have"
     assert adapter.modulates
     for name, layer in pipeline.transformer.named_modules():
         if f"transformer.{name}" in adapter.layers:
