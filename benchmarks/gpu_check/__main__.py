@@ -23,6 +23,7 @@ from benchmarks.gpu_check.page import write_page
 from benchmarks.gpu_check.profile import memory, profile
 from benchmarks.gpu_check.ranks import two_ranks
 from benchmarks.gpu_check.sections import Row, Scale, attention, environment, parity, speed
+from vllm_cfg_plugin.pipelines.common import fused
 
 SECTIONS: dict[str, Callable[[Scale], Iterator[Row]]] = {
     "environment": environment,
@@ -44,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # as on a rank: with more, a row's result depends on how the work was split
+    else:
+        fused.enable()  # as a server does
     scale = _scale(args.tiny or not torch.cuda.is_available(), args.layers)
     results: dict[str, list[Row]] = {}
     for name in args.only or SECTIONS:

@@ -20,6 +20,7 @@ from benchmarks.gpu_check import models
 from benchmarks.gpu_check.loop import Loop, finish, synchronize
 from tests.families import FAMILIES, SEED, call
 from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.pipelines.common import fused
 from vllm_cfg_plugin.pipelines.registry import pipeline_class
 
 Row = dict[str, Any]
@@ -141,12 +142,18 @@ def _parity_of(family: Any, dtype: torch.dtype, device: torch.device) -> Row:
 
 
 def speed(scale: Scale) -> Iterator[Row]:
-    """Milliseconds a step of guided requests: ours, quantized, and diffusers one by one and as one batch."""
-    for quantization in ("", "fp8") if scale.device.type == "cuda" else ("", "int8"):
+    """Milliseconds a step of guided requests: ours, as it is, compiled, and quantized; and diffusers' own.
+
+    That is one by one and as one batch, and compiled too.
+    """
+    on_cpu, on_gpu = (("ours", ""), ("ours, int8", "int8")), (("ours, -O0", ""), ("ours", ""), ("ours, fp8", "fp8"))
+    for who, quantization in on_gpu if scale.device.type == "cuda" else on_cpu:
+        if scale.device.type == "cuda":
+            fused.enable("-O0" not in who)
         pipeline = models.ours(_transformer(scale), quantization)
         for side in scale.sides:
             for count in scale.counts:
-                row: Row = {"side": side, "requests": count, "who": f"ours{quantization and f', {quantization}'}"}
+                row: Row = {"side": side, "requests": count, "who": who}
                 with suppress(torch.OutOfMemoryError):
                     row |= _steps_of(pipeline, count, side, scale)
                 yield row

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 _enabled = False
 
 
-def enable() -> None:
-    """From now on packed forwards on GPUs use these functions; to be called before the first."""
+def enable(is_on: bool = True) -> None:
+    """From now on packed forwards on GPUs use these functions, or no longer do."""
     global _enabled
-    _enabled = True
+    _enabled = is_on
 
 
 def is_enabled(device: torch.device) -> bool:
