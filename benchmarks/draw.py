@@ -45,10 +45,12 @@ def draw_dashboard(dashboard: Mapping[str, Any], query: Query, out: Path) -> Non
     panels = dashboard["panels"]
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     figure = pyplot.figure(figsize=(15, 0.34 * rows))
-    grid = figure.add_gridspec(rows, _COLUMNS, left=0.04, right=0.99, top=0.96, bottom=0.04, wspace=3.5, hspace=6)
+    grid = figure.add_gridspec(rows, _COLUMNS, left=0.04, right=0.99, top=0.96, bottom=0.04, wspace=3.5, hspace=0)
     for panel in panels:
         place = panel["gridPos"]
-        axes = figure.add_subplot(grid[place["y"] : place["y"] + place["h"], place["x"] : place["x"] + place["w"]])
+        axes = figure.add_subplot(
+            grid[place["y"] + 1 : place["y"] + place["h"] - 1, place["x"] : place["x"] + place["w"]]
+        )
         _draw_panel(axes, panel, query)
     figure.savefig(out, dpi=90)
     pyplot.close(figure)

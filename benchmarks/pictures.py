@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import aiohttp
@@ -89,11 +89,9 @@ async def traffic(server: VllmServer, seconds: float) -> None:
         async def ask(**changes: object) -> None:
             body = {**request_body(jobs.pop()), **changes}
             patience = 0.3 if draw.random() < 0.05 else None  # of a client that leaves
-            try:
+            with suppress(TimeoutError, aiohttp.ClientError):
                 async with asyncio.timeout(patience), session.post(url, json=body) as response:
                     await response.read()
-            except TimeoutError:
-                pass
 
         url = f"{server.url}/v1/images/generations"
         while (left := ended - time.monotonic()) > 0:
