@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from tests.toy_pipeline import InlineSideWork, ToyPipeline, toy_request
+from tests.unit.fake_cuda import DEVICE, fake_cuda, to_fake
 from tests.unit.test_runner import join, plan
 from vllm_cfg_plugin.engine.plan import DECODED, Assign, Decode
+from vllm_cfg_plugin.worker.pace import CudaPace
 from vllm_cfg_plugin.worker.runner import StepRunner
+from vllm_cfg_plugin.worker.side_work import SideThread
 
 
 class DeviceMark:
@@ -181,3 +184,15 @@ def test_the_first_step_waits_for_its_noise(fails):
     assert waits == [None]
     assert failed == ([0] if fails else [])
     assert fails or runner.states[0].index == 2
+
+
+def test_on_a_gpu_steps_go_before_side_work_and_what_that_made_is_theirs_too(monkeypatch):
+    with fake_cuda():
+        pace, side = CudaPace(DEVICE), SideThread("side", DEVICE, 0)
+        assert (pace._stream.priority, side._stream.priority) == (-1, 0)
+        recorded = []
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: recorded.append(stream))
+        pace.hand_over(to_fake(torch.zeros(2)))
+        pace.hand_over(torch.zeros(2))
+        assert recorded == [pace._stream]
+    side.close()
