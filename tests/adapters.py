@@ -22,15 +22,15 @@ def make_adapter(
     seed: int = 0,
     *,
     rank: int = RANK,
-    layers: str = "",
+    layers: str | Sequence[str] = "",
     size: float = 0.05,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Save an adapter in diffusers' layout, of all layers of a packed transformer that have `layers` in their name."""
+    """Save an adapter in diffusers' layout, of layers of a packed transformer with one of `layers` in their name."""
     torch.manual_seed(seed)
     tensors = {}
     for name, layer in adaptable_layers(transformer).items():
-        if layers in name:
+        if any(part in name for part in ([layers] if isinstance(layers, str) else layers)):
             tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features) / layer.in_features**0.5
             tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, rank) * size
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None)
