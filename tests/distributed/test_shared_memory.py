@@ -154,21 +154,26 @@ def test_a_rank_that_fails_leaves_no_other_waiting():
 
 
 def trade_in_pairs(rank, ranks, share):
-    """Rows of growing and shrinking sizes among ranks 0 and 1, and 2 and 3, and among all of them."""
+    """Rows of growing and shrinking sizes among ranks 0 and 1, and 2 and 3, and among all of them.
+
+    A rank that has passed over another's large rows reads its smaller ones then, and the next ones are large again.
+    """
     gather = connect(rank, ranks, share)
     pair = [rank - rank % 2, rank - rank % 2 + 1]
-    found = []
-    for exchange, width in enumerate([10, 100_000, 50_000, 3, 400_000, 60_000, 8]):
+    found, everybody = [], []
+    for exchange, width in enumerate([10, 100_000, 50_000, 3, 400_000, 60_000, 400_000, 8]):
         rows = gather(torch.full((width * (1 + rank // 2),), rank + 10 * exchange), pair)
         parts = gather.all_to_all(torch.full((2, width), rank + 10 * exchange), pair)
         found.append([row.unique().tolist() for row in (*rows, *parts)])
-    return found, gather(torch.tensor([rank])).flatten().tolist()
+        for _ in range(2):  # both slots of each
+            everybody = gather(torch.full((10_000 * (exchange + 1),), rank))[:, 0].tolist()
+    return found, everybody
 
 
 def test_some_ranks_exchange_while_others_do():
     for rank, (found, everybody) in enumerate(run_forked(trade_in_pairs, 4)):
         pair = [rank - rank % 2, rank - rank % 2 + 1]
-        assert found == [[[member + 10 * exchange] for member in pair * 2] for exchange in range(7)]
+        assert found == [[[member + 10 * exchange] for member in pair * 2] for exchange in range(8)]
         assert everybody == [0, 1, 2, 3]
 
 

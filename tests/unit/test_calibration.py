@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from tests.toy_pipeline import ToyPipeline
+from tests.unit.played_group import Played
 from vllm_cfg_plugin.checkpoint import Checkpoint, PipelineInfo, TextRules
+from vllm_cfg_plugin.distributed.sequence_group import ALONE
 from vllm_cfg_plugin.engine.cost import CostModel, PackSample
 from vllm_cfg_plugin.params import DiffusionParams
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
@@ -214,9 +216,13 @@ def test_another_model_dtype_version_or_size_is_measured_anew(
     half = ToyPipeline()
     half.transformer.to(torch.bfloat16)
     calibrate_rank(half, checkpoint, tmp_path, 2)
+    by_weights, by_rows = Played(0, 2), Played(0, 2)
+    by_rows.sequence, by_rows.tensor = by_rows, ALONE
+    for group in (by_weights, by_rows):
+        calibrate_rank(pipeline, checkpoint, tmp_path, 2, group)
     monkeypatch.setattr(calibration.torch, "__version__", "99")
     calibrate_rank(pipeline, checkpoint, tmp_path, 2)
-    assert len(measured) == 5
+    assert len(measured) == 7
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"cost": 1}', b"\xff\xfe", b"[]", b"negative", b"no budget"])
