@@ -16,6 +16,7 @@ from benchmarks.virtual_engine import VirtualEngine
 from benchmarks.virtual_ranks import Overheads, VirtualRanks
 from vllm_cfg_plugin.engine.batching import StepBatch
 from vllm_cfg_plugin.engine.cost import CostModel
+from vllm_cfg_plugin.engine.plan import PREVIEWED
 
 # The bundled model's, as a start measured them.
 EMOJI = CostModel(
@@ -65,3 +66,19 @@ def test_neighbours_pay_nothing_for_previews(side, guided):
     """If the one who streams rested never, they would pay 3 to 6 %."""
     plain, beside = (neighbours_seconds(previews, side, guided) for previews in (0, 3))
     assert beside / plain <= MOST
+
+
+@pytest.mark.parametrize("side", [64, 256])
+def test_the_first_preview_is_there_within_a_third_of_the_steps(side, monkeypatch):
+    shares, note = [], StepBatch.note_side_report
+
+    def note_and_see(batch, report):
+        request = batch.known(report.id)
+        if report.branch == PREVIEWED and request is not None and not request.made_previews:
+            shares.append(request.done_steps / request.spec.steps)
+        return note(batch, report)
+
+    monkeypatch.setattr(StepBatch, "note_side_report", note_and_see)
+    neighbours_seconds(3, side, guided=True, images=40)
+    assert len(shares) > 20
+    assert max(shares) <= 1 / 3
