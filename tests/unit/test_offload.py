@@ -9,11 +9,13 @@ from tests.families import FAMILIES, load
 from tests.toy_pipeline import ToyPipeline
 from tests.unit.test_quantized import forward
 from vllm_cfg_plugin.checkpoint import Checkpoint
+from vllm_cfg_plugin.distributed.sequence_group import ALONE
 from vllm_cfg_plugin.errors import ConfigurationError
 from vllm_cfg_plugin.pipelines.components import load_transformer
 from vllm_cfg_plugin.pipelines.offload import in_turn, offload_layers, offloadable, weight_bytes
 from vllm_cfg_plugin.pipelines.quantized import QuantizedLinear
 from vllm_cfg_plugin.pipelines.qwen_image import QwenImagePipeline
+from vllm_cfg_plugin.worker import calibration
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 LISTS = {"blocks": ("modulation",)}
@@ -126,3 +128,16 @@ def test_what_forwards_no_layers_in_turn_is_refused(qwen_image_folders):
     checkpoint = Checkpoint(str(qwen_image_folders["tiny"]))
     with pytest.raises(ConfigurationError, match=r"cpu_offload_gb is not valid .* ToyPipeline .* leave it out"):
         load_transformer(checkpoint, ToyPipeline, "transformer", torch.float32, CPU, None, offloaded_bytes=1)
+
+
+def test_what_work_costs_is_kept_apart_from_that_of_other_places(qwen_image_folders):
+    folder = str(qwen_image_folders["tiny"])
+    keys = {
+        calibration._key(
+            QwenImagePipeline.load(folder, dtype=torch.float32, device=CPU, offloaded_bytes=size),
+            Checkpoint(folder),
+            *(1, ALONE, "all"),
+        )
+        for size in (0, 1, 2**30)
+    }
+    assert len(keys) == 3

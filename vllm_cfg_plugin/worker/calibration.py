@@ -211,6 +211,7 @@ def _key(pipeline: EnginePipeline, checkpoint: Checkpoint, ranks: int, group: Se
         group.tensor.size,
         text_encoder,
         next((str(layer.weight.dtype) for layer in modules if isinstance(layer, QuantizedLinear)), ""),
+        sum(hasattr(module, "in_host") for module in pipeline.transformer.modules()),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
