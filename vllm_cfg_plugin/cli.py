@@ -120,14 +120,24 @@ class _MergeConfig(argparse.Action):
         settings = self._settings(values, option_string)
         if not isinstance(settings, dict):
             parser.exit(2, f"{parser.prog}: error: {option_string} takes a JSON object, not {settings!r}\n")
+        self._take(namespace, settings)
+
+    def _take(self, namespace: argparse.Namespace, settings: dict[str, Any]) -> None:
         namespace.additional_config = {**(namespace.additional_config or {}), **settings}
 
     def _settings(self, values: Any, option_string: str | None) -> dict[str, Any]:
         return values
 
 
-class _SettingAction(_MergeConfig):
-    """A flag of ours, which is one key of `additional_config`."""
+class _FlagAction(_MergeConfig):
+    """A flag of ours, which is one key of `additional_config` when all flags are read."""
+
+    def _take(self, namespace: argparse.Namespace, settings: dict[str, Any]) -> None:
+        vars(namespace)[_FLAGS_READ] = {**vars(namespace).get(_FLAGS_READ, {}), **settings}
+
+
+class _SettingAction(_FlagAction):
+    """A flag with a value."""
 
     def _settings(self, values: Any, option_string: str | None) -> dict[str, Any]:
         return {self.dest: values}
@@ -151,7 +161,7 @@ class _NumberAction(_SettingAction):
         super().__call__(parser, namespace, number, option_string)
 
 
-class _SwitchAction(_MergeConfig, argparse.BooleanOptionalAction):
+class _SwitchAction(_FlagAction, argparse.BooleanOptionalAction):
     """A setting that is on or off: `--name` and `--no-name`."""
 
     def _settings(self, values: Any, option_string: str | None) -> dict[str, Any]:
@@ -185,6 +195,7 @@ class _DiffusionParsing:
         given = {dest: value for dest in watched if (value := getattr(namespace, dest)) is not _NOT_GIVEN}
         vars(namespace).update({dest: self._parser.get_default(dest) for dest in watched if dest not in given})
         try:
+            _merge_flags(namespace)
             if _has_diffusion_model(namespace, given, self._parser.get_default):
                 check_options(vars(namespace), self._parser.get_default)
                 vars(namespace).update(with_our_defaults(given, self._on_cpu))
@@ -195,6 +206,23 @@ class _DiffusionParsing:
 
 
 _NOT_GIVEN = object()
+_FLAGS_READ = "_flags_of_cfg_plugin"  # attribute of a namespace that is being parsed
+
+
+def _merge_flags(namespace: argparse.Namespace) -> None:
+    """Our flags become a part of `additional_config`, whichever stood first.
+
+    Raises:
+        ConfigurationError: the two say different things.
+    """
+    flags = vars(namespace).pop(_FLAGS_READ, {})
+    if not flags:
+        return
+    config = namespace.additional_config or {}
+    for name, value in flags.items():
+        if config.get(name, value) != value:
+            raise ConfigurationError(f"{name}={value} is not valid: --additional-config says {config[name]}; give one")
+    namespace.additional_config = {**config, **flags}
 
 
 def _take_settings(namespace: argparse.Namespace, vllms_default: Callable[[str], Any]) -> None:

@@ -9,7 +9,8 @@ CfgPluginError
 ├── RequestFailedError                 the request was right and failed while running: HTTP 500, `.error` offline
 ├── RequestAbortedError                the engine stopped or paused before it was done: HTTP 503, `.error` offline
 ├── ServerBusyError                    the request is right and there is no room for it now: HTTP 429
-└── RankDiedError                      a cfg rank's process ended: the engine stops
+└── RankDiedError       (RuntimeError) a cfg rank's process ended, and may not be started again: the engine stops
+    └── RanksRestartedError            the ranks were started anew during a call of a method of theirs: call it again
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ __all__ = [
     "InvalidRequestError",
     "ModelNotFoundError",
     "RankDiedError",
+    "RanksRestartedError",
     "RequestAbortedError",
     "RequestFailedError",
     "ServerBusyError",

@@ -82,7 +82,7 @@ def bitwise_equal(one, other):
 def test_alone_or_among_seven_latents_are_bitwise_equal(traces, ranks):
     by_script = traces[ranks][0]
     for seed, trace in by_script["mixed"].items():
-        assert bitwise_equal(trace, by_script[f"alone-{seed}"][seed]), f"request {seed} depends on its company"
+        assert bitwise_equal(trace, by_script[f"alone-{seed}"][seed]), f"request {seed} depends on the batch"
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -1,4 +1,4 @@
-"""The engine's steps with cfg ranks that share weights: one request's latents whatever its company, whoever fails."""
+"""The engine's steps with cfg ranks that share weights: one request's latents in any batch, whoever fails."""
 
 import pytest
 import torch

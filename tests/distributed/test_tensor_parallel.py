@@ -1,7 +1,7 @@
 """Tensor parallelism on four gloo ranks: every packed family's forward, and its calls with CFG-Parallel.
 
 One start of four processes does all of it. How far from one process: 1e-5 of a prediction's scale, for sums are taken
-in another order. But whatever a request's company is, and on every rank, its bits are the same.
+in another order. But in any batch, and on every rank, its bits are the same.
 """
 
 import copy

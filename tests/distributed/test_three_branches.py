@@ -1,4 +1,4 @@
-"""Guidance of three branches on 1, 2 and 3 real gloo ranks: bitwise the serial formula, alone and in company."""
+"""Guidance of three branches on 1, 2 and 3 real gloo ranks: bitwise the serial formula, alone and in a batch."""
 
 import msgspec
 import pytest

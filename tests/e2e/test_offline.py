@@ -43,7 +43,7 @@ def test_outputs_are_in_order_with_images_and_metrics(llm, capsys):
 
 
 @pytest.mark.parametrize("cfg_parallel_size", [1, 3])
-def test_an_image_is_the_same_in_any_company_and_at_any_cfg_size(llm, model, cfg_parallel_size):
+def test_an_image_is_the_same_in_any_batch_and_at_any_cfg_size(llm, model, cfg_parallel_size):
     (alone,) = llm.generate("a house", FAST, use_tqdm=False)
     several = llm.generate(["a house", "a long prompt " * 20, "fog"], FAST, use_tqdm=False)
     assert np.array_equal(np.asarray(alone.images[0]), np.asarray(several[0].images[0]))

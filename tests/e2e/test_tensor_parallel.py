@@ -1,4 +1,4 @@
-"""`vllm serve` and `DiffusionLLM` with ranks that share weights: an image whatever its company is, and who dies."""
+"""`vllm serve` and `DiffusionLLM` with ranks that share weights: images in any batch, and who dies."""
 
 import signal
 

@@ -138,7 +138,7 @@ class ConditionedChecks:
             packed = ours.pack_branches([first])["hidden_states"]
             assert packed.shape[1] == request.image_tokens + request.condition_tokens
 
-    def test_bits_do_not_depend_on_company(self, pipelines, folder):
+    def test_bits_do_not_depend_on_the_batch(self, pipelines, folder):
         """Requests with different images, sizes, texts and timesteps in one forward."""
         _, ours = pipelines
         requests = [self.make_request(folder, number, **GUIDED) for number in range(len(self.cases))]

@@ -61,7 +61,7 @@ class PackedChecks:
             torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
 
     @torch.inference_mode()
-    def test_bits_do_not_depend_on_company(self, models):
+    def test_bits_do_not_depend_on_the_batch(self, models):
         _, packed = models
         pool = self.draw(24, seed=1)
         alone = [self.forward(packed, [sequence])[0] for sequence in pool]

@@ -120,7 +120,7 @@ class PipelineChecks:
             self.call(ours, request, negative_prompt="ugly")
             assert "guidance is off: a negative prompt was given" in caplog.text
 
-    def test_bits_do_not_depend_on_company(self, pipelines, folder):
+    def test_bits_do_not_depend_on_the_batch(self, pipelines, folder):
         """Branches of requests that differ in size, text, image, timestep and guidance."""
         _, ours = pipelines
         contract.assert_packed_is_alone(

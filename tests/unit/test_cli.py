@@ -54,6 +54,16 @@ def test_every_spelling_reaches_the_engine(parse, model, spelling, model_first):
     assert ("max_image_pixels" in engine_args.additional_config) == asked
 
 
+@pytest.mark.parametrize("config_first", [True, False])
+def test_a_flag_and_a_config_that_differ_are_refused_in_either_order(parse, model, config_first, capsys):
+    flag, config = ["--cfg-parallel-size", "3"], ["--additional-config", '{"cfg_parallel_size": 2}']
+    with pytest.raises(SystemExit):
+        parse(model, *(config + flag if config_first else flag + config))
+    assert capsys.readouterr().err.endswith(
+        "error: cfg_parallel_size=3 is not valid: --additional-config says 2; give one\n"
+    )
+
+
 SWITCH_SPELLINGS = [
     (["--cfg-shared-weights"], True),
     (["--cfg_shared_weights"], True),

@@ -51,6 +51,12 @@ def refusal(app, path, name, value=1):
         ("mask", "POST /v1/images/edits has it"),
         ("input_image", "POST /v1/images/edits takes images"),
         ("loras", "did you mean lora?"),
+        ("cfg-scale", "did you mean true_cfg_scale?"),
+        ("cfg_rescale", "did you mean guidance_rescale?"),
+        ("guidance_start", "did you mean guidance_interval?"),
+        ("jpeg_quality", "did you mean output_compression?"),
+        ("samples", "n is the number of results"),
+        ("n_iter", "n is the number of results"),
     ],
 )
 def test_images(app_of, name, says):

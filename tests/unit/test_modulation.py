@@ -54,7 +54,7 @@ def test_like_diffusers(model):
 
 
 @torch.inference_mode()
-def test_bits_do_not_depend_on_company(model):
+def test_bits_do_not_depend_on_the_batch(model):
     timesteps = schedule(37)
     alone = [all_factors(model.compute_modulations([t], FLOAT)[0]) for t in timesteps]
     for count in (2, 15, 16, 17, 37):

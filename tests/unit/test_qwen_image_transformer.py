@@ -85,7 +85,7 @@ def test_like_diffusers(models):
 
 
 @torch.inference_mode()
-def test_bits_do_not_depend_on_company(models):
+def test_bits_do_not_depend_on_the_batch(models):
     _, packed = models
     pool = draw_sequences(24, seed=1)
     alone = [forward_packed(packed, [sequence])[0] for sequence in pool]
@@ -220,7 +220,7 @@ SEVERAL_IMAGES = [
 
 @torch.inference_mode()
 @pytest.mark.parametrize("conditioning", CONDITIONING)
-def test_images_as_conditions_like_diffusers_and_in_any_company(conditioning):
+def test_images_as_conditions_like_diffusers_and_in_any_batch(conditioning):
     torch.manual_seed(11)
     reference = transformer(SIZES["tiny"], **conditioning)
     packed = PackedQwenImageTransformer.adopt(copy.deepcopy(reference))

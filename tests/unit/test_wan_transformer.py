@@ -122,7 +122,7 @@ def test_adapters(models, modulating):
 
 
 @torch.inference_mode()
-def test_bits_do_not_depend_on_company(models):
+def test_bits_do_not_depend_on_the_batch(models):
     pool = models.draw(14, seed=1)
     alone = [models.forward_packed([video])[0] for video in pool]
     choose = random.Random(2)

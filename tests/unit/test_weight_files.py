@@ -115,12 +115,20 @@ def test_an_empty_quantization_is_refused_as_by_diffusers(model, quantization):
         QwenImagePipeline.from_pretrained(str(model))
 
 
-def test_an_empty_quantization_of_a_text_encoder_is_none(model):
-    """An empty quantization of a text encoder is none as it is to transformers."""
+@pytest.mark.parametrize("quantization", [{}, {"quant_method": "nonsense"}])
+def test_a_text_encoder_is_not_quantized_where_transformers_says_so(model, quantization):
     path = model / "text_encoder" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
     check_servable(Checkpoint(str(model)))
     QwenImagePipeline.from_pretrained(str(model))
+
+
+@pytest.mark.parametrize("weight_map", [["a"], None, {"a": 1}, {}])
+def test_an_index_that_names_no_files_is_refused_in_one_line(model, weight_map):
+    (path,) = (model / "transformer").glob("*.safetensors")
+    path.unlink()
+    (model / "transformer" / f"{path.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert f"transformer/{path.name}.index.json names no files" in refusal(model)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

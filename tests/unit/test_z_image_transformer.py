@@ -93,7 +93,7 @@ def test_adapters(models, modulating):
 
 
 @torch.inference_mode()
-def test_bits_do_not_depend_on_company(models):
+def test_bits_do_not_depend_on_the_batch(models):
     _, packed = models
     pool = draw_sequences(24, seed=1)
     alone = [forward(packed, [sequence])[0] for sequence in pool]

@@ -46,7 +46,7 @@ class WaitingLine:
         del self._line_of(request)[request.id]
 
     def in_order(self) -> list[ScheduledRequest]:
-        """All of them, who came first first."""
+        """All requests in order of arrival."""
         return sorted((request for line in self._lines for request in line.values()), key=lambda request: request.id)
 
     def take(self, try_to_join: Callable[[ScheduledRequest], bool]) -> Iterator[ScheduledRequest]:
@@ -83,7 +83,7 @@ def _take(line: Line, try_to_join: Callable[[ScheduledRequest], bool]) -> Iterat
 
 
 def _turn(request: ScheduledRequest) -> tuple[int, bool, int]:
-    """The shortest first; but before them who was overtaken half as often as may be: then others only fill gaps.
+    """The sort key of a request: the shortest first, but those overtaken `MAX_OVERTAKEN / 2` times before all others.
 
     A suspect that was hit alone lets the others be tried first: what kills ranks from outside hits one of those then.
     """

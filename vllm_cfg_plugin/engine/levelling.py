@@ -25,7 +25,7 @@ def is_near(makespan: int, bound: int) -> bool:
 
 
 def water_level(heights: Iterable[int], work: int) -> int:
-    """Load of the heaviest rank if `work` could be poured like water over ranks that are already so full."""
+    """Least possible load of the heaviest rank if `work` could be split at will over ranks with these loads."""
     rising = sorted(heights)
     surface = min(-(-(work + below) // wet) for wet, below in enumerate(accumulate(rising), 1))
     return max(surface, rising[-1])
@@ -104,10 +104,10 @@ class Levelling:
         return best
 
     def _bound(self, owners: Sequence[int], loads: Sequence[int]) -> int:
-        """No assignment has a lighter heaviest rank than this.
+        """A lower bound on the heaviest rank's load, whatever the assignment.
 
-        The items of a set of ranks that lead nowhere else have to stay in it. The set looked at is what can be reached
-        from the heaviest rank; the set of all ranks is the other one.
+        Items that may only be on some ranks have to be shared by these. Looked at are the ranks that work of the
+        heaviest one can move to, directly or by moving other work on, and the set of all ranks.
         """
         if not self._order:
             self._order = sorted(range(len(self._costs)), key=self._costs.__getitem__, reverse=True)

@@ -49,7 +49,7 @@ def level(items: Sequence[Item], ranks: int, base: Sequence[int] | None = None) 
 
 
 def stay(items: Sequence[Item], ranks: int) -> list[int]:
-    """Owners of all items as they are, but where an item's rank may not own it."""
+    """Keep all owners; move only the items whose rank may not own them."""
     return Levelling([item.cost for item in items], [item.allowed for item in items], ranks).permitted(
         [item.owner for item in items]
     )

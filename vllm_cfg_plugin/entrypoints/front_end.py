@@ -61,7 +61,7 @@ class FrontEnd:
         ranks: of one engine.
         cost: of work on one rank; None where it is not known.
         progress_address: where the engine publishes progress; empty where it does not.
-        processes: that each rank is.
+        processes: number of processes of a rank.
         adapters: those that requests may carry.
     """
 
@@ -132,7 +132,7 @@ class FrontEnd:
 
 @contextmanager
 def unpredicted_on_error() -> Iterator[None]:
-    """Where the ranks' costs can't be had, no request is refused for its time, and all else goes on."""
+    """If the ranks can't say what work costs, refuse no request for its predicted time; all else goes on."""
     try:
         yield
     except Exception as error:

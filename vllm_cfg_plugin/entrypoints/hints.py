@@ -26,6 +26,10 @@ _COUNTS = (
     "num_samples",
     "number_results",
     "num_videos_per_prompt",
+    "samples",
+    "batch_count",
+    "n_iter",
+    "num_results",
 )
 _SEEDS = ("random_seed", "noise_seed", "manual_seed", "generator")
 _SAMPLERS = ("sampler", "sampler_name", "sampler_index", "scheduler", "scheduler_name", "sample_method")
@@ -42,6 +46,8 @@ _IMAGES = (
 _LAST_IMAGES = ("last_image", "end_image", "tail_image", "last_frame")
 _FRAMES = ("frames", "length", "video_length", "n_frames", "frame_count")
 _RATES = ("frame_rate", "frames_per_second", "framerate", "rate")
+_INTERVALS = ("guidance_start", "guidance_end", "guidance_stop", "cfg_start", "cfg_end")
+_QUALITIES = ("jpeg_quality", "webp_quality", "output_quality", "compression")
 _LIMITS = ("max_tokens", "max_length", "tokenizer_max_length")
 _FORMATS = ("format", "image_format", "file_format", "response_extension")
 
@@ -56,6 +62,9 @@ _FIELDS = {
     **dict.fromkeys(("duration", "video_seconds"), "seconds"),
     **dict.fromkeys(_LIMITS, "max_sequence_length"),
     **dict.fromkeys(_FORMATS, "output_format"),
+    **dict.fromkeys(_INTERVALS, "guidance_interval"),
+    **dict.fromkeys(_QUALITIES, "output_compression"),
+    **dict.fromkeys(("cfg_rescale", "rescale_cfg"), "guidance_rescale"),
 }
 _REMEDIES = {
     "size": 'size is the field, as "WIDTHxHEIGHT"',
@@ -72,7 +81,7 @@ def hint(name: str, fields: Collection[str], info: PipelineInfo, images: str) ->
         info: of the served model, whose scale of guidance has one of two names.
         images: the field that takes images.
     """
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|-", "_", name).lower()
     if snake in _SAMPLERS:
         return "the noise scheduler is the checkpoint's own: scheduler/scheduler_config.json says which"
     if snake in _LAST_IMAGES:

@@ -42,8 +42,8 @@ class InputHold:
         """Whether so many more bytes have room; nothing is held for them.
 
         Raises:
-            InvalidRequestError: they never have, naming `param`.
-            ServerBusyError: not while the others hold theirs.
+            InvalidRequestError: they are more than the whole limit; names `param`.
+            ServerBusyError: they have no room while others hold theirs.
         """
         limit = self._budget.limit
         if self._size + size > limit:

@@ -70,7 +70,7 @@ class Template:
         return [self._process.sentinel, self._connection.fileno()]
 
     def why_ended(self, wait_seconds: float = 0.0) -> str:
-        """As of `RankProcesses`.
+        """Which process has ended and how, in words; "" while all live.
 
         Args:
             wait_seconds: for the words, where something has ended.

@@ -133,7 +133,7 @@ class _Transfers:
         return host.weights_in(self._slot)
 
     def use_slot_again(self) -> None:
-        """All that reads the last weights is queued."""
+        """Fill the slot of the last weights anew: all that reads them is queued."""
         if self._left:
             self._send_next(self._slot)
 

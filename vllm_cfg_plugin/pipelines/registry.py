@@ -226,6 +226,8 @@ def _check_noise_schedule(checkpoint: Checkpoint, info: PipelineInfo) -> None:
     steps = info.default_params.num_inference_steps
     try:
         info.num_timesteps(2 if steps is msgspec.UNSET else steps)  # one is too few for some
+    except ConfigurationError:
+        raise
     except ValueError as error:
         raise ConfigurationError(f"model {checkpoint.model!r}: scheduler/scheduler_config.json: {error}") from error
 

@@ -166,9 +166,13 @@ def _transformers_file(folder: Path, variant: str | None) -> Path:
 
 def _shards(checkpoint: Checkpoint, component: str, index: Path) -> list[Path]:
     content = checkpoint.read_json(f"{component}/{index.name}") or {}
-    shards = sorted(set(content.get("weight_map", {}).values()))
-    if not shards:
-        raise ConfigurationError(f"model {checkpoint.model!r}: {component}/{index.name} names no files")
+    files = content.get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise ConfigurationError(
+            f"model {checkpoint.model!r}: {component}/{index.name} names no files: weight_map must hold the file of "
+            "each weight"
+        )
+    shards = sorted(set(files.values()))
     for shard in shards:
         if not (index.parent / shard).is_file():
             raise ConfigurationError(f"model {checkpoint.model!r} is incomplete: {component}/{shard} is missing")
@@ -196,6 +200,8 @@ def _check_quantization(checkpoint: Checkpoint, component: str, library: str, cl
     of = model_library(library, class_name) if config is not None else ""
     if not of or (of == "transformers" and not config):  # an empty one is none to some of its models; not to diffusers
         return
+    if of == "transformers" and not _is_known_method(config):
+        return  # with a warning, transformers loads the weights as they are
     method = config.get("quant_method") or "an unnamed method" if isinstance(config, dict) else repr(config)
     try:
         _quantizers(of).from_config(dict(config or {}), pre_quantized=True).validate_environment(device_map=None)
@@ -204,6 +210,14 @@ def _check_quantization(checkpoint: Checkpoint, component: str, library: str, cl
         raise ConfigurationError(
             f"model {checkpoint.model!r}: {component}/ is quantized by {method}, which can't run here: {reason}"
         ) from error
+
+
+def _is_known_method(config: Any) -> bool:
+    """Whether transformers has a quantizer of this name, or refuses the configuration."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    return not isinstance(method, str) or method in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def _quantizers(library: str) -> Any:

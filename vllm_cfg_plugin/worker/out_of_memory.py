@@ -1,4 +1,4 @@
-"""What a rank does where its memory ends: packs are split and their size remembered, decodes repeated in tiles.
+"""What a rank does when it runs out of memory: packs are split and their size remembered, decodes repeated in tiles.
 
 Must not import vLLM.
 """
@@ -42,7 +42,7 @@ class PackedForwards:
         return [outcome for part in self._parts(inputs) for outcome in self._predict(part)]
 
     def _parts(self, inputs: Sequence[BranchInput]) -> list[Sequence[BranchInput]]:
-        """All of them, or as few parts of about as many tokens as memory allows."""
+        """One pack, or the fewest parts of about equally many tokens that fit in memory."""
         tokens, limit = sum(branch.tokens for branch in inputs), self.too_many_tokens
         if limit is None or tokens < limit or len(inputs) == 1:
             return [inputs]

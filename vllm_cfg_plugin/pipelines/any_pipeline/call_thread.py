@@ -88,7 +88,7 @@ class CallThread:
         return self._stage is _Stage.NOTHING
 
     def fill(self, parts: Sequence[Part]) -> None:
-        """Forward these here; then all parts are done."""
+        """Run these calls on this rank; afterwards every part is there."""
         for part in parts:
             part.fill(part.predict())
         self.parts = []

@@ -142,7 +142,7 @@ class PackedRows:
         return [slice(start, end) for start, end in zip(starts, [*starts[1:], None], strict=True)]
 
     def window(self, stream: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of a stream [rows, ...], which may lack its padding: zeros stand for that."""
+        """This rank's rows of a stream [rows, ...], filled up with zeros where its padding is missing."""
         own = stream[self.window_rows]
         missing = self.window_size - own.shape[0]
         return F.pad(own, [0, 0] * (own.dim() - 1) + [0, missing]) if missing else own

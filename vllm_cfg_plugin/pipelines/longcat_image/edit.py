@@ -142,7 +142,7 @@ def _edit_size(sizes: Sequence[ImageSize]) -> ImageSize:
     [(width, height)] = sizes
     new_width, new_height = calculate_dimensions(EDIT_PIXELS, width / height)
     if max(new_width, new_height) > _MAX_ASPECT_RATIO * min(new_width, new_height):
-        allowed = f"at most about {_MAX_ASPECT_RATIO} times as long as wide"
+        allowed = f"at most about {_MAX_ASPECT_RATIO} times as long on one side as on the other"
         raise InvalidRequestError("image", f"{width}x{height}", allowed)
     return new_height, new_width
 

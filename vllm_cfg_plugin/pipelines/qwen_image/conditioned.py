@@ -94,7 +94,8 @@ def size_of_area(calculate_dimensions: Callable[[int, float], Any], area: int, s
     """
     width, height = size
     if max(size) > _MAX_ASPECT_RATIO * min(size):
-        raise InvalidRequestError("image", f"{width}x{height}", f"at most {_MAX_ASPECT_RATIO} times as long as wide")
+        allowed = f"at most {_MAX_ASPECT_RATIO} times as long on one side as on the other"
+        raise InvalidRequestError("image", f"{width}x{height}", allowed)
     width, height, *_ = calculate_dimensions(area, width / height)
     return width, height
 

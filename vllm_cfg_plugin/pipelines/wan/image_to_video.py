@@ -146,6 +146,6 @@ def _size_like(image: ImageSize, area: int, multiple: int, max_side: int) -> Ima
     sides = round(sqrt(area * height / width)), round(sqrt(area * width / height))
     fitted_height, fitted_width = (max(side // multiple, 1) * multiple for side in sides)
     if max(fitted_height, fitted_width) > max_side:
-        times = f"at most about {max_side**2 / area:.2g} times as long as wide"
+        times = f"at most about {max_side**2 / area:.0f} times as long on one side as on the other"
         raise InvalidRequestError("image", f"{width}x{height}", f"{times}, or sent with a size of the video")
     return fitted_height, fitted_width
