@@ -371,8 +371,8 @@ def test_what_the_ranks_knew_waits_first_in_its_old_order():
     assert [len(batch.named(name).lone_deaths) for name in "23"] == [1, 0], "who waited has killed nobody"
 
 
-def test_suspects_are_tried_alone_and_the_killer_is_named():
-    """Requests that ranks died of twice are tried alone and the one that kills again is named."""
+def test_suspects_are_tried_one_at_a_time_and_the_killer_is_named():
+    """Ranks died of three requests twice, so each joins when those before it are past the steps where that was."""
     batch = StepBatch(2, 8, 10**6, UNCALIBRATED)
     for number in range(3):
         batch.add(str(number), 0, toy_request(steps=5))
@@ -381,36 +381,59 @@ def test_suspects_are_tried_alone_and_the_killer_is_named():
         assert not batch.is_trial
         assert batch.start_over(has_killed=True) == []
     batch.add("later", 0, toy_request(steps=5))
-    for killers, before in (([], [0]), ([], [2]), ([1], [])):  # it may be an accident: the others are tried before it
-        ranks, ended = PlayedRanks(2), []
+    ended = []
+    for killers in ([], [], [1]):  # the first times may be accidents
+        ranks = PlayedRanks(2)
         while 1 not in batch.stepping.preparing:
-            _, decoded = run_plan(batch, ranks)
-            assert len(ranks.requests) <= 1, "nobody is beside one of them"
-            for request in decoded:
+            for request in run_plan(batch, ranks)[1]:
                 batch.finish(request)
                 ended.append(request.id)
-        assert ended == before
+            known = [request for id in ranks.requests if (request := batch.known(id)) is not None]
+            assert sum(not request.is_cleared for request in known) <= 1
+            assert 3 not in ranks.requests
         assert batch.is_trial
         assert [request.id for request in batch.start_over(has_killed=True)] == killers
     batch.take_out(batch.named("1"))
-    assert finish_all(batch, PlayedRanks(2)) == [3]
+    assert sorted(ended + finish_all(batch, PlayedRanks(2))) == [0, 2, 3]
+
+
+def run_until(batch, request, steps):
+    ranks = PlayedRanks(2)
+    while request.done_steps < steps or batch.known(request.id) is None:
+        run_plan(batch, ranks)
+    return ranks
 
 
 @pytest.mark.parametrize(
-    ("steps_done", "deaths_until_it_fails"), [([7] * 9, 3), ([0, 9, 1, 0, 0], 4), ([0, 0, 8, 8, 18, 18], 5)]
+    ("steps_done", "deaths_until_it_fails"),
+    [([7] * 9, 3), ([0, 9, 1, 0, 0], 5), ([8, 6, 3, 0, 5], 5), ([0, 0, 8, 8, 18, 18], None)],
 )
 def test_only_deaths_at_one_step_convict_a_request_soon(steps_done, deaths_until_it_fails):
     batch = StepBatch(2, 8, 10**6, UNCALIBRATED)
     request = batch.add("a", 0, toy_request(steps=20))
+    convicted_at = None
     for number, steps in enumerate(steps_done, start=1):
-        ranks = PlayedRanks(2)
-        while request.done_steps < steps or request.id not in batch.stepping.preparing | batch.stepping.running:
-            run_plan(batch, ranks)
-        convicted = batch.start_over(has_killed=True)
-        assert convicted == ([request] if number == deaths_until_it_fails else [])
-        if convicted:
-            return
-    raise AssertionError("it was never convicted")
+        run_until(batch, request, steps)
+        if batch.start_over(has_killed=True):
+            convicted_at = number
+            break
+    assert convicted_at == deaths_until_it_fails
+
+
+def test_nobody_waits_for_a_suspect_that_is_past_where_ranks_died():
+    batch = StepBatch(2, 8, 10**6, UNCALIBRATED)
+    suspect = batch.add("suspect", 0, toy_request(steps=50))
+    for _ in range(2):
+        run_until(batch, suspect, steps=3)
+        batch.start_over(has_killed=True)
+    other = batch.add("other", 0, toy_request(steps=2))
+    ranks = run_until(batch, suspect, steps=4)
+    assert batch.is_trial
+    assert batch.known(other.id) is None
+    while batch.named("other"):
+        turn(batch, ranks)
+    assert suspect.done_steps < 15
+    assert not batch.is_trial
 
 
 # ---- long requests: their forwards run beside the steps ----

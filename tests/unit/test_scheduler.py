@@ -418,7 +418,7 @@ def test_a_plan_that_came_too_late_for_its_ranks_blames_nobody():
     scheduler = make_scheduler()
     scheduler.add_request(vllm_request("a", toy_request()))
     scheduler.update_from_output(scheduler.schedule(), StepResult(epoch=1))  # the ranks had been started anew
-    assert scheduler.batch.named("a").deaths == 0
+    assert scheduler.batch.named("a").deaths == []
 
 
 def test_a_request_that_kills_ranks_is_answered_with_that():

@@ -160,7 +160,8 @@ def test_an_image_whose_shape_makes_too_long_a_video_is_named(get_model, tmp_pat
     config = folder / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_max_seq_len": 4}))  # 128 pixels
     images = [Image.new("RGB", shape)]
-    said = f'image="{shape[0]}x{shape[1]}" is not valid: it must be at most about 4 times as long on one side as on the other, '
+    said = f'image="{shape[0]}x{shape[1]}" is not valid: it must be at most about 4 times as long on one side as on '
+    said += "the other, "
     with pytest.raises(InvalidRequestError, match=re.escape(said + "or sent with a size of the video")):
         contract.make_request(folder, "a cat", images, num_inference_steps=2)
     request = contract.make_request(folder, "a cat", images, num_inference_steps=2, height=64, width=64)

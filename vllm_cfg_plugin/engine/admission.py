@@ -56,7 +56,7 @@ class WaitingLine:
             try_to_join: lets a request join if it fits beside those that have joined, and says whether it did.
         """
         suspects, long, short = self._lines
-        if suspects:  # they share the ranks with nobody, so nobody else joins until they have been tried
+        if suspects:  # nobody else joins until they have been tried
             yield from _take(suspects, try_to_join)
             return
         # Long ones first: they are few at a time, and no stream of short ones can keep a place from them.

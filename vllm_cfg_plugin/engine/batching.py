@@ -116,6 +116,7 @@ class StepBatch:
         self._known: dict[int, ScheduledRequest] = {}  # what the ranks know: stepping and draining
         self.stepping = Stepping(self._placement, self._ranks)
         self.draining: dict[int, ScheduledRequest] = {}
+        self._tried: ScheduledRequest | None = None  # the last suspect that joined
         self._may_admit = True  # something changed since nobody more could join
         self.retired: list[int] = []  # ids that the ranks must be told to forget
         self._embeds: list[Embeds] = []  # that the ranks must be sent
@@ -178,9 +179,10 @@ class StepBatch:
             Requests that the ranks surely died of.
         """
         known = sorted(self._known.values(), key=lambda request: request.id)
+        suspected = [request for request in known if not request.is_cleared] or known
         for request in known:
             if has_killed:
-                request.note_death(alone=len(known) == 1)
+                request.note_death(alone=suspected == [request])
             request.start_over()
         self.waiting.put_back(known)
         self._meet_ranks()
@@ -188,8 +190,8 @@ class StepBatch:
 
     @property
     def is_trial(self) -> bool:
-        """Whether the ranks know a suspect, and so nobody else."""
-        return len(self._known) == 1 and next(iter(self._known.values())).is_suspect
+        """Whether the ranks know a suspect, and beside it only who is cleared."""
+        return self._tried is not None and self._tried.is_suspect and self._tried.id in self._known
 
     # ---- plans ----
 
@@ -234,7 +236,7 @@ class StepBatch:
             request.is_prepared = request.id not in result.failed
         for request in planned.running:
             if request.id not in result.failed:
-                request.done_steps += 1
+                self._may_admit |= request.note_step()
                 request.began = request.began or result.began
                 request.denoised = result.denoised
         for request in planned.forwarding:
@@ -285,14 +287,18 @@ class StepBatch:
         return admitted
 
     def _may_share(self, newcomer: ScheduledRequest) -> bool:
-        """A request that the ranks may have died of shares them with nobody."""
-        return not self._known if newcomer.is_suspect else not self.is_trial
+        """A request that the ranks may have died of shares them with nobody who may be why they die next."""
+        if newcomer.is_suspect:
+            return all(request.is_cleared for request in self._known.values())
+        return not self.is_trial
 
     def _start_preparing(self, request: ScheduledRequest) -> None:
         request.admitted = self._clock()
         request.asked = [set() for _ in request.owners]
         request.holders = [set() for _ in request.owners]
         self._known[request.id] = request
+        if request.is_suspect:
+            self._tried = request
         self.stepping.prepare(request)
 
     def _decode(self, finished: Sequence[ScheduledRequest]) -> list[Decode]:

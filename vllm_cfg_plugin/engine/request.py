@@ -35,8 +35,9 @@ class ScheduledRequest:
         arrived, admitted, began, denoised: seconds of the engine's clock.
         encode_ms: milliseconds of the text that took longest.
         overtaken: requests that came later and were admitted earlier.
-        deaths: how often ranks died while they knew it and others.
-        lone_deaths: how many steps were done whenever they died while they knew it and nobody else.
+        deaths: how many of its steps were done whenever ranks died while they knew it and others; lone_deaths: whenever
+            nobody else could have been why.
+        is_cleared: it has gone past the steps at which ranks died, so it was not why.
         is_long: it alone would give some rank more work in a step than a step may have.
         owners: cfg rank that forwards each branch, or will once it steps.
         assigned: the owners that the ranks were told last.
@@ -64,8 +65,9 @@ class ScheduledRequest:
     denoised: float = 0.0
     encode_ms: float = 0.0
     overtaken: int = 0
-    deaths: int = 0
+    deaths: list[int] = field(default_factory=list)
     lone_deaths: list[int] = field(default_factory=list)
+    is_cleared: bool = False
     is_long: bool = False
     owners: tuple[int, ...] = ()
     assigned: tuple[int, ...] = ()
@@ -83,11 +85,18 @@ class ScheduledRequest:
     kept: bytes = b""
 
     def note_death(self, alone: bool) -> None:
-        """Ranks died while they knew it."""
-        if alone:
-            self.lone_deaths.append(self.done_steps)
-        else:
-            self.deaths += 1
+        """Ranks died while they knew it; `alone`: it and nobody else may have been why."""
+        self.is_cleared = False
+        (self.lone_deaths if alone else self.deaths).append(self.done_steps)
+
+    def note_step(self) -> bool:
+        """All ranks have reported a step of it; whether it is cleared by that."""
+        self.done_steps += 1
+        died_at = self.deaths + self.lone_deaths
+        if not died_at or self.done_steps <= max(died_at) + 1:
+            return False
+        self.deaths, self.lone_deaths, self.is_cleared = [], [], True
+        return True
 
     def start_over(self) -> None:
         """Wait again: what the ranks knew of it is gone."""
@@ -113,8 +122,8 @@ class ScheduledRequest:
 
     @property
     def is_suspect(self) -> bool:
-        """Whether it may be what kills the ranks: it is tried alone then."""
-        return self.deaths + len(self.lone_deaths) >= _DEATHS_OF_A_SUSPECT
+        """Whether it may be what kills the ranks: it is tried then, with none beside it that may be it too."""
+        return len(self.deaths) + len(self.lone_deaths) >= _DEATHS_OF_A_SUSPECT
 
     @property
     def kills_ranks(self) -> bool:

@@ -181,7 +181,7 @@ class StepScheduler(SchedulerInterface):
         for request in self.batch.start_over(has_killed=result.was_lost):
             outputs += self._failed(
                 request,
-                f"the cfg ranks died {request.deaths + len(request.lone_deaths)} times while they worked on it, "
+                f"the cfg ranks died {len(request.deaths) + len(request.lone_deaths)} times while they worked on it, "
                 f"{len(request.lone_deaths)} times on nothing else",
             )
         return outputs
