@@ -1,9 +1,12 @@
 """What can't be served ends `vllm serve` with one clear line, a non-zero exit code and no orphans."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,18 @@ def test_offline_the_exception_says_why(copied, size, shared, who):
     with_weights_of_another_size(copied)
     with pytest.raises(ConfigurationError, match=f"^the engine could not start: {who}RuntimeError: .*size"):
         DiffusionLLM(str(copied), cfg_parallel_size=size, cfg_shared_weights=shared)
+
+
+def test_a_signal_to_all_processes_ends_a_start(model, tmp_path):
+    """As from a terminal, `timeout` or systemd: the engine ends by it too."""
+    log = tmp_path / "server.log"
+    with VllmServer(model, TWO_RANKS, log) as server:
+        deadline = time.monotonic() + EXIT_TIMEOUT_S
+        while "Loaded " not in log.read_text(errors="replace") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(server.process.pid, signal.SIGTERM)
+        assert server.process.wait(EXIT_TIMEOUT_S) == 130
+    assert Footprint(session_id=server.process.pid).leftovers() == []
 
 
 def test_plugins_chosen_without_us(model, tmp_path):

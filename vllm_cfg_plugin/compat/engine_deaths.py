@@ -16,6 +16,7 @@ from vllm_cfg_plugin.errors import CfgPluginError, ConfigurationError, one_line
 
 _CAUSE_MS = 2000  # the engine's process has ended by then, so what it sent is here or never was
 _ENDS = {"EngineCore failed to start.": "could not start", "EngineCore encountered a fatal error.": "died"}
+_INTERRUPTED = 130  # a shell's exit code of what Ctrl-C ended
 _engine_managers: list[Any] = []
 _deaths: list[str] = []
 _has_let_go = False
@@ -69,6 +70,34 @@ def note_engine_client(client: Any) -> None:
     client.output_handler.add_done_callback(note_death)
 
 
+def end_start_when_interrupted() -> None:
+    """Have Ctrl-C and SIGTERM end a `vllm serve` that is just starting its engine.
+
+    Symptom: where the whole process group gets the signal, as from a terminal, `timeout` or systemd, it waits 600 s for
+    an engine that has ended. Cause: it waits inside `zmq_socket_ctx`, which swallows KeyboardInterrupt. Exit condition:
+    that raises it.
+    """
+    from vllm.v1.engine import utils
+
+    swallowing = utils.zmq_socket_ctx
+    if getattr(swallowing, "raises_interrupts", False):
+        return
+
+    @contextmanager
+    def zmq_socket_ctx(*args: Any, **options: Any) -> Iterator[Any]:
+        interrupt = None
+        with swallowing(*args, **options) as socket:
+            try:
+                yield socket
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    zmq_socket_ctx.raises_interrupts = True  # type: ignore[attr-defined]
+    utils.zmq_socket_ctx = zmq_socket_ctx
+
+
 def serve_and_say_why_the_engine_ended(run: Callable[[Any], None], address: str, args: Any) -> None:
     """Run `vllm serve`; where its engine dies or can't start, end in exit code 1 and a line that says why.
 
@@ -77,6 +106,7 @@ def serve_and_say_why_the_engine_ended(run: Callable[[Any], None], address: str,
     engine's process writes its reason into the log alone. Exit condition: vLLM raises the reason.
     """
     why = ""
+    end_start_when_interrupted()
     try:
         with end_has_cause(address) as cause:
             run(args)
@@ -84,6 +114,8 @@ def serve_and_say_why_the_engine_ended(run: Callable[[Any], None], address: str,
                 why = cause() or "the engine died; the log says why"
     except ConfigurationError as error:
         why = str(error)
+    except KeyboardInterrupt:  # before there was a server to stop
+        raise SystemExit(_INTERRUPTED) from None
     if why:
         raise SystemExit(f"vllm serve: error: {why}")
 

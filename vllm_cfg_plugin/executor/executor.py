@@ -45,7 +45,7 @@ from vllm_cfg_plugin.executor.rank_pool import RankPool
 from vllm_cfg_plugin.executor.rank_processes import OwnProcesses, StartRanks
 from vllm_cfg_plugin.executor.ranks import Ranks
 from vllm_cfg_plugin.executor.restarts import RestartLimit
-from vllm_cfg_plugin.executor.template import Template
+from vllm_cfg_plugin.executor.template import LEAST_ANSWER_SECONDS, Template
 from vllm_cfg_plugin.memory.placement import Card
 from vllm_cfg_plugin.memory.start import choose_places
 from vllm_cfg_plugin.pipelines.adapter_files import find_adapter
@@ -134,7 +134,7 @@ class CfgExecutor(Executor):
             return partial(OwnProcesses, self.vllm_config, multiprocessing.get_context("spawn"))
         pipeline_class(Checkpoint(self.model_config.model, self.model_config.revision))  # imported once for all
         if settings.shares_weights(self.device_config.device_type):
-            self._template = Template(self.vllm_config)
+            self._template = Template(self.vllm_config, max(LEAST_ANSWER_SECONDS, settings.cfg_step_timeout))
             return self._template.start_ranks
         return partial(OwnProcesses, self.vllm_config, multiprocessing.get_context("fork"))
 
@@ -183,6 +183,8 @@ class CfgExecutor(Executor):
             RuntimeError: the engine sleeps.
         """
         if self._ranks.is_asleep:
+            if method == "synchronize_device":  # asked when it is told to sleep again: there is none that works
+                return []
             raise RuntimeError("the engine sleeps and has no ranks to call: wake it up first")
         number = next(self._calls)
         payload = cloudpickle.dumps((number, method, args, kwargs or {}))

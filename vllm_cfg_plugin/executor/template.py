@@ -28,15 +28,20 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _DONE, _FAILED, _ENDED = "done", "failed", "ended"
-_ANSWER_SECONDS = 10.0  # for forks, beside the time that ranks are given to end
+LEAST_ANSWER_SECONDS = 10.0
 _WORDS_SECONDS = 1.0  # until the process says how a rank has ended, of which it is told at once
 
 
 class Template:
-    """The engine's end: the process is made when it is first needed, and again when it has died."""
+    """The engine's end: the process is made when it is first needed, and again when it has died.
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    Args:
+        answer_seconds: for forks, beside the time that ranks are given to end; after that it hangs.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, answer_seconds: float) -> None:
         self._vllm_config = vllm_config
+        self.answer_seconds = answer_seconds
         self._process: Any = None
         self._ended_rank = ""
 
@@ -50,7 +55,7 @@ class Template:
         if self._process is None or not self._process.is_alive():
             self._make_process()
         self._ended_rank = ""
-        return ForkedRanks(self, meeting.names, self.ask(meeting, _ANSWER_SECONDS))
+        return ForkedRanks(self, meeting.names, self.ask(meeting, self.answer_seconds))
 
     def _make_process(self) -> None:
         context = multiprocessing.get_context("fork")
@@ -153,7 +158,7 @@ class ForkedRanks(RankProcesses):
 
     def end(self, grace: float) -> None:
         with suppress(RankDiedError):  # they end with their parent
-            self._template.ask(grace, grace + _ANSWER_SECONDS)
+            self._template.ask(grace, grace + self._template.answer_seconds)
         while self._descriptors:
             os.close(self._descriptors.popitem()[0])
 
