@@ -183,11 +183,11 @@ class VirtualRanks:
             task = SideTask(encode.id, encode.branch, took, spec.prompts[encode.branch], encode.is_long)
             self.cores[encode.rank].add_side_work(task)
         for assign in plan.assign:
-            if assign.owners:
+            if assign.owners is None:  # it sits steps out
+                del self._running[assign.id]
+            else:
                 self._running[assign.id] = self._requests[assign.id]
                 self._running[assign.id].owners = assign.owners
-            else:  # it sits steps out
-                del self._running[assign.id]
             self._loads = None
         if plan.advance or plan.long_steps:
             self._step(len(plan.long_steps))

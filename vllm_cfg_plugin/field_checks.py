@@ -13,8 +13,12 @@ from msgspec import UNSET
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import (
+    CACHE_BRANCHES,
+    CACHE_MODES,
+    CACHE_NUMBERS,
     COMBINE_RULES,
     GUIDANCE_FIELDS,
+    MAX_CACHE_ORDER,
     MAX_SEED,
     MIN_SEED,
     TOGETHER,
@@ -22,9 +26,11 @@ from vllm_cfg_plugin.params import (
     Guidance,
     ImageInput,
     RequestLimits,
+    StepCache,
 )
 
 _SCALES = ("true_cfg_scale", "guidance_scale")
+_MAX_CACHE_INTERVAL = 100
 _MAX_SCALE = 1000  # far beyond any use; much larger ones would only overflow
 # Fields that only some models read; `PipelineInfo.options`, `cfg_scale` and `distilled_scale` say which.
 _OPTIONAL = (*_SCALES, "guidance_scale_2", "num_frames", "layers", "max_sequence_length")
@@ -245,6 +251,7 @@ def checked_guidance(params: DiffusionParams, info: PipelineInfo) -> Guidance:
     if not _is_number(rescale) or not 0 <= rescale <= 1:
         raise InvalidRequestError("guidance_rescale", rescale, "a number from 0 to 1")
     scale = scales[info.cfg_scale]
+    interval = (0.0, 1.0) if params.guidance_interval is UNSET else params.guidance_interval
     return Guidance(
         scale=1.0 if scale is None else scale + info.cfg_scale_offset,
         scale_2=scales["guidance_scale_2"],
@@ -252,7 +259,39 @@ def checked_guidance(params: DiffusionParams, info: PipelineInfo) -> Guidance:
         rule=rule,
         normalize=normalize,
         rescale=float(rescale),
-        interval=_checked_interval(params.guidance_interval),
+        interval=_checked_fractions("guidance_interval", interval),
+    )
+
+
+def checked_cache(params: DiffusionParams, asked: DiffusionParams, guided: bool) -> StepCache | None:
+    """The request's cache of steps; None without one.
+
+    Args:
+        params: with the model's defaults; asked: without.
+        guided: whether there are further branches than the positive one.
+    """
+    mode = "off" if params.cache is UNSET else params.cache
+    if mode not in CACHE_MODES:
+        raise InvalidRequestError("cache", mode, f"one of {', '.join(CACHE_MODES)}")
+    if mode == "off":
+        for name in CACHE_NUMBERS:
+            if (value := getattr(asked, name)) is not UNSET:
+                raise InvalidRequestError(name, value, 'absent where cache is not "static"')
+        return None
+    default = StepCache()
+    branches = "all" if params.cache_branches is UNSET else params.cache_branches
+    if branches not in CACHE_BRANCHES:
+        raise InvalidRequestError("cache_branches", branches, f"one of {', '.join(CACHE_BRANCHES)}")
+    if asked.cache_branches == "negative" and not guided:
+        raise InvalidRequestError("cache_branches", branches, '"all": without guidance there is no negative branch')
+    interval = default.interval if params.cache_interval is UNSET else params.cache_interval
+    order = default.order if params.cache_order is UNSET else params.cache_order
+    fractions = default.range if params.cache_range is UNSET else params.cache_range
+    return StepCache(
+        interval=checked_int("cache_interval", interval, 2, _MAX_CACHE_INTERVAL),
+        range=_checked_fractions("cache_range", fractions),
+        order=checked_int("cache_order", order, 0, MAX_CACHE_ORDER),
+        negative_only=branches == "negative",
     )
 
 
@@ -264,16 +303,12 @@ def _checked_scale(param: str, value: object) -> float | None:
     return float(value)  # type: ignore[arg-type]
 
 
-def _checked_interval(value: object) -> tuple[float, float]:
-    if value is UNSET:
-        return (0.0, 1.0)
+def _checked_fractions(param: str, value: object) -> tuple[float, float]:
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(edge) for edge in value):
         start, stop = value
         if 0 <= start < stop <= 1:
             return (float(start), float(stop))
-    raise InvalidRequestError(
-        "guidance_interval", value, "[start, stop], fractions of the steps: 0 <= start < stop <= 1"
-    )
+    raise InvalidRequestError(param, value, "[start, stop], fractions of the steps: 0 <= start < stop <= 1")
 
 
 def _is_number(value: object) -> bool:

@@ -23,6 +23,11 @@ MIN_SEED = -(2**63)
 COMBINE_RULES = ("cfg", "cfg_zero_star", "apg")
 # Fields that `EnginePipeline.combine_branches` reads, unless a family has one of its own that reads fewer.
 GUIDANCE_FIELDS = frozenset({"cfg_normalize", "guidance_rescale", "combine_rule"})
+CACHE_MODES = ("off", "static")
+CACHE_BRANCHES = ("all", "negative")
+MAX_CACHE_ORDER = 2
+# What only a request with a cache has.
+CACHE_NUMBERS = ("cache_interval", "cache_range", "cache_order", "cache_branches")
 
 
 class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -49,6 +54,8 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         guidance_rescale: 0 to 1, share of the guided prediction that is rescaled to the positive one's deviation.
         combine_rule: "cfg", "cfg_zero_star" or "apg".
         lora: adapters that the request carries: a name, {"name": ..., "scale": ...} or a list of these.
+        cache: "off" or "static": some steps are not computed, their predictions follow from those of steps before.
+        cache_interval, cache_range, cache_order, cache_branches: which ones, and how; see `StepCache`.
         seed: 64-bit integer; unset or None draws one, which the outputs report.
         n: results, with seeds seed, seed + 1, ...
         extra: further parameters of the `__call__` of diffusers' own pipeline, for a model that runs as such.
@@ -69,6 +76,11 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     guidance_rescale: float | UnsetType = UNSET
     combine_rule: str | UnsetType = UNSET
     lora: Any = UNSET
+    cache: str | UnsetType = UNSET
+    cache_interval: int | UnsetType = UNSET
+    cache_range: tuple[float, float] | UnsetType = UNSET
+    cache_order: int | UnsetType = UNSET
+    cache_branches: str | UnsetType = UNSET
     seed: int | UnsetType | None = UNSET
     n: int = 1
     extra: dict[str, Any] = {}
@@ -125,8 +137,37 @@ class Guidance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def guided_steps(self, steps: int) -> range:
         """The steps that are guided, by the rule of diffusers' guiders (`guiders/guider_utils.py`)."""
-        start, stop = self.interval
-        return range(int(start * steps), int(stop * steps))
+        return _steps_within(self.interval, steps)
+
+
+def _steps_within(fractions: tuple[float, float], steps: int) -> range:
+    start, stop = fractions
+    return range(int(start * steps), int(stop * steps))
+
+
+class StepCache(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Which steps of a request are not computed, decided before its first: a *static* cache of steps.
+
+    The network sees nearly the same in neighbouring steps, so that what it says may be taken from those before:
+    FORA (Selvaraju et al. 2024, https://arxiv.org/abs/2407.01425) reuses features for a fixed number of steps,
+    TaylorSeer (Liu et al. 2025, https://arxiv.org/abs/2503.06923) extrapolates them. Here it is whole predictions.
+
+    Attributes:
+        interval: within the range every so-manieth step is computed, from 2 up.
+        range: [start, stop], fractions of the steps as of the guidance interval; those outside are all computed.
+        order: 0 takes the last computed prediction, 1 and 2 extrapolate the last two or three.
+        negative_only: the first branch, the positive one, is always computed.
+    """
+
+    interval: int = 2
+    range: tuple[float, float] = (0.0, 1.0)
+    order: int = 0
+    negative_only: bool = False
+
+    def skips(self, step: int, steps: int) -> bool:
+        """Whether a step is one of those that are not computed; the first of the range is."""
+        within = _steps_within(self.range, steps)
+        return step in within and (step - within.start) % self.interval != 0
 
 
 class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -145,6 +186,7 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         num_timesteps: how many timesteps it takes then, as second-order ones forward twice in a step; None: as many.
         num_frames: frames of a video; 1 of an image. layers: of a layered image; 0 of all others.
         max_sequence_length: tokens that a text is cut to; 0 for the family's own number.
+        cache: which steps are not computed; None: all are.
         call: arguments of the `__call__` of diffusers' own pipeline, which every rank runs for this request; None where
             the engine makes its steps itself.
         guidance_off: why a request that asked for guidance runs without it; empty otherwise.
@@ -169,6 +211,7 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     num_frames: int = 1
     layers: int = 0
     max_sequence_length: int = 0
+    cache: StepCache | None = None
     call: dict[str, Any] | None = None
     guidance_off: str = ""
     progress_key: str = ""
@@ -221,15 +264,21 @@ class DiffusionRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
         return (self.prompts[branch], self.max_sequence_length, *images)
 
     def branches_at(self, step: int) -> int:
-        """Branches that are forwarded at a step, from branch 0 on."""
+        """Branches that are forwarded at a step, from branch 0 on: those that it needs, but for what is cached.
+
+        The first guided step computes all, as there is nothing yet to take the further branches' predictions from.
+        """
+        needed = self.branches_needed_at(step)
+        if self.cache is None or not self.cache.skips(step, self.steps):
+            return needed
+        if self.guided and step == self.guidance.guided_steps(self.steps).start:
+            return needed
+        return min(needed, 1) if self.cache.negative_only else 0
+
+    def branches_needed_at(self, step: int) -> int:
+        """Branches whose predictions are combined at a step, from branch 0 on."""
         is_guided = step in self.guidance.guided_steps(self.steps)
         return len(self.prompts) if is_guided else 1
-
-    def next_change(self, step: int) -> int:
-        """The first step after this one that forwards other branches; the number of steps where all are alike."""
-        guided = self.guidance.guided_steps(self.steps)
-        edges = (guided.start, guided.stop) if self.guided and guided else ()
-        return min((edge for edge in edges if edge > step), default=self.steps)
 
 
 class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from vllm_cfg_plugin.field_checks import (
     check_images,
     check_known_fields,
     check_results,
+    checked_cache,
     checked_extra,
     checked_frames,
     checked_guidance,
@@ -84,6 +85,7 @@ def resolve_requests(
     is_on = guidance.scale > 1 and bool(guidance.guided_steps(num_timesteps))
     branches = [text, negative] if is_on and negative else [text]
     guided = len(branches) > 1
+    cache = checked_cache(params, asked, guided)
     sizes = [(image.width, image.height) for image in images]
     condition_tokens, condition_text_tokens = info.tokens_of_images(sizes, height, width)
     first_seed = checked_seed(params.seed, count)
@@ -105,6 +107,7 @@ def resolve_requests(
             num_inference_steps=steps,
             num_timesteps=num_timesteps,
             guidance=guidance,
+            cache=cache,
             call=info.call_arguments(params) if info.call_arguments else None,
             seed=first_seed + i,
             lora=lora,

@@ -49,7 +49,7 @@ class PlayedRanks:
             self.late.append((self.delay, SideReport(encode.id, encode.branch, encode.rank, 1.0)))
         for assign in plan.assign:
             self.owners[assign.id] = assign.owners
-            if not assign.owners:  # it sits steps out
+            if assign.owners is None:  # it sits steps out
                 del self.owners[assign.id]
         if plan.advance:
             self._step()

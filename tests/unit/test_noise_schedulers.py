@@ -183,7 +183,6 @@ def test_a_step_may_be_two_timesteps(model, tmp_path):
     request = make_request(checkpoint.model, case.prompt, seed=SEED, **case.params, guidance_interval=(0.0, 1.0))
     assert (request.num_inference_steps, request.steps) == (STEPS, 2 * STEPS - 1)
     assert [request.branches_at(step) for step in range(request.steps)] == [2] * request.steps
-    assert request.next_change(0) == request.steps
     model.ours.scheduler = heun
     assert torch.equal(generate(model.ours, request), call(model.ours, case, SEED))
 

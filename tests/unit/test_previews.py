@@ -121,7 +121,7 @@ def test_a_step_that_is_sat_out_changes_no_bit_of_the_image():
     admissions = [Admission(0, request), Admission(1, other)]
     encodes = [Encode(0, 0, 0), Encode(0, 1, 0), Encode(1, 0, 0)]
     runner.run(StepPlan(0, [], admissions, encodes, [Assign(0, (0, 0)), Assign(1, (0,))], True, []))
-    runner.run(StepPlan(1, [], [], [], [Assign(0, ())], True, []))
+    runner.run(StepPlan(1, [], [], [], [Assign(0, None)], True, []))
     runner.run(StepPlan(2, [], [], [], [], True, []))
     for step in range(3, 6):
         runner.run(StepPlan(step, [], [], [], [Assign(0, (0, 0))] if step == 3 else [], True, []))

@@ -29,7 +29,7 @@ from vllm_cfg_plugin.engine.plan import (
 )
 from vllm_cfg_plugin.engine.request import ScheduledRequest, check_plannable
 from vllm_cfg_plugin.engine.step_result import StepResult
-from vllm_cfg_plugin.engine.stepping import Stepping
+from vllm_cfg_plugin.engine.stepping import Owners, Stepping
 from vllm_cfg_plugin.params import DiffusionRequest
 
 
@@ -39,13 +39,14 @@ class PlannedStep:
 
     Attributes:
         admitted: requests that join.
-        running: requests that take a step; the same object as long as they are the same.
+        running: requests that take a step, with the ranks that forward their branches; the same object as long as
+            these are the same.
         forwarding: long requests whose next step's forwards begin.
     """
 
     plan: StepPlan
     admitted: list[ScheduledRequest]
-    running: tuple[ScheduledRequest, ...]
+    running: Owners
     forwarding: list[ScheduledRequest]
 
 
@@ -209,9 +210,9 @@ class StepBatch:
         admitted = self._admit() if admit and step else []
         encodes = [encode for request in admitted for encode in self._placement.first_encodes(request)]
         assign = self.stepping.line_up(encodes) if step else []
-        running = self.stepping.lineup if step else ()
+        running = self.stepping.lineup if step else {}
         forwarding = self.stepping.start_long() if step else []
-        long = self.stepping.forwarded() if step else []
+        long = self.stepping.forwarded() if step else {}
         finished = (self.stepping.take_step() if running else []) + self.stepping.take_long_steps(long)
         forwarding += [request for request in long if request.id in self.stepping.beside]
         plan = StepPlan(
@@ -228,7 +229,7 @@ class StepBatch:
             embeds=self._embeds,
         )
         self.retired, self._embeds = [], []
-        return PlannedStep(plan, admitted, (*running, *long) if long else running, forwarding)
+        return PlannedStep(plan, admitted, running | long if long else running, forwarding)
 
     def note_result(self, planned: PlannedStep, result: StepResult) -> None:
         """Note what the reports of a plan say of its requests."""

@@ -14,6 +14,8 @@ class RequestMetrics(msgspec.Struct, kw_only=True, omit_defaults=True):
         denoise_ms: from the start of its first step to the end of its last, shared with whatever ran beside it.
         e2e_time_ms: from the call in the front end to the image; filled in there.
         steps: denoising steps done.
+        computed_steps: of each branch those in which it was forwarded, and reused_steps: those in which the request's
+            cache stood in for that.
         seed: the seed used.
         guided: whether classifier-free guidance was on, and `guidance_off`: why not, if it was asked for.
     """
@@ -24,6 +26,8 @@ class RequestMetrics(msgspec.Struct, kw_only=True, omit_defaults=True):
     decode_ms: float = 0.0
     e2e_time_ms: float = 0.0
     steps: int = 0
+    computed_steps: list[int] = []
+    reused_steps: list[int] = []
     seed: int = 0
     guided: bool = False
     guidance_off: str = ""

@@ -116,7 +116,7 @@ class Placement:
         if any(request.asked[branch] != request.holders[branch] for request, branch in slots):
             return []  # what was asked for will change what pays
         encode_costs = [request.cost.encode(request.spec.text_tokens[branch]) for request, branch in slots]
-        steps_left = [request.next_change(tick) - tick for request, _ in slots]
+        steps_left = [request.alike_left(tick) for request, _ in slots]
         moves = planner.moves_that_pay(items, owners, self._ranks, None, encode_costs, steps_left)
         return [self._encode(*slots[move.index], move.rank) for move in moves]
 
@@ -166,8 +166,8 @@ class Placement:
         return [rank for rank in range(self._ranks) if rank != self._encoder_rank] or [0]
 
     def forward(self, request: ScheduledRequest) -> Forward:
-        """The forwards of a long request's next step."""
-        owners = request.owners[: request.spec.branches_at(request.long_steps)]
+        """The forwards of a long request's next step; there may be none."""
+        owners = request.long_owners
         request.forwarding = set(owners)
         for rank, cost in enumerate(planner.rank_loads(request.costs[: len(owners)], owners, self._ranks)):
             if rank in request.forwarding:

@@ -56,11 +56,12 @@ class Embeds(msgspec.Struct, array_like=True, frozen=True):
 class Assign(msgspec.Struct, array_like=True, frozen=True):
     """From this plan on cfg rank `owners[b]` forwards branch b, and further branches are not forwarded.
 
-    A request runs from its first assignment on. Without owners it takes no step until it is assigned again.
+    A request runs from its first assignment on. Where its cache stands in for all forwards there are no owners; with
+    None in their place it takes no step until it is assigned again.
     """
 
     id: int
-    owners: tuple[int, ...]
+    owners: tuple[int, ...] | None
 
 
 class Decode(msgspec.Struct, array_like=True, frozen=True):

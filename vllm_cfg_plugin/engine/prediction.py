@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.params import DiffusionRequest
 
@@ -13,13 +15,14 @@ def predicted_seconds(request: DiffusionRequest, results: int, cost: CostModel, 
     """
     branches = range(len(request.prompts))
     forwards = [cost.forward(request.sequence_tokens(branch)) for branch in branches]
-    guided_steps = len(request.guidance.guided_steps(request.steps)) if request.guided else 0
+    steps = Counter(map(request.branches_at, range(request.steps)))  # branches that are forwarded -> in how many
     encodes = [cost.encode(request.text_tokens[branch]) for branch in branches]  # once for all results
     decode = cost.decode(request.image_tokens)
     microseconds = (
         _shared(encodes, ranks)
-        + guided_steps * (cost.step_us + _shared(forwards * results, ranks))
-        + (request.steps - guided_steps) * (cost.step_us + _shared(forwards[:1] * results, ranks))
+        + sum(
+            times * (cost.step_us + _shared(forwards[:branches] * results, ranks)) for branches, times in steps.items()
+        )
         + _shared([decode] * results, ranks)
     )
     return microseconds / 1e6
@@ -27,4 +30,4 @@ def predicted_seconds(request: DiffusionRequest, results: int, cost: CostModel, 
 
 def _shared(costs: list[int], ranks: int) -> float:
     """What the slowest rank does of it, at best."""
-    return max(max(costs), sum(costs) / ranks)
+    return max(max(costs, default=0), sum(costs) / ranks)

@@ -27,8 +27,9 @@ def sit_out(running: Collection[ScheduledRequest], tick: int, ranks: int) -> lis
         return []
     resting = []
     for request in owing:
-        spared_us = max(1, sum(request.costs[: request.branches_at(tick)]) // ranks)
-        if 2 * request.owed_us >= spared_us:  # to the nearest step
+        branches = request.branches_at(tick)
+        spared_us = max(1, sum(request.costs[:branches]) // ranks)
+        if branches and 2 * request.owed_us >= spared_us:  # to the nearest step
             request.owed_us -= spared_us
             request.first_tick += 1
             resting.append(request)

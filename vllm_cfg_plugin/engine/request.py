@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vllm_cfg_plugin.engine.cost import CostModel
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
-from vllm_cfg_plugin.params import DiffusionRequest
+from vllm_cfg_plugin.params import MAX_CACHE_ORDER, DiffusionRequest, StepCache
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreEvent
@@ -40,7 +40,7 @@ class ScheduledRequest:
         is_cleared: it has gone past the steps at which ranks died, so it was not why.
         is_long: it alone would give some rank more work in a step than a step may have.
         owners: cfg rank that forwards each branch, or will once it steps.
-        assigned: the owners that the ranks were told last.
+        assigned: the owners that the ranks were told last, those of one step; None: that it takes none.
         is_prepared: every rank has reported that it has drawn its noise.
         asked, holders: for each branch the ranks that were told to encode its text, and those that have.
         first_tick: number of the engine's step that is its first; of a long request nothing.
@@ -70,7 +70,7 @@ class ScheduledRequest:
     is_cleared: bool = False
     is_long: bool = False
     owners: tuple[int, ...] = ()
-    assigned: tuple[int, ...] = ()
+    assigned: tuple[int, ...] | None = None
     is_prepared: bool = False
     asked: list[set[int]] = field(default_factory=list)
     holders: list[set[int]] = field(default_factory=list)
@@ -101,7 +101,7 @@ class ScheduledRequest:
     def start_over(self) -> None:
         """Wait again: what the ranks knew of it is gone."""
         self.admitted = self.began = self.denoised = self.encode_ms = 0.0
-        self.owners = self.assigned = ()
+        self.owners, self.assigned = (), None
         self.is_prepared = False
         self.asked, self.holders = [], []
         self.first_tick = self.owed_us = 0
@@ -147,7 +147,25 @@ class ScheduledRequest:
     def work(self) -> int:
         """Predicted microseconds of all that it asks of ranks: what is least goes first."""
         encodes = sum(self.encode_cost(branch) for branch in range(len(self.costs)))
-        return self.spec.steps * sum(self.costs) + encodes + self.cost.decode(self.spec.image_tokens)
+        forwards = sum(sum(self.costs[:branches]) for branches in self.forwarded)
+        return forwards + encodes + self.cost.decode(self.spec.image_tokens)
+
+    @cached_property
+    def forwarded(self) -> tuple[int, ...]:
+        """Branches that are forwarded at each of its steps, from branch 0 on.
+
+        Fewer than all outside its guidance interval, and in steps that its cache spares; there it may be none.
+        """
+        return tuple(map(self.spec.branches_at, range(self.spec.steps)))
+
+    @cached_property
+    def changes(self) -> tuple[int, ...]:
+        """For each of its steps the first one after it at which other branches are forwarded, or its end."""
+        changes = [self.spec.steps] * self.spec.steps
+        for step in reversed(range(self.spec.steps - 1)):
+            is_alike = self.forwarded[step] == self.forwarded[step + 1]
+            changes[step] = changes[step + 1] if is_alike else step + 1
+        return tuple(changes)
 
     def encode_cost(self, branch: int) -> int:
         """Predicted microseconds to encode a branch's text and, as if they were decoded, the images."""
@@ -159,12 +177,22 @@ class ScheduledRequest:
         return self.first_tick + self.spec.steps - 1
 
     def branches_at(self, tick: int) -> int:
-        """Branches that are forwarded at a tick, from branch 0 on: fewer than all outside its guidance interval."""
-        return self.spec.branches_at(tick - self.first_tick)
+        """Branches that are forwarded at a tick, from branch 0 on."""
+        return self.forwarded[tick - self.first_tick]
 
     def next_change(self, tick: int) -> int:
         """The first tick after this one at which other branches are forwarded, or none because it has ended."""
-        return self.first_tick + self.spec.next_change(tick - self.first_tick)
+        return self.first_tick + self.changes[tick - self.first_tick]
+
+    def alike_left(self, tick: int) -> int:
+        """Ticks from this one on at which as many branches are forwarded as at this one."""
+        left = self.forwarded[tick - self.first_tick :]
+        return left.count(left[0])
+
+    @property
+    def long_owners(self) -> tuple[int, ...]:
+        """Ranks that forward the branches of a long request's next step."""
+        return self.owners[: self.forwarded[self.long_steps]]
 
     @property
     def is_ready(self) -> bool:
@@ -177,16 +205,25 @@ class ScheduledRequest:
         return self.is_prepared and all(owner in held for owner, held in zip(self.owners, self.holders, strict=True))
 
     def metrics(self, now: float, decode_ms: float = 0.0) -> RequestMetrics:
+        computed = self._steps_of_branches(self.spec.branches_at)
+        needed = self._steps_of_branches(self.spec.branches_needed_at)
         return RequestMetrics(
             queue_ms=1e3 * ((self.admitted or now) - self.arrived),
             encode_ms=self.encode_ms,
             denoise_ms=max(0.0, 1e3 * (self.denoised - self.began)),
             decode_ms=decode_ms,
             steps=self.done_steps,
+            computed_steps=computed,
+            reused_steps=[total - own for total, own in zip(needed, computed, strict=True)],
             seed=self.spec.seed,
             guided=self.spec.guided,
             guidance_off=self.spec.guidance_off,
         )
+
+    def _steps_of_branches(self, count_at: Callable[[int], int]) -> list[int]:
+        """Of each branch the number of steps done that it was in; `count_at`: branches in a step, from branch 0 on."""
+        counts = [count_at(step) for step in range(self.done_steps)]
+        return [sum(count > branch for count in counts) for branch in range(len(self.spec.prompts))]
 
 
 def check_plannable(spec: DiffusionRequest) -> None:
@@ -200,7 +237,7 @@ def check_plannable(spec: DiffusionRequest) -> None:
             f"text_tokens={spec.text_tokens} is not valid for {len(spec.prompts)} prompts: give one number for each "
             "of at least one prompt"
         )
-    if spec.num_inference_steps < 1:
+    if min(spec.num_inference_steps, spec.steps) < 1:
         raise ValueError(f"num_inference_steps={spec.num_inference_steps} is not valid: it must be at least 1")
     for name, tokens in (
         ("image_tokens", spec.image_tokens),
@@ -211,3 +248,14 @@ def check_plannable(spec: DiffusionRequest) -> None:
             raise ValueError(f"{name}={tokens} is not valid: it must be at least 0")
     if not all(0 <= edge <= 1 for edge in spec.guidance.interval):
         raise ValueError(f"guidance_interval={spec.guidance.interval} is not valid: give two fractions from 0 to 1")
+    if spec.cache is not None:
+        _check_cache(spec.cache)
+
+
+def _check_cache(cache: StepCache) -> None:
+    if not all(0 <= edge <= 1 for edge in cache.range):
+        raise ValueError(f"cache_range={cache.range} is not valid: give two fractions from 0 to 1")
+    if cache.interval < 2:
+        raise ValueError(f"cache_interval={cache.interval} is not valid: it must be at least 2")
+    if not 0 <= cache.order <= MAX_CACHE_ORDER:
+        raise ValueError(f"cache_order={cache.order} is not valid: it must be from 0 to {MAX_CACHE_ORDER}")

@@ -7,7 +7,7 @@ or vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -59,18 +59,21 @@ class StatsCollector:
         self._clock = clock
         self._stats = EngineStats.none(engine, ranks)
         self._taken_at = clock()
-        self._batch: Sequence[ScheduledRequest] = ()  # whose rows and loads are known
+        self._batch: Mapping[ScheduledRequest, tuple[int, ...]] = {}  # whose rows and loads are known
         self._rows = self._loads = [0] * ranks
 
-    def note_step(self, running: Sequence[ScheduledRequest]) -> None:
-        """A step was planned; of an unchanged batch `running` is the same object."""
+    def note_step(self, running: Mapping[ScheduledRequest, tuple[int, ...]]) -> None:
+        """A step was planned; of an unchanged batch `running` is the same object.
+
+        Args:
+            running: who takes it, with the ranks that forward their branches.
+        """
         if not running:
             return
         if running is not self._batch:
             self._batch, nothing = running, [0] * self._ranks
             self._rows, self._loads = nothing, nothing
-            for request in running:
-                owners = request.assigned or request.owners
+            for request, owners in running.items():
                 self._rows = rank_loads([1] * len(owners), owners, self._ranks, self._rows)
                 self._loads = rank_loads(request.costs[: len(owners)], owners, self._ranks, self._loads)
         stats = self._stats

@@ -6,7 +6,7 @@ take every step together; long ones, whose forwards run beside the steps, go at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 
 from vllm_cfg_plugin.engine.placement import Placement
@@ -16,6 +16,7 @@ from vllm_cfg_plugin.engine.preview_debts import note_preview, sit_out
 from vllm_cfg_plugin.engine.request import ScheduledRequest
 
 Requests = dict[int, ScheduledRequest]
+Owners = dict[ScheduledRequest, tuple[int, ...]]  # ranks that forward the branches of a step
 
 
 class Stepping:
@@ -25,14 +26,15 @@ class Stepping:
         preparing: their texts are being encoded.
         running: they take every step, or sit some out (`preview_debts`).
         beside: long ones, which take steps of their own.
-        lineup: who of `running` takes the step; the same object as long as they are the same.
+        lineup: who of `running` takes the step, with the ranks that forward its branches; the same object as long as
+            these are the same.
     """
 
     def __init__(self, placement: Placement, ranks: int) -> None:
         self.preparing: Requests = {}
         self.running: Requests = {}
         self.beside: Requests = {}
-        self.lineup: tuple[ScheduledRequest, ...] = ()
+        self.lineup: Owners = {}
         self._placement = placement
         self._ranks = ranks
         self._watched: Requests = {}  # whose previews are to be made
@@ -80,12 +82,12 @@ class Stepping:
         self._has_changed = False
         running = tuple(self.running.values())
         resting = sit_out(running, self._tick, self._ranks)
-        self.lineup = tuple(request for request in running if request not in resting)
-        changes = (request.next_change(self._tick) for request in self.lineup)
+        going = [request for request in running if request not in resting]
+        changes = (request.next_change(self._tick) for request in going)
         self._next_change = self._tick + 1 if resting else min(changes, default=0)
-        encodes += self._placement.level(self.lineup, self._tick, (*self.preparing.values(), *resting))
-        owners = {request: request.owners[: request.branches_at(self._tick)] for request in self.lineup}
-        return _new_assignments(owners | dict.fromkeys(resting, ()))
+        encodes += self._placement.level(going, self._tick, (*self.preparing.values(), *resting))
+        self.lineup = {request: request.owners[: request.branches_at(self._tick)] for request in going}
+        return _new_assignments(self.lineup | dict.fromkeys(resting))
 
     def take_step(self) -> list[ScheduledRequest]:
         """Take a step of the lineup; returns those whose last it is, and who run no more."""
@@ -132,11 +134,11 @@ class Stepping:
             request.forwarding = set(request.owners)
         return ready
 
-    def forwarded(self) -> list[ScheduledRequest]:
-        """Long requests whose forwards are done."""
-        return [request for request in self.beside.values() if not request.forwarding]
+    def forwarded(self) -> Owners:
+        """Long requests whose forwards are done, and the ranks that did them."""
+        return {request: request.long_owners for request in self.beside.values() if not request.forwarding}
 
-    def take_long_steps(self, stepping: Sequence[ScheduledRequest]) -> list[ScheduledRequest]:
+    def take_long_steps(self, stepping: Collection[ScheduledRequest]) -> list[ScheduledRequest]:
         """Take a step of long requests; returns those whose last it is."""
         for request in stepping:
             request.long_steps += 1
@@ -147,7 +149,7 @@ class Stepping:
 
     # ---- previews ----
 
-    def previews(self, long: Sequence[ScheduledRequest]) -> list[Preview]:
+    def previews(self, long: Collection[ScheduledRequest]) -> list[Preview]:
         """Previews that are due after the step that was just taken; `long`: the long requests that took one."""
         due = [request for request in self._watched.values() if self._preview_is_due(request, long)]
         previews = [self._placement.preview(request, self.loads()) for request in due]
@@ -159,14 +161,14 @@ class Stepping:
                 del self._watched[request.id]
         return previews
 
-    def _preview_is_due(self, request: ScheduledRequest, long: Sequence[ScheduledRequest]) -> bool:
+    def _preview_is_due(self, request: ScheduledRequest, long: Collection[ScheduledRequest]) -> bool:
         if request.is_long:
             return request in long and request.preview_is_due(request.long_steps)
-        steps = request.id in self.running and request.assigned  # and does not sit this one out
-        return bool(steps) and request.preview_is_due(self._tick - request.first_tick)
+        steps = request.id in self.running and request in self.lineup  # and does not sit this one out
+        return steps and request.preview_is_due(self._tick - request.first_tick)
 
 
-def _new_assignments(owners: Mapping[ScheduledRequest, tuple[int, ...]]) -> list[Assign]:
+def _new_assignments(owners: Mapping[ScheduledRequest, tuple[int, ...] | None]) -> list[Assign]:
     """What the ranks must be told of who forwards what from now on: what they were not told last."""
     changed = {request: ranks for request, ranks in owners.items() if ranks != request.assigned}
     for request, ranks in changed.items():

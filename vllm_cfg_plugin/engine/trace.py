@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,11 @@ class TraceFile:
             beside = {"name": f"rank {rank}, beside the steps"}
             self._write({"ph": "M", "name": "thread_name", "tid": 2 * rank + 1, "args": beside})
 
-    def note_step(self, number: int, running: Iterable[ScheduledRequest], result: StepResult) -> None:
-        """A step, on the lane of each rank."""
-        requests = [(request.request_id, request.assigned or request.owners) for request in running]
-        if not requests:
+    def note_step(self, number: int, running: Mapping[ScheduledRequest, tuple[int, ...]], result: StepResult) -> None:
+        """A step, on the lane of each rank; `running`: who took it, with the ranks that forwarded their branches."""
+        if not running:
             return
+        requests = [(request.request_id, owners) for request, owners in running.items()]
         for rank, (began, denoised) in enumerate(result.spans):
             rows = {id: [branch for branch, owner in enumerate(owners) if owner == rank] for id, owners in requests}
             branches = sum(map(len, rows.values()))

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from vllm_cfg_plugin.checkpoint import PipelineInfo
 from vllm_cfg_plugin.entrypoints import hints
 from vllm_cfg_plugin.errors import InvalidRequestError
-from vllm_cfg_plugin.params import COMBINE_RULES, DiffusionParams, DiffusionRequest
+from vllm_cfg_plugin.params import CACHE_BRANCHES, CACHE_MODES, COMBINE_RULES, DiffusionParams, DiffusionRequest
 
 MAX_PROMPT_CHARACTERS = 32_000  # OpenAI's limit
 
@@ -62,6 +62,11 @@ class DiffusionFields(BaseModel):
     lora: list[Any] | dict[str, Any] | str | None = Field(
         None, description='adapters: a name, {"name": ..., "scale": ...} or a list of these'
     )
+    cache: str | None = Field(None, description=f"of steps: {', '.join(CACHE_MODES)}")
+    cache_interval: int | None = Field(None, description="every so-manieth step is computed")
+    cache_range: list[float] | None = Field(None, description="[start, stop], fractions of the steps")
+    cache_order: int | None = Field(None, description="0 reuses the last prediction, 1 and 2 extrapolate")
+    cache_branches: str | None = Field(None, description=", ".join(CACHE_BRANCHES))
     user: str | None = Field(None, description="ignored")
     safety_identifier: str | None = Field(None, description="ignored")
     metadata: Any = Field(None, description="ignored")

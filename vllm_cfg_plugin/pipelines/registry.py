@@ -255,7 +255,7 @@ def describe(checkpoint: Checkpoint) -> PipelineInfo:
         defaults = msgspec.convert(raw, DiffusionParams)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"model {checkpoint.model!r}: {DEFAULTS_FILE}: {error}") from error
-    if ignored := sorted(set(raw) & (GUIDANCE_FIELDS - family.guidance_fields)):
+    if ignored := sorted(set(raw) & (info.lacks | GUIDANCE_FIELDS - family.guidance_fields)):
         raise ConfigurationError(
             f"model {checkpoint.model!r}: {DEFAULTS_FILE} sets {ignored[0]}, which a {family.__name__} does not read"
         )

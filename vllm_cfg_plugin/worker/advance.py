@@ -1,4 +1,4 @@
-"""What ends a denoising step: every request's branches are combined, and its noise scheduler steps its latents.
+"""What ends a denoising step: a request's branches are completed by its cache and combined, and its latents stepped.
 
 The pipeline's hooks do both, request by request. Where no hook is overridden and both are of the plainest kind, they
 are done for all such requests at once: torch's `_foreach` functions apply an operation to each of many tensors of any
@@ -16,6 +16,7 @@ import torch
 from vllm_cfg_plugin.distributed.cfg_parallel import CFGParallelMixin
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.base import EnginePipeline
+from vllm_cfg_plugin.pipelines.common.step_cache import complete
 from vllm_cfg_plugin.worker.state import RequestState
 
 logger = get_logger(__name__)
@@ -26,7 +27,7 @@ class Move:
     """One request's part of a step.
 
     Attributes:
-        predictions: of its branches, in their order.
+        predictions: of its branches, in their order; at first those that were forwarded.
         noise: their combination.
         error: why it could not be combined or stepped.
     """
@@ -42,10 +43,18 @@ class Move:
         return timestep
 
 
-def combine_all(pipeline: EnginePipeline, moves: Sequence[Move]) -> None:
-    """Combine the branches of every request: sets `noise`, or `error`."""
-    _together([move for move in moves if _is_plain_guidance(pipeline, move)], lambda some: _guide(pipeline, some))
+def complete_all(moves: Sequence[Move]) -> None:
+    """Add to the predictions of every request those that its cache stands in for; sets `error` where it can't."""
     for move in moves:
+        if move.state.request.cache is not None:
+            _alone(move, _complete)
+
+
+def combine_all(pipeline: EnginePipeline, moves: Sequence[Move]) -> None:
+    """Combine the branches of every request that has no error: sets `noise`, or `error`."""
+    able = [move for move in moves if move.error is None]
+    _together([move for move in able if _is_plain_guidance(pipeline, move)], lambda some: _guide(pipeline, some))
+    for move in able:
         if move.noise is None:
             _alone(move, lambda move: _combine(pipeline, move))
 
@@ -76,6 +85,11 @@ def _alone(move: Move, act: Callable[[Move], None]) -> None:
         act(move)
     except Exception as error:
         move.error = error
+
+
+def _complete(move: Move) -> None:
+    state = move.state
+    move.predictions = complete(state.history, state.request, state.index, move.predictions)
 
 
 def _combine(pipeline: EnginePipeline, move: Move) -> None:

@@ -32,12 +32,12 @@ class HeldRequests:
     def any_running(self) -> bool:
         return bool(self._running)
 
-    def run(self, state: RequestState, owners: tuple[int, ...]) -> None:
-        """Let a request take part in every step, its branches forwarded by these ranks; without any it sits out."""
-        state.owners = owners
-        if not owners:
+    def run(self, state: RequestState, owners: tuple[int, ...] | None) -> None:
+        """Let a request take part in every step, its branches forwarded by these ranks; with None it sits out."""
+        if owners is None:
             self.leave(state.id)
             return
+        state.owners = owners
         self._running[state.id] = state
         self._lineup = None
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_cfg_plugin.pipelines.common.step_cache import History
 from vllm_cfg_plugin.worker.state import RequestState
 
-# Steps taken, latents, what its noise scheduler has become, and the state of its generator.
-Noted = tuple[int, torch.Tensor, dict[str, Any], torch.Tensor | None]
+# Steps taken, latents, what its noise scheduler has become, the state of its generator, and what its cache holds.
+Noted = tuple[int, torch.Tensor, dict[str, Any], torch.Tensor | None, History]
 
 KEEP_EVERY_STEPS = 5
 # Of a noise scheduler, what no step changes: its configuration, and what `set_timesteps` computed with numpy.
@@ -46,7 +47,8 @@ def note(state: RequestState) -> Noted:
             raise TypeError(f"{type(state.noise_scheduler).__name__}.{name} is a {type(value).__name__}")
     changed = {name: [*value] if isinstance(value, list) else value for name, value in changed.items()}
     generator = None if state.generator is None else state.generator.get_state()
-    return state.index, state.latents, changed, generator
+    history = {branch: [*computed] for branch, computed in state.history.items()}
+    return state.index, state.latents, changed, generator, history
 
 
 def to_bytes(noted: Noted) -> torch.Tensor:
@@ -64,9 +66,10 @@ def resume(state: RequestState, kept: bytes) -> None:
         """Some parts are on the CPU wherever the latents are."""
         return storage if location == "cpu" else storage.cuda(device)
 
-    state.index, state.latents, changed, generator = torch.load(io.BytesIO(kept), place, weights_only=True)
+    noted: Noted = torch.load(io.BytesIO(kept), place, weights_only=True)
+    state.index, state.latents, changed, generator, state.history = noted
     vars(state.noise_scheduler).update(changed)
-    if state.generator is not None:
+    if state.generator is not None and generator is not None:
         state.generator.set_state(generator)
 
 

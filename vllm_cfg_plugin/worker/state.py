@@ -16,6 +16,7 @@ import torch
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.adapters import Carried
 from vllm_cfg_plugin.pipelines.base import PromptEmbeds
+from vllm_cfg_plugin.pipelines.common.step_cache import History
 from vllm_cfg_plugin.worker.unsettled import ExchangedFlags
 
 
@@ -30,9 +31,11 @@ class RequestState:
         prediction_shape: of one branch's prediction, without its leading 1.
         prompt_embeds: of the branches this rank was told to encode.
         condition: what the request's images became, on ranks that encoded a branch.
-        owners: cfg rank that forwards each branch, those of this step only; empty until it runs.
+        owners: cfg rank that forwards each branch, those of this step only; empty until it runs, and where its cache
+            stands in for all of them.
         predictions: of a long request's next step, those of the branches that this rank forwarded.
         index: timesteps taken.
+        history: of its cache of steps, alike on all ranks; empty without one.
         preparation: of its latents and its noise scheduler; None when the steps have them.
         last_flags: of the last step that it took.
         carried: its adapters, on ranks that hold a text of it.
@@ -50,6 +53,7 @@ class RequestState:
     owners: tuple[int, ...] = ()
     predictions: dict[int, torch.Tensor] = field(default_factory=dict)
     index: int = 0
+    history: History = field(default_factory=dict)
     preparation: Future[None] | None = None
     last_flags: ExchangedFlags | None = None
     carried: Carried = ()

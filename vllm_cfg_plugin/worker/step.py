@@ -16,7 +16,7 @@ from vllm_cfg_plugin.distributed.sequence_group import SequenceGroup
 from vllm_cfg_plugin.engine.plan import Preview
 from vllm_cfg_plugin.logs import get_logger
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline
-from vllm_cfg_plugin.worker.advance import Move, combine_all, step_all
+from vllm_cfg_plugin.worker.advance import Move, combine_all, complete_all, step_all
 from vllm_cfg_plugin.worker.beside import BesideSteps
 from vllm_cfg_plugin.worker.exchange import AllGather, Slot, exchange_predictions
 from vllm_cfg_plugin.worker.held import HeldRequests
@@ -165,6 +165,7 @@ class DenoisingStep:
 
     def _advance(self, moves: Sequence[Move], previews: Mapping[int, Preview]) -> None:
         """Combine the branches and step the requests' own noise schedulers; `previews` are this rank's, by id."""
+        complete_all(moves)
         combine_all(self._pipeline, moves)
         for move in moves:
             preview = previews.get(move.state.id)
@@ -184,7 +185,8 @@ class DenoisingStep:
     def _count(self, state: RequestState) -> None:
         """The request has taken a step."""
         state.index += 1
-        if self.is_mine(state.id, state.owners[0]) and not state.error and is_due(state):
+        keeper = state.owners[0] if state.owners else 0
+        if self.is_mine(state.id, keeper) and not state.error and is_due(state):
             self._keep(state)
         if state.is_denoised:
             self._held.leave(state.id)

@@ -10,7 +10,7 @@ from msgspec import UNSET
 
 from vllm_cfg_plugin.checkpoint import MODEL_INDEX, Checkpoint, ImageSize, PipelineInfo, TextRules
 from vllm_cfg_plugin.errors import ConfigurationError
-from vllm_cfg_plugin.params import DiffusionParams
+from vllm_cfg_plugin.params import CACHE_NUMBERS, DiffusionParams
 from vllm_cfg_plugin.pipelines.any_pipeline.call_parameters import (
     IMAGES,
     MOST_IMAGES,
@@ -33,6 +33,8 @@ from vllm_cfg_plugin.pipelines.any_pipeline.outline import (
     size_multiple,
 )
 
+# Fields that only the engine's own steps read.
+_OF_OUR_STEPS = frozenset({"guidance_interval", "cache", *CACHE_NUMBERS})
 _MOST_TOKENS = 2**16
 _DEFAULT_FPS = 24
 
@@ -76,7 +78,7 @@ def describe_class(diffusers_class: Any, checkpoint: Checkpoint) -> PipelineInfo
         frames_per_latent=frames_per_latent(outline),
         fps=_fps(parameters) if is_video else 0,
         default_size=None if has_size else _size_of_image(multiple),
-        lacks=frozenset({"negative_prompt", "height", "width", cfg_scale} - set(parameters)) | {"guidance_interval"},
+        lacks=frozenset({"negative_prompt", "height", "width", cfg_scale} - set(parameters)) | _OF_OUR_STEPS,
         extra_fields=extra_fields(diffusers_class),
         call_arguments=lambda params: _call_arguments(fields, params),
         strength=default_of(parameters, "strength", 1.0),

@@ -21,6 +21,7 @@ from vllm_cfg_plugin.errors import InvalidRequestError
 from vllm_cfg_plugin.params import DiffusionRequest
 from vllm_cfg_plugin.pipelines.adapters import carrying
 from vllm_cfg_plugin.pipelines.base import BranchInput, EnginePipeline, PromptEmbeds, group_branches
+from vllm_cfg_plugin.pipelines.common.step_cache import History, complete
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -64,18 +65,21 @@ class DirectCall:
         pipeline, first = self._pipeline, self._requests[0]
         scheduler = pipeline.make_noise_scheduler(first)
         first = msgspec.structs.replace(first, num_timesteps=len(scheduler.timesteps))
+        histories: list[History] = [{} for _ in self._requests]
         for step, timestep in enumerate(scheduler.timesteps):
             branches = self._predict(latents, timestep, first.branches_at(step))
             # One by one, as the engine does it: a formula may read all of a prediction.
-            noise = [
-                pipeline.combine_branches([part[None] for part in predictions], request, timestep, step)
-                for request, *predictions in zip(self._requests, *branches, strict=True)
-            ]
+            noise = []
+            for request, history, *parts in zip(self._requests, histories, *branches, strict=True):
+                predictions = complete(history, first, step, [part[None] for part in parts])
+                noise.append(pipeline.combine_branches(predictions, request, timestep, step))
             latents = pipeline.step_latents(scheduler, torch.cat(noise), timestep, latents, self._generator)
         return latents
 
     def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, branches: int) -> list[torch.Tensor]:
         """The predictions of each branch, [requests, ...]."""
+        if not branches:
+            return []
 
         def forward(mine: Sequence[int]) -> list[torch.Tensor]:
             inputs = [
