@@ -92,6 +92,8 @@ def test_an_absent_negative_prompt_is_left_to_the_pipeline(folders):
     ("params", "said"),
     [
         ({"guidance_interval": (0.0, 0.5)}, "guidance_interval.*does not take it"),
+        ({"cache": "static"}, "cache.*does not take it"),
+        ({"cache_order": 1}, "cache_order.*does not take it"),
         ({"cfg_normalize": True}, "cfg_normalize.*does not read it"),
         ({"true_cfg_scale": 2.0}, "this model's guidance scale is guidance_scale"),
         ({"num_frames": 5}, "num_frames.*this model has none"),

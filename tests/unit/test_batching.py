@@ -16,7 +16,7 @@ from vllm_cfg_plugin.engine.batching import StepBatch
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.plan import DECODED, FORWARDED, PREVIEWED, SideReport, StepPlan
 from vllm_cfg_plugin.engine.step_result import StepResult
-from vllm_cfg_plugin.params import LoRA
+from vllm_cfg_plugin.params import LoRA, StepCache
 
 
 class PlayedRanks:
@@ -146,9 +146,10 @@ def quarters(start, stop):
 
 
 specs = st.builds(
-    lambda further, interval, tokens, steps, prompt, previews: msgspec.structs.replace(
+    lambda further, interval, tokens, steps, prompt, previews, cache: msgspec.structs.replace(
         toy_request(prompt=prompt, negative=[""] * further, steps=steps, image_tokens=tokens, interval=interval),
         previews=previews,
+        cache=cache,
     ),
     st.integers(0, 3),
     st.builds(quarters, st.integers(0, 4), st.integers(0, 4)),
@@ -156,6 +157,7 @@ specs = st.builds(
     st.integers(1, 12),
     st.sampled_from(["a", "a cat", "a very long prompt that goes on"]),
     st.sampled_from([0, 0, 3]),
+    st.sampled_from([None, StepCache(), StepCache(interval=3, range=(0.2, 0.9)), StepCache(negative_only=True)]),
 )
 traces = st.lists(st.tuples(st.integers(0, 20), specs), min_size=1, max_size=14)
 

@@ -7,7 +7,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from tests.toy_pipeline import ToyPipeline, toy_request
 from tests.unit.test_runner import join, make_runner, plan
-from vllm_cfg_plugin.engine.plan import KEPT, Admission
+from vllm_cfg_plugin.engine.plan import KEPT, Admission, Assign
+from vllm_cfg_plugin.params import StepCache
 from vllm_cfg_plugin.worker.kept_state import KEEP_EVERY_STEPS
 
 STEPS = 2 * KEEP_EVERY_STEPS + 2
@@ -34,28 +35,32 @@ class VideoPipeline(ToyPipeline):
         return super().step_latents(scheduler, noise_pred.clamp(-1, 1), *arguments)
 
 
-def video(frames=5):
-    return msgspec.structs.replace(toy_request(steps=STEPS, seed=3), num_frames=frames)
+def video(frames=5, cache=None):
+    return msgspec.structs.replace(toy_request(steps=STEPS, seed=3), num_frames=frames, cache=cache)
 
 
 def run(runner, first, steps):
-    """Latents after each of so many plans."""
-    latents = []
+    """Latents after each of the last so many steps."""
+    request, latents = first.admit[0].request, []
     for number in range(steps):
-        runner.run(first if number == 0 else plan(number))
+        owners = (0,) * request.branches_at(STEPS - steps + number)
+        changes = first if number == 0 else plan(number)
+        runner.run(msgspec.structs.replace(changes, assign=[Assign(0, owners)]))
         latents.append(runner.states[0].latents)
     return latents
 
 
+@pytest.mark.parametrize("cache", [None, StepCache(interval=4, order=1), StepCache(interval=3, negative_only=True)])
 @pytest.mark.parametrize("make", NOISE_SCHEDULERS.values(), ids=NOISE_SCHEDULERS)
-def test_a_video_goes_on_where_it_was_kept(make):
+def test_a_video_goes_on_where_it_was_kept(make, cache):
+    """A video goes on where it was kept, amid spared steps too: its history is kept with it."""
     runner = make_runner(VideoPipeline(make))
-    whole = run(runner, join([video()]), STEPS)
+    whole = run(runner, join([video(cache=cache)]), STEPS)
     kept_steps = [report.shape for report in runner.side.take() if report.branch == KEPT]
     assert kept_steps == [(KEEP_EVERY_STEPS,), (2 * KEEP_EVERY_STEPS,)]
     for (steps,), frame in zip(kept_steps, runner.side.kept, strict=True):
         first = join([video()])
-        first.admit[0] = Admission(0, video(), bytes(frame.numpy()))
+        first.admit[0] = Admission(0, video(cache=cache), bytes(frame.numpy()))
         resumed = run(make_runner(VideoPipeline(make)), first, STEPS - steps)
         assert torch.equal(torch.stack(resumed), torch.stack(whole[steps:]))
 
