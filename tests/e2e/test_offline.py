@@ -52,6 +52,21 @@ def test_an_image_is_the_same_in_any_batch_and_at_any_cfg_size(llm, model, cfg_p
     assert np.array_equal(np.asarray(alone.images[0]), np.asarray(other.images[0]))
 
 
+def test_a_cache_of_steps_is_one_requests_own(llm):
+    """A cached request beside a plain one: other pixels, fewer forwards, and the plain one is what it is alone."""
+    cached = msgspec.structs.replace(FAST, num_inference_steps=8, cache="static", cache_order=1)
+    plain = msgspec.structs.replace(FAST, num_inference_steps=8)
+    together = llm.generate(["a house"] * 2, [cached, plain], use_tqdm=False)
+    alone = [llm.generate("a house", params, use_tqdm=False)[0] for params in (cached, plain)]
+    pixels = [np.asarray(output.images[0]) for output in (*together, *alone)]
+    assert np.array_equal(pixels[0], pixels[2])
+    assert np.array_equal(pixels[1], pixels[3])
+    assert not np.array_equal(pixels[0], pixels[1])
+    metrics = together[0].metrics
+    assert (metrics.steps, metrics.computed_steps, metrics.reused_steps) == (8, [4, 4], [4, 4])
+    assert together[1].metrics.reused_steps == [0, 0]
+
+
 def test_bad_arguments_leave_the_engine_usable(llm):
     with pytest.raises(ValueError, match="height=63"):
         llm.generate("a house", DiffusionParams(height=63))

@@ -98,6 +98,17 @@ def test_an_image_depends_on_its_request_alone(client):
             assert np.array_equal(image, pixels(other))
 
 
+def test_a_cache_of_steps_is_one_requests_own(client):
+    asked = {"num_inference_steps": 8, "true_cfg_scale": 4.0, "negative_prompt": ""}
+    plain = generate(client, **asked).data[0]
+    cached = generate(client, **asked, cache="static", cache_branches="negative").data[0]
+    assert (cached.metrics["computed_steps"], cached.metrics["reused_steps"]) == ([8, 4], [0, 4])
+    assert (plain.metrics["computed_steps"], plain.metrics["reused_steps"]) == ([8, 8], [0, 0])
+    assert not np.array_equal(pixels(cached), pixels(plain))
+    with pytest.raises(openai.BadRequestError, match="cache_order"):
+        generate(client, **asked, cache_order=1)
+
+
 def test_n_images_are_the_images_of_their_seeds(client):
     several = generate(client, n=3, num_inference_steps=4)
     for index, image in enumerate(several.data):

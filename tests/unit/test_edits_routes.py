@@ -14,6 +14,7 @@ from tests.unit.edits import CAT, DOG, EDIT_INFO, LAYERED_INFO, assert_refused, 
 from tests.unit.fakes import IMAGE_TO_VIDEO_INFO
 from tests.unit.http_app import EDITS, GENERATIONS, FakeEngine, ask, decode, disconnect_mid_denoise, make_app, send
 from vllm_cfg_plugin.entrypoints import service as serving
+from vllm_cfg_plugin.params import StepCache
 
 
 @pytest.fixture
@@ -80,6 +81,9 @@ def test_the_official_client_sends_every_field(app, engine):
                 "guidance_rescale": 0.5,
                 "cfg_normalize": True,
                 "combine_rule": "apg",
+                "cache": "static",
+                "cache_interval": 3,
+                "cache_range": [0.5, 1],
             },
         ),
     )
@@ -92,6 +96,7 @@ def test_the_official_client_sends_every_field(app, engine):
         guidance = request.guidance
         assert (guidance.scale, guidance.interval, guidance.rescale) == (2.5, (0.25, 1.0), 0.5)
         assert (guidance.normalize, guidance.rule) == (True, "apg")
+        assert request.cache == StepCache(interval=3, range=(0.5, 1.0))
     assert (response.output_format, response.size, len(response.data)) == ("webp", "96x64", 2)
     assert decode(response.data[0].b64_json).format == "WEBP"
 

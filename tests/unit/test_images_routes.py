@@ -14,7 +14,7 @@ from tests.unit.fakes import IMAGE_TO_VIDEO_INFO, INFO, LIMITS, fake_pixels
 from tests.unit.http_app import GENERATIONS, FakeEngine, ask, decode, disconnect_mid_denoise, make_app, send
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
-from vllm_cfg_plugin.params import DiffusionParams, RequestLimits
+from vllm_cfg_plugin.params import DiffusionParams, RequestLimits, StepCache
 
 GOOD = {"prompt": "a cat", "seed": 5}
 
@@ -261,9 +261,23 @@ def test_how_branches_are_combined_reaches_the_engine(app, engine):
     assert (guidance.normalize, guidance.rule) == (True, "cfg_zero_star")
 
 
+def test_a_cache_of_steps_reaches_the_engine(app, engine):
+    cache = {"cache": "static", "cache_interval": 3, "cache_range": [0.25, 1], "cache_order": 1}
+    response = post(app, {**GOOD, **cache, "cache_branches": "negative", "negative_prompt": "", "true_cfg_scale": 3})
+    assert response.status_code == 200, response.text
+    (request,) = engine.requests.values()
+    assert request.cache == StepCache(interval=3, range=(0.25, 1.0), order=1, negative_only=True)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "param"),
     [
+        ("cache", "adaptive", "cache"),
+        ("cache", True, "cache"),
+        ("cache_interval", 2, "cache_interval"),  # this and the next ones: of a cache that is off
+        ("cache_range", [0, 0.5], "cache_range"),
+        ("cache_order", 1, "cache_order"),
+        ("cache_branches", "all", "cache_branches"),
         ("guidance_interval", [0.5], "guidance_interval"),
         ("guidance_interval", [0.5, 0.5], "guidance_interval"),
         ("guidance_interval", [-0.1, 0.5], "guidance_interval"),

@@ -94,6 +94,13 @@ def test_requests_are_counted_by_what_became_of_them(monkeypatch):
     assert value("denoise_seconds_count") == denoised + 2
 
 
+def test_what_caches_of_steps_spare_is_counted():
+    before = {source: value("branch_steps_total", source=source) for source in ("computed", "reused")}
+    metrics.note_done(RequestMetrics(computed_steps=[8, 5], reused_steps=[0, 3]), None)
+    counted = {source: value("branch_steps_total", source=source) - before[source] for source in before}
+    assert counted == {"computed": 13, "reused": 3}
+
+
 def test_cancellation_is_no_failure():
     with pytest.raises(asyncio.CancelledError), metrics.counted_failures():
         raise asyncio.CancelledError

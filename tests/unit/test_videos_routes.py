@@ -115,6 +115,8 @@ def test_a_video_from_the_first_call_to_its_file(app, engine):
                 "cfg_normalize": True,
                 "guidance_rescale": 0.25,
                 "combine_rule": "cfg_zero_star",
+                "cache": "static",
+                "cache_order": 2,
                 "fps": 8,
             },
         )
@@ -136,6 +138,7 @@ def test_a_video_from_the_first_call_to_its_file(app, engine):
     guidance = request.guidance
     assert (guidance.scale, guidance.scale_2, guidance.interval) == (4.5, 3.0, (0.0, 0.5))
     assert (guidance.normalize, guidance.rescale, guidance.rule) == (True, 0.25, "cfg_zero_star")
+    assert request.cache.order == 2
     frames, rate = decode(content.content)
     assert (frames.shape, rate) == ((9, 64, 96, 3), 8)
     assert content.response.headers["content-type"] == "video/mp4"

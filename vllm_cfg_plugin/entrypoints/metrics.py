@@ -40,6 +40,9 @@ _SECONDS = {
 }
 _REAL = Counter(f"{PREFIX}work_seconds", "Seconds that finished results took, without their time in the queue.")
 _EXPECTED = Counter(f"{PREFIX}expected_work_seconds", "What they were predicted to take on an engine of their own.")
+_BRANCH_STEPS = Counter(
+    f"{PREFIX}branch_steps", "Steps of finished results' branches, computed or reused by caches of steps.", ["source"]
+)
 _PREVIEWS = Counter(f"{PREFIX}previews", "Previews that were made for streams.")
 
 
@@ -72,6 +75,8 @@ def note_done(metrics: RequestMetrics, expected_seconds: float | None) -> None:
     seconds = {stage: getattr(metrics, f"{stage}_ms") / 1e3 for stage in _STAGES}
     for stage, taken in seconds.items():
         _SECONDS[stage].observe(taken)
+    _BRANCH_STEPS.labels("computed").inc(sum(metrics.computed_steps))
+    _BRANCH_STEPS.labels("reused").inc(sum(metrics.reused_steps))
     if expected_seconds is not None:
         _REAL.inc(sum(seconds.values()) - seconds["queue"])
         _EXPECTED.inc(expected_seconds)
