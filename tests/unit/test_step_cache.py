@@ -207,7 +207,8 @@ def test_a_long_requests_spared_steps_need_no_rank():
 
 
 def test_a_stream_sits_out_no_step_that_would_spare_nobody_time():
-    batch, played = StepBatch(1, 8, 10**6, UNCALIBRATED), PlayedRanks(1, delay=0)
+    cost = msgspec.structs.replace(UNCALIBRATED, decode_us=2000)  # of a preview: as long as some steps
+    batch, played = StepBatch(1, 8, 10**6, cost), PlayedRanks(1)
     request = msgspec.structs.replace(cached(toy_request(steps=20, image_tokens=400)), previews=3)
     streaming = batch.add("stream", 0, request)
     batch.add("plain", 0, toy_request(steps=60, image_tokens=400))
