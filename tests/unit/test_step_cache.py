@@ -216,7 +216,7 @@ def test_a_stream_sits_out_no_step_that_would_spare_nobody_time():
     while streaming.done_steps < 20:
         planned, _ = run_plan(batch, played)
         if streaming.id in batch.stepping.running and planned.running and streaming not in planned.running:
-            rested.append(streaming.branches_at(batch.stepping._tick - 1))
+            rested.append(streaming.forwarded[played.steps[streaming.id]])
     assert rested
     assert 0 not in rested
 
