@@ -5,9 +5,10 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import engine_overhead, trace_steps, traffic
+from benchmarks import caches, engine_overhead, trace_steps, traffic
 from benchmarks.block_traffic import block_traffic, least_bytes
 from benchmarks.common import Job, interleave, markdown_table, percentile
 from benchmarks.gpu_check import __main__ as gpu_check
@@ -65,6 +66,20 @@ def test_the_objective_is_relative_to_the_same_job_alone():
     summary = traffic.summarise([Latency(short, 1.3), Latency(long, 5.9)], step_s, slo=3)
     assert summary.slo_share == 0.5  # 1.3 s are too long for 0.4 s of work, 5.9 s are not for 2 s
     assert summary.guided_p50 == summary.p50 == pytest.approx(3.6)
+
+
+def test_how_near_a_picture_is_to_another():
+    picture = np.random.default_rng(0).integers(0, 200, (32, 32, 3), dtype=np.uint8)
+    assert (caches.psnr(picture, picture), caches.ssim(picture, picture)) == (99.0, pytest.approx(1))
+    assert caches.psnr(picture, picture + np.uint8(10)) == pytest.approx(20 * math.log10(25.5))
+    noisy = [picture + np.random.default_rng(1).integers(0, most, picture.shape, dtype=np.uint8) for most in (8, 40)]
+    assert 1 > caches.ssim(picture, noisy[0]) > caches.ssim(picture, noisy[1]) > 0
+
+
+def test_what_is_recommended_gains_enough_and_loses_little():
+    quality = {mode: caches.Quality(top1, 30.0, 0.9) for mode, top1 in (("off", 0.9), ("a", 0.89), ("b", 0.88))}
+    assert caches.recommended({"off": 10.0, "a": 15.0, "b": 20.0}, quality) == "a"
+    assert caches.recommended({"off": 10.0, "a": 14.0, "b": 20.0}, quality) == ""
 
 
 def test_only_steps_with_all_requests_count_for_the_overhead():
