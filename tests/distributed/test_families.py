@@ -56,6 +56,7 @@ def test_latents_are_equal_alone_among_others_on_two_ranks(family, traces):
 
 def test_cached_requests_depend_on_themselves_alone(folder, family, traces):
     """With a cache of steps too: alone, among others, on two ranks and in a direct call the same bits, and others."""
+    torch.set_num_threads(1)
     pipeline, plain = load(folder), family.requests(folder)
     for request, uncached in zip(with_caches(plain), plain, strict=True):
         expected = traces[1][f"alone-{request.seed}"][request.seed]

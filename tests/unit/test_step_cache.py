@@ -60,7 +60,7 @@ def test_which_branches_a_step_forwards(guidance, cache, forwarded):
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_an_extrapolation_is_exact_for_polynomials_of_its_order(order):
-    factors = torch.randn(order + 1, 5, dtype=torch.float64)
+    factors = torch.randn(order + 1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(order))
 
     def curve(step):
         return sum(factor * step**power for power, factor in enumerate(factors)).float()
@@ -68,7 +68,6 @@ def test_an_extrapolation_is_exact_for_polynomials_of_its_order(order):
     points = [(step, curve(step)) for step in (2, 3, 7)[: order + 1]]
     for step in (8, 11):
         torch.testing.assert_close(extrapolate(points, step), curve(step), rtol=1e-5, atol=1e-4)
-    assert not torch.allclose(curve(8), curve(11)) or order == 0
 
 
 def test_few_bits_are_extrapolated_in_more():
@@ -82,7 +81,8 @@ def test_a_history_is_as_long_as_the_order_needs_and_holds_copies():
     request, history = cached(toy_request(steps=9), order=1), {}
     exchanged = torch.zeros(9, 1, 4, 4)
     for step in (0, 2, 4):
-        assert complete(history, request, step, [exchanged[step], exchanged[step]])[0] is exchanged[step]
+        prediction = exchanged[step]
+        assert complete(history, request, step, [prediction, prediction])[0] is prediction
     assert [[step for step, _ in points] for points in history.values()] == [[2, 4], [2, 4]]
     assert all(value.untyped_storage().nbytes() == 64 for points in history.values() for _, value in points)
 
@@ -106,8 +106,9 @@ def run_alone(request, runner=None):
     """Latents after each step on one rank."""
     runner, latents = runner or make_runner(ToyPipeline()), []
     for step, changes in enumerate(steps_of(request)):
-        first = join([request]) if step == 0 else changes
-        assert not runner.run(first).failed
+        if step == 0:
+            changes = msgspec.structs.replace(join([request]), assign=changes.assign)
+        assert not runner.run(changes).failed
         latents.append(runner.states[0].latents)
     return latents
 
@@ -127,7 +128,7 @@ def test_a_spared_step_combines_what_the_last_ones_predict(order):
 def test_only_the_negative_branch_stands_still():
     request, counts = cached(toy_request(steps=4), negative_only=True), []
     pipeline = ToyPipeline()
-    pipeline.transformer.fail = lambda sequences: counts.append([sequence.branch for sequence in sequences])
+    pipeline.transformer.fail = lambda sequences: counts.append(sorted(sequence.branch for sequence in sequences))
     run_alone(request, make_runner(pipeline))
     assert counts == [[0, 1], [0], [0, 1], [0]]
 
