@@ -63,7 +63,7 @@ class DiffusionFields(BaseModel):
         None, description='adapters: a name, {"name": ..., "scale": ...} or a list of these'
     )
     cache: str | None = Field(None, description=f"of steps: {', '.join(CACHE_MODES)}")
-    cache_interval: int | None = Field(None, description="every so-manieth step is computed")
+    cache_interval: int | None = Field(None, description="every cache_interval-th step is computed")
     cache_range: list[float] | None = Field(None, description="[start, stop], fractions of the steps")
     cache_order: int | None = Field(None, description="0 reuses the last prediction, 1 and 2 extrapolate")
     cache_branches: str | None = Field(None, description=", ".join(CACHE_BRANCHES))
