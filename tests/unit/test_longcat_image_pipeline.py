@@ -122,7 +122,9 @@ class TestLongCatImageEdit(PipelineChecks):
 
     @pytest.mark.parametrize("size", [(1, 300), (300, 1), (2, 1999)])
     def test_an_image_too_long_for_the_text_encoder_is_refused(self, folder, size):
-        with pytest.raises(InvalidRequestError, match=f'image="{size[0]}x{size[1]}" .* as long on one side as on the other'):
+        with pytest.raises(
+            InvalidRequestError, match=f'image="{size[0]}x{size[1]}" .* as long on one side as on the other'
+        ):
             contract.make_request(folder, "a hat", [Image.new("RGB", size)])
 
     def test_a_long_image_that_it_takes(self, folder):
