@@ -15,6 +15,7 @@ from tests.unit.test_batching import PlayedRanks, run_plan
 from vllm_cfg_plugin.engine.batching import StepBatch
 from vllm_cfg_plugin.engine.cost import UNCALIBRATED
 from vllm_cfg_plugin.engine.metrics import RequestMetrics
+from vllm_cfg_plugin.engine.observers import Observers
 from vllm_cfg_plugin.engine.plan import DECODED, SideReport
 from vllm_cfg_plugin.engine.result import ResultHeader, pack_result
 from vllm_cfg_plugin.engine.stats import StatsCollector
@@ -146,3 +147,12 @@ def test_a_trace_has_a_lane_for_each_rank(tmp_path):
 
 def test_each_engine_has_a_trace_of_its_own():
     assert [str(trace_path("a/trace.json", engine)) for engine in (0, 1)] == ["a/trace.json", "a/trace.1.json"]
+
+
+def test_observers_count_restarts_and_leave_a_whole_trace(tmp_path):
+    observers = Observers(0, 2, "", str(tmp_path / "trace.json"))
+    observers.note_restart()
+    stats = observers._stats.take(True)
+    observers.close()
+    assert stats.restarts == 1
+    assert (tmp_path / "trace.json").read_text().startswith("[")

@@ -7,7 +7,9 @@ import weakref
 
 import pytest
 
+from vllm_cfg_plugin.engine.step_result import StepResult
 from vllm_cfg_plugin.errors import ConfigurationError, RankDiedError
+from vllm_cfg_plugin.executor.answers import PlanAnswer
 from vllm_cfg_plugin.executor.ranks import Ranks
 from vllm_cfg_plugin.executor.restarts import WINDOW_SECONDS, RestartLimit
 
@@ -203,3 +205,10 @@ def test_sleeping_ranks_are_not_missed():
     assert begun.wait(10)
     ranks.close()
     assert ranks.epoch == 2
+
+
+def test_a_plan_that_ranks_died_over_is_answered_with_their_loss():
+    ranks = make_ranks()
+    answer = PlanAnswer(ranks, FakeAnswer(ranks.pool))
+    ranks.pool.die()
+    assert answer.result() == StepResult(epoch=1, was_lost=True)

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from tests.toy_pipeline import InlineSideWork, ToyPipeline, UnluckyPipeline, toy_request
-from vllm_cfg_plugin.distributed.sequence_group import SequenceGroups
+from vllm_cfg_plugin.distributed.sequence_group import MemberFailedError, SequenceGroups
 from vllm_cfg_plugin.engine.plan import DECODED, PREVIEWED, Admission, Assign, Decode, Encode, Preview, StepPlan
 from vllm_cfg_plugin.params import ImageInput
+from vllm_cfg_plugin.worker.held import HeldRequests
 from vllm_cfg_plugin.worker.runner import StepRunner
+from vllm_cfg_plugin.worker.state import RequestState
 
 
 class Rank:
@@ -183,3 +185,46 @@ def test_what_another_process_cannot_go_on_with_is_not_forwarded():
     assert rank.forwarded == []
     assert (rank.exchanged[0][-1:] == 1).all(), "all cfg ranks learn of it"
     assert not rank.runner.states
+
+
+def test_a_request_that_failed_is_cancelled_beside_the_steps_too():
+    rank = Rank()
+    rank.join(toy_request(steps=3))
+    rank.pipeline.combine_branches = lambda *arguments: 1 / 0
+    rank.run()
+    rank.run()
+    assert rank.cancelled == [0]
+    assert not rank.runner.states
+
+
+def test_long_work_beside_the_steps_is_known_as_such():
+    rank, seen = Rank(), []
+    side = rank.runner.side
+    encode, decode = side.encode, side.decode
+    side.encode = lambda id, branch, run, is_long=False: seen.append(("encode", is_long)) or encode(id, branch, run)
+    side.decode = lambda id, run, is_long=False: seen.append(("decode", is_long)) or decode(id, run)
+    for is_long in (False, True):
+        rank.run(
+            admit=[Admission(0, toy_request(negative=None, steps=1))],
+            encodes=[Encode(0, 0, 0, is_long)],
+            assign=[Assign(0, (0,))],
+            decodes=[Decode(0, 0, is_long)],
+        )
+    assert seen == [("encode", False), ("decode", False), ("encode", True), ("decode", True)]
+
+
+@pytest.mark.parametrize(("rank", "keeps"), [(0, []), (1, [5])])
+def test_the_rank_of_a_videos_first_branch_keeps_it(rank, keeps):
+    rank, kept = Rank(rank=rank, ranks=2), []
+    rank.runner.side.keep = lambda id, steps, run: kept.append(steps)
+    rank.join(msgspec.structs.replace(toy_request(steps=9), num_frames=5), owners=(1, 0))
+    for _ in range(6):
+        rank.run()
+    assert kept == keeps
+
+
+def test_what_another_process_of_the_cfg_rank_reports_is_not_reported_twice():
+    held, state = HeldRequests(), RequestState(0, toy_request())
+    held.note_failure(state, "predicting its noise", MemberFailedError(1))
+    assert state.error
+    assert held.take_failures() == []
