@@ -89,7 +89,7 @@ def test_a_request_waits_until_its_owners_hold_what_another_rank_encoded():
         batch.note_side_report(SideReport(0, branch, 0, 1.0))
     batch.share_embeds(SideReport(0, 1, 0, 1.0), b"data")
     planned = batch.next_plan()
-    assert (planned.plan.embeds, planned.running) == ([Embeds(0, 1, (1,), b"data")], ())
+    assert (planned.plan.embeds, planned.running) == ([Embeds(0, 1, (1,), b"data")], {})
     batch.note_side_report(SideReport(0, 1, 1, 1.0))
     (running,) = batch.next_plan().running
     assert running.owners == (0, 1)
