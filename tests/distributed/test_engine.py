@@ -74,6 +74,22 @@ def traces(model, tmp_path_factory):
     return {ranks: run_ranks(model, ranks, alone | mixed, tmp_path_factory.mktemp("traces")) for ranks in (1, 2, 3)}
 
 
+def one_failure_costs_one_request(model, expected, tmp_path, **options):
+    """Of the processes of cfg rank 0, one alone fails, in the midst of a request's steps; the others go on alike."""
+    requests = make_requests(model)
+    victim = requests[2]  # a long one where the budget is small
+
+    def fault(process, branches):
+        if process == 1 and any(branch.request == victim and branch.timestep < 900 for branch in branches):
+            raise RuntimeError("out of luck")
+
+    for process in run_ranks(model, 2, {"fault": [(0, request) for request in requests]}, tmp_path, fault, **options):
+        others = {seed: trace for seed, trace in process["fault"].items() if seed != victim.seed}
+        assert len(others) == len(requests) - 1
+        assert all(bitwise_equal(trace, expected[seed]) for seed, trace in others.items())
+        assert len(process["fault"].get(victim.seed, [])) < victim.steps
+
+
 def bitwise_equal(one, other):
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 

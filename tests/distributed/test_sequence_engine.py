@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from tests.distributed.engine_ranks import run_ranks
-from tests.distributed.test_engine import MAX_TOKENS, bitwise_equal, make_requests
+from tests.distributed.test_engine import (
+    MAX_TOKENS,
+    bitwise_equal,
+    make_requests,
+    one_failure_costs_one_request,
+)
 from tests.model_builders.qwen_image import build_qwen_image
 
 pytestmark = pytest.mark.distributed
@@ -35,20 +40,7 @@ def test_latents_are_bitwise_those_of_one_process(model, expected, tmp_path, ran
 
 @pytest.mark.parametrize("budget", [1_000_000, MAX_TOKENS])
 def test_a_process_that_fails_alone_costs_one_request(model, expected, tmp_path, budget):
-    requests = make_requests(model)
-    victim = requests[2]  # a long one where the budget is small
-
-    def fault(process, branches):
-        """Process 1 of cfg rank 0 alone can't forward the victim, and only in the midst of its steps."""
-        if process == 1 and any(branch.request == victim and branch.timestep < 900 for branch in branches):
-            raise RuntimeError("out of luck")
-
-    script = {"fault": [(0, request) for request in requests]}
-    for process in run_ranks(model, 2, script, tmp_path, fault, max_tokens=budget, sharers=2):
-        others = {seed: trace for seed, trace in process["fault"].items() if seed != victim.seed}
-        assert len(others) == len(requests) - 1
-        assert all(bitwise_equal(trace, expected[seed]) for seed, trace in others.items())
-        assert len(process["fault"].get(victim.seed, [])) < victim.steps
+    one_failure_costs_one_request(model, expected, tmp_path, max_tokens=budget, sharers=2)
 
 
 def test_as_on_gpus_too(model, expected, tmp_path):

@@ -111,21 +111,14 @@ class SharedMemoryGroup(_SharedMemoryPeers, SequenceGroup):
     def __init__(self, rank: int, size: int, memory: SharedMemoryGather, tensor_size: int = 1) -> None:
         super().__init__(rank, range(size), memory)
         first, place = rank - rank % tensor_size, rank % tensor_size
-        self._sequence = _SharedMemoryPeers(rank, range(place, size, tensor_size), memory)
-        self._tensor = _SharedMemoryPeers(rank, range(first, first + tensor_size), memory)
+        sequence = _SharedMemoryPeers(rank, range(place, size, tensor_size), memory)
+        tensor = _SharedMemoryPeers(rank, range(first, first + tensor_size), memory)
+        self.sequence, self.tensor, self._parts = sequence, tensor, (sequence, tensor)
         self.failures = 0
 
     @property
-    def sequence(self) -> Peers:
-        return self._sequence
-
-    @property
-    def tensor(self) -> Peers:
-        return self._tensor
-
-    @property
     def trades(self) -> int:
-        return self._sequence.exchanges + self._tensor.exchanges
+        return sum(peers.exchanges for peers in self._parts)
 
     @_unstopped
     def any(self, flags: Sequence[bool]) -> list[bool]:
@@ -183,21 +176,13 @@ class CollectiveGroup(_CollectivePeers, SequenceGroup):
 
     def __init__(self, coordinators: Coordinators) -> None:
         super().__init__(coordinators.all)
-        self._sequence = _peers(coordinators.sequence)
-        self._tensor = _peers(coordinators.tensor)
+        self.sequence = _peers(coordinators.sequence)
+        self.tensor = _peers(coordinators.tensor)
         self.failures = 0
 
     @property
-    def sequence(self) -> Peers:
-        return self._sequence
-
-    @property
-    def tensor(self) -> Peers:
-        return self._tensor
-
-    @property
     def trades(self) -> int:
-        return sum(peers.issued for peers in (self._sequence, self._tensor) if isinstance(peers, _CollectivePeers))
+        return sum(peers.issued for peers in (self.sequence, self.tensor) if isinstance(peers, _CollectivePeers))
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         told = self._tell(False, flags)

@@ -55,14 +55,10 @@ class SequenceGroup(Peers, Protocol):
         failures: how often what they did together has failed so far.
     """
 
+    sequence: Peers
+    tensor: Peers
     is_stoppable: bool
     failures: int
-
-    @property
-    def sequence(self) -> Peers: ...
-
-    @property
-    def tensor(self) -> Peers: ...
 
     @property
     def trades(self) -> int: ...
@@ -97,13 +93,9 @@ class _Alone:
     trades = 0
     failures = 0
 
-    @property
-    def sequence(self) -> Peers:
-        return self
-
-    @property
-    def tensor(self) -> Peers:
-        return self
+    def __init__(self) -> None:
+        self.sequence: Peers = self
+        self.tensor: Peers = self
 
     def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
         return parts

@@ -62,16 +62,9 @@ class _MetaGroup(_MetaPeers, SequenceGroup):
 
     def __init__(self, sequence: int, tensor: int) -> None:
         super().__init__(sequence * tensor)
-        self._sequence, self._tensor = _MetaPeers(sequence), _MetaPeers(tensor)
+        self.sequence: Peers = _MetaPeers(sequence)
+        self.tensor: Peers = _MetaPeers(tensor)
         self.failures = 0
-
-    @property
-    def sequence(self) -> Peers:
-        return self._sequence
-
-    @property
-    def tensor(self) -> Peers:
-        return self._tensor
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         return [*flags]
